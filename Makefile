@@ -1,0 +1,47 @@
+# `make demo` and `make test` set up all they need: a virtual environment in .venv, the package in
+# editable mode, and the development tools. Only Python >= 3.10, git and make must be there.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Keeps the repository's root off sys.path, where kernels/ would hide the Hub's package of that name.
+export PYTHONSAFEPATH := 1
+
+.PHONY: help setup demo test lint types wheel clean
+
+help:
+	@echo "make demo    set up, then sample from the bundled trio and measure it"
+	@echo "make test    set up, then lint, type-check and run every test"
+	@echo "make wheel   build the wheel into dist/"
+	@echo "make clean   remove the virtual environment and build products"
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/speculative-eft demo
+
+test: setup lint types
+	$(BIN)/pytest -n 2
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy follows folders, not setuptools' mapping of them: show it the import package as it will be.
+types: setup
+	@rm -rf .build/types && mkdir -p .build/types/speculative_eft
+	@ln -s $(CURDIR)/speculative_eft/* .build/types/speculative_eft/
+	@ln -s $(addprefix $(CURDIR)/,kernels models decoding bench) .build/types/speculative_eft/
+	cd .build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p speculative_eft
+
+wheel: setup
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf $(VENV) .build build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

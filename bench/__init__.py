@@ -1,0 +1,1 @@
+"""Measurements: plain baselines, and comparisons of decoders in interleaved pairs."""

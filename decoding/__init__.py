@@ -1,0 +1,7 @@
+"""Decoding: what is sampled from, the rounds that sample it, and what they return."""
+
+from .config import EFTConfig
+from .decoder import EFTDecoder, NaiveEFTDecoder
+from .output import EFTOutput, EFTStats, EFTTrace
+
+__all__ = ["EFTConfig", "EFTDecoder", "EFTOutput", "EFTStats", "EFTTrace", "NaiveEFTDecoder"]

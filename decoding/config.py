@@ -1,0 +1,83 @@
+"""What is sampled from, and how it is drafted: `EFTConfig`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from speculative_eft.kernels import AcceptanceRule
+
+__all__ = ["DraftKind", "EFTConfig"]
+
+DraftKind = Literal["auto", "tuned", "pair"]
+
+
+@dataclass(frozen=True)
+class EFTConfig:
+    """The target law and the way it is drafted.
+
+    Only `alpha`, `beta` and `conservative_top_p` change the law; the others change speed alone.
+
+    Attributes:
+        alpha: scale of the fine-tuning delta F - B; one number, or one a tuned model.
+        beta: scale of the large model's delta L - B.
+        draft_tokens: tokens drafted a round, at least 1, or "auto": each sequence's own choice from its
+            running acceptance and `cost_ratio`, so that a seed reproduces its output.
+        acceptance: "block" (most tokens a round), "token" (the classic rule) or "shared_seed" (the
+            output is token for token that of `NaiveEFTDecoder` with the same seed).
+        draft: "tuned" (the tuned models draft alone), "pair" (with the small base) or "auto": "tuned"
+            where the alphas sum to 1, since the base then cancels in the draft law.
+        draft_temperature: temperature of the draft law; None for the target's.
+        conservative_top_p: where set, the large model's delta applies only inside the top-p set of the
+            small pair's law (the EFT paper's filter of up-scaling weights).
+        cost_ratio: one small step over one large step, read by `draft_tokens="auto"`; None for the ratio
+            of the models' sizes.
+
+    Raises:
+        ValueError: naming the argument that is out of range.
+    """
+
+    alpha: float | Sequence[float] = 1.0
+    beta: float = 1.0
+    draft_tokens: int | Literal["auto"] = "auto"
+    acceptance: AcceptanceRule = "block"
+    draft: DraftKind = "auto"
+    draft_temperature: float | None = None
+    conservative_top_p: float | None = None
+    cost_ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in [("alpha", value) for value in self.alphas] + [("beta", self.beta)]:
+            if not _is_number(value) or not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, got {value!r}")
+        if self.draft_tokens != "auto" and (
+            not isinstance(self.draft_tokens, int)
+            or isinstance(self.draft_tokens, bool)
+            or self.draft_tokens < 1
+        ):
+            raise ValueError(
+                f'draft_tokens must be an integer of at least 1 or "auto", got {self.draft_tokens!r}'
+            )
+        for name, value, choices in (
+            ("acceptance", self.acceptance, get_args(AcceptanceRule)),
+            ("draft", self.draft, get_args(DraftKind)),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        for name, value in (("draft_temperature", self.draft_temperature), ("cost_ratio", self.cost_ratio)):
+            if value is not None and not (_is_number(value) and math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be a finite number above 0 or None, got {value!r}")
+        top_p = self.conservative_top_p
+        if top_p is not None and not (_is_number(top_p) and 0 < top_p <= 1):
+            raise ValueError(f"conservative_top_p must lie in (0, 1] or be None, got {top_p!r}")
+
+    @property
+    def alphas(self) -> tuple[float, ...]:
+        """Alpha as a tuple: of one number, or of one a tuned model."""
+        return tuple(self.alpha) if isinstance(self.alpha, Sequence) else (self.alpha,)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,74 @@
+"""Temperature, top-k, top-p and min-p on a law, in transformers' order and with its ties."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .mix import top_p_set
+
+__all__ = ["Sampling", "warp"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Per-sequence sampling parameters; a filter nobody in the batch uses is None.
+
+    Attributes:
+        temperature: float32 [batch], 0 for greedy decoding.
+        top_k: int64 [batch], tokens kept; the vocabulary size keeps all.
+        top_p: float32 [batch] in (0, 1]; 1 keeps all.
+        min_p: float32 [batch] in [0, 1), relative to the most probable token; 0 keeps all.
+        any_greedy: whether some temperature is 0, known to the host.
+        all_greedy: whether every temperature is 0, known to the host.
+    """
+
+    temperature: Tensor
+    top_k: Tensor | None = None
+    top_p: Tensor | None = None
+    min_p: Tensor | None = None
+    any_greedy: bool = False
+    all_greedy: bool = False
+
+    @property
+    def filtered(self) -> bool:
+        """Whether any filter is in use."""
+        return self.top_k is not None or self.top_p is not None or self.min_p is not None
+
+
+def warp(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Normalised log-probabilities after temperature, then top-k, top-p and min-p.
+
+    Each filter sees the law the one before it left. As in transformers, top-k keeps every token equal
+    to the k-th, and top-p cuts an ascending stable sort from below.
+
+    Args:
+        logits: float32 [batch, rows, vocab], finite or -inf.
+        sampling: parameters; a sequence of temperature 0 is treated as temperature 1, its caller takes
+            the argmax instead.
+
+    Returns:
+        float32 [batch, rows, vocab]. A row of only -inf, which is no law, becomes the point mass on id
+        0, the token that an argmax or a race over such a row would give.
+    """
+    temperature = sampling.temperature[:, None, None]
+    if sampling.any_greedy:
+        temperature = torch.where(temperature == 0, 1.0, temperature)
+    log_law = torch.log_softmax(logits / temperature, dim=-1)
+    first = torch.arange(log_law.shape[-1], device=log_law.device) == 0
+    log_law = torch.where(log_law.isnan(), torch.where(first, 0.0, -torch.inf), log_law)
+    if sampling.top_k is not None:
+        ordered = torch.sort(log_law, dim=-1, descending=True).values
+        last = (sampling.top_k - 1)[:, None, None].expand(*log_law.shape[:-1], 1)
+        log_law = log_law.masked_fill(log_law < ordered.gather(-1, last), -torch.inf)
+    if sampling.top_p is not None:
+        log_law = torch.log_softmax(log_law, dim=-1)
+        log_law = log_law.masked_fill(~top_p_set(log_law, sampling.top_p), -torch.inf)
+    if sampling.min_p is not None:
+        threshold = log_law.amax(dim=-1, keepdim=True) + sampling.min_p.log()[:, None, None]
+        log_law = log_law.masked_fill(log_law < threshold, -torch.inf)
+    if sampling.filtered:
+        log_law = torch.log_softmax(log_law, dim=-1)
+    return log_law

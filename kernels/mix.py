@@ -1,0 +1,136 @@
+"""The log-ratio: how the three models' logits become the target's and the draft's.
+
+With log-probabilities of the large base L, the small tuned models F_i and the small base B,
+
+    log D = log_softmax( B + sum_i alpha_i (F_i - B) )              the small pair's law
+    log p = log_softmax( log D + beta (L - B) )                     the target
+
+(Mitchell et al., ICLR 2024, arXiv 2310.12962, with proxy-tuning's alpha). The models' own normalisers
+cancel, so raw logits serve, except under the conservative filter, which compares tokens inside a set
+with tokens outside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Coefficients", "draft_logits", "target_logits", "top_p_set"]
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """Per-sequence weights of the mix.
+
+    Attributes:
+        alpha: float32 [batch, experts], scale of each tuned model's delta.
+        beta: float32 [batch], scale of the large model's delta.
+        draft_alpha: float32 [batch, experts], weights of the tuned models in the draft law.
+        draft_base: float32 [batch], weight of the small base in the draft law; None where the draft
+            does not read it.
+        conservative_top_p: float32 [batch] in (0, 1], mass of the set inside which the large model's
+            delta applies; None without the filter.
+    """
+
+    alpha: Tensor
+    beta: Tensor
+    draft_alpha: Tensor
+    draft_base: Tensor | None
+    conservative_top_p: Tensor | None = None
+
+
+def _weighted_sum(weights: Sequence[Tensor], logits: Sequence[Tensor], vocab_size: int) -> Tensor:
+    """Sum of weight times logits in float32; [batch, rows, vocab_size].
+
+    A model of weight 0 is not consulted. A token is left out (-inf) where a model that is consulted has
+    -inf, NaN or +inf for it: no ratio is defined there.
+    """
+    total: Tensor | None = None
+    for weight, model_logits in zip(weights, logits, strict=True):
+        scale = weight[:, None, None]
+        term = model_logits[..., :vocab_size].to(torch.float32) * scale
+        term = torch.where(scale == 0, 0.0, term)
+        total = term if total is None else total.add_(term)
+    assert total is not None
+    return torch.where(total.isfinite(), total, -torch.inf)
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    """log_softmax in float32 over finite or -inf entries; a row of only -inf stays one, not NaN."""
+    log_law = torch.log_softmax(logits, dim=-1)
+    return torch.where(log_law.isnan(), -torch.inf, log_law)
+
+
+def top_p_set(log_law: Tensor, top_p: Tensor) -> Tensor:
+    """The smallest set of most probable tokens whose mass reaches top_p, as transformers cuts it.
+
+    Args:
+        log_law: float32 [batch, rows, vocab], normalised log-probabilities.
+        top_p: float32 [batch].
+
+    Returns:
+        bool [batch, rows, vocab]. The most probable token is always in; among equal probabilities
+        higher ids come first, as in an ascending stable sort cut from below.
+    """
+    ascending, order = torch.sort(log_law, dim=-1, stable=True)
+    dropped = ascending.exp().cumsum(dim=-1) <= 1 - top_p[:, None, None]
+    dropped[..., -1] = False
+    return torch.empty_like(dropped).scatter_(-1, order, ~dropped)
+
+
+def draft_logits(
+    tuned: Sequence[Tensor], base: Tensor | None, coefficients: Coefficients, vocab_size: int
+) -> Tensor:
+    """The draft law's unnormalised log-probabilities before temperature and filters.
+
+    Args:
+        tuned: one [batch, rows, >= vocab_size] tensor a tuned model, float32, bfloat16 or float16.
+        base: the small base's logits, same shape; not read where `coefficients.draft_base` is None.
+        vocab_size: ids at or above it are never produced.
+
+    Returns:
+        float32 [batch, rows, vocab_size].
+    """
+    weights = list(coefficients.draft_alpha.unbind(1))
+    logits = list(tuned)
+    if coefficients.draft_base is not None:
+        assert base is not None
+        weights.append(coefficients.draft_base)
+        logits.append(base)
+    return _weighted_sum(weights, logits, vocab_size)
+
+
+def target_logits(
+    large: Tensor, tuned: Sequence[Tensor], base: Tensor, coefficients: Coefficients, vocab_size: int
+) -> Tensor:
+    """The target's unnormalised log-probabilities before temperature and filters.
+
+    Args:
+        large, base: [batch, rows, >= vocab_size] logits, float32, bfloat16 or float16.
+        tuned: one such tensor a tuned model.
+        vocab_size: ids at or above it are never produced.
+
+    Returns:
+        float32 [batch, rows, vocab_size].
+    """
+    alpha, beta = coefficients.alpha, coefficients.beta
+    small_base_weight = 1 - alpha.sum(dim=1)
+    if coefficients.conservative_top_p is None:
+        weights = [beta, *alpha.unbind(1), small_base_weight - beta]
+        return _weighted_sum(weights, [large, *tuned, base], vocab_size)
+    log_draft = _log_softmax(_weighted_sum([*alpha.unbind(1), small_base_weight], [*tuned, base], vocab_size))
+    delta = _weighted_sum(
+        [beta, -beta],
+        [_log_softmax(_finite(large, vocab_size)), _log_softmax(_finite(base, vocab_size))],
+        vocab_size,
+    )
+    inside = top_p_set(log_draft, coefficients.conservative_top_p)
+    return torch.where(inside, log_draft + delta, log_draft)
+
+
+def _finite(logits: Tensor, vocab_size: int) -> Tensor:
+    logits = logits[..., :vocab_size].to(torch.float32)
+    return torch.where(logits.isfinite(), logits, -torch.inf)

@@ -1,0 +1,130 @@
+"""Counter-based noise: Philox-4x32-10 (Salmon et al., SC 2011), so that draws never depend on order.
+
+A draw is addressed by (sequence seed, stream, counter, row, vocabulary id) and has no other state: the
+same address gives the same bits on every backend, in every batch and in every slot. The 64-bit seed is
+the Philox key; the Philox counter words are (vocabulary id // 4, row, counter, stream), and the four
+words of one Philox block serve four neighbouring vocabulary ids.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["Stream", "derive_seeds", "exponential_noise", "gumbel_noise", "philox_rounds", "uniform_noise"]
+
+_MULTIPLIER_0 = 0xD2511F53
+_MULTIPLIER_1 = 0xCD9E8D57
+_WEYL_0 = 0x9E3779B9
+_WEYL_1 = 0xBB67AE85
+_WORD = 0xFFFFFFFF
+_LARGEST_BELOW_ONE = 1.0 - 2.0**-24
+
+Words = TypeVar("Words", Tensor, "np.ndarray[tuple[int, ...], np.dtype[np.uint64]]")
+
+
+class Stream(IntEnum):
+    """Independent families of draws. Two uses of noise never share a stream."""
+
+    DRAFT = 0
+    ACCEPT = 1
+    RESIDUAL = 2
+    SHARED = 3
+    SEED = 4
+
+
+def philox_rounds(
+    key: tuple[Words, Words], counter: tuple[Words, Words, Words, Words]
+) -> tuple[Words, Words, Words, Words]:
+    """Ten rounds of Philox-4x32 over broadcastable integer arrays.
+
+    Args:
+        key: two arrays of values in [0, 2^32): torch int64 or numpy uint64.
+        counter: four such arrays, broadcastable with each other and with the key.
+
+    Returns:
+        Four arrays of the broadcast shape with values in [0, 2^32).
+    """
+    key_0, key_1 = key
+    word_0, word_1, word_2, word_3 = counter
+    for _ in range(10):
+        # Words 1 and 3 keep the whole 64-bit product: its upper half meets the other word only under
+        # the mask, and a wrapped int64 product has the bits of the unsigned one.
+        product_0 = word_0 * _MULTIPLIER_0
+        product_1 = word_2 * _MULTIPLIER_1
+        word_0 = ((product_1 >> 32) ^ (word_1 ^ key_0)) & _WORD
+        word_2 = ((product_0 >> 32) ^ (word_3 ^ key_1)) & _WORD
+        word_1, word_3 = product_1, product_0
+        key_0 = (key_0 + _WEYL_0) & _WORD
+        key_1 = (key_1 + _WEYL_1) & _WORD
+    return word_0, word_1 & _WORD, word_2, word_3 & _WORD
+
+
+def _random_words(seeds: Tensor, counters: Tensor, rows: Tensor, stream: Stream, blocks: int) -> Tensor:
+    """Philox blocks 0..blocks-1 at each (sequence, row): int64 [batch, rows, blocks, 4]."""
+    key = (seeds[:, None, None] & _WORD, (seeds[:, None, None] >> 32) & _WORD)
+    block = torch.arange(blocks, device=seeds.device)
+    stream_word = torch.full((1,), int(stream), device=seeds.device)
+    counter = (block, rows[..., None], counters[..., None] & _WORD, stream_word)
+    if seeds.device.type == "cpu":
+        # numpy spends a quarter of torch's time on a hundred tiny integer operations.
+        as_words = [word.numpy().view(np.uint64) for word in (*key, *counter)]
+        words = philox_rounds(
+            (as_words[0], as_words[1]), (as_words[2], as_words[3], as_words[4], as_words[5])
+        )
+        return torch.from_numpy(np.stack(words, axis=-1).view(np.int64))
+    return torch.stack(philox_rounds(key, counter), dim=-1)
+
+
+def _unit_interval(words: Tensor) -> Tensor:
+    return words.to(torch.float32).add_(0.5).mul_(2.0**-32).clamp_(max=_LARGEST_BELOW_ONE)
+
+
+def uniform_noise(seeds: Tensor, counters: Tensor, rows: Tensor, stream: Stream) -> Tensor:
+    """One uniform draw a row, never exactly 0 or 1.
+
+    Args:
+        seeds: int64 [batch], one seed a sequence.
+        counters: int64 [batch, rows], the round or the absolute position, in [0, 2^32).
+        rows: int64 [batch, rows] or [rows], the row of the round.
+        stream: the family of draws.
+
+    Returns:
+        float32 [batch, rows] in (0, 1), with full relative precision near 0.
+    """
+    return _unit_interval(_random_words(seeds, counters, rows, stream, 1)[..., 0, 0])
+
+
+def exponential_noise(
+    seeds: Tensor, counters: Tensor, rows: Tensor, stream: Stream, vocab_size: int
+) -> Tensor:
+    """A unit exponential draw for every vocabulary id, for races: argmax(weight / noise) ~ weight.
+
+    Arguments as in `uniform_noise`. Returns float32 [batch, rows, vocab_size], positive and finite,
+    with full relative precision near 0, where races over large vocabularies are decided.
+    """
+    words = _random_words(seeds, counters, rows, stream, -(-vocab_size // 4))
+    draws = _unit_interval(words).flatten(-2)[..., :vocab_size]
+    return draws.neg_().log1p_().neg_()
+
+
+def gumbel_noise(seeds: Tensor, counters: Tensor, rows: Tensor, stream: Stream, vocab_size: int) -> Tensor:
+    """A standard Gumbel draw for every vocabulary id, for races: argmax(log weight + noise) ~ weight.
+
+    Minus the logarithm of `exponential_noise` at the same address; shapes as there.
+    """
+    return exponential_noise(seeds, counters, rows, stream, vocab_size).log_().neg_()
+
+
+def derive_seeds(seed: int, count: int) -> Tensor:
+    """Independent seeds for the rows of a batch from one seed of 64 bits: int64 [count], on the CPU.
+
+    Seed i depends on `seed` and i alone, so a larger batch keeps the seeds of a smaller one.
+    """
+    index = torch.arange(count)
+    words = _random_words(torch.tensor([seed]), index[None], torch.zeros_like(index), Stream.SEED, 1)
+    return (words[0, :, 0, 0] << 32) | words[0, :, 0, 1]

@@ -1,0 +1,43 @@
+"""Running networks: the models of emulated fine-tuning, their runners and caches.
+
+Names are imported when first used, so that `speculative_eft.models.demo` and the checks of
+`speculative_eft.models.sources` need neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .describe import ModelDescription as ModelDescription
+    from .eft_models import EFTModels as EFTModels
+    from .eft_models import TrioReport as TrioReport
+    from .eft_models import inspect_trio as inspect_trio
+    from .errors import IncompatibleModelsError as IncompatibleModelsError
+    from .protocol import EFTRunners as EFTRunners
+    from .protocol import Runner as Runner
+    from .runner import ModelRunner as ModelRunner
+    from .slot_cache import SlotCache as SlotCache
+    from .sources import find_sources as find_sources
+
+_HOMES = {
+    "EFTModels": "eft_models",
+    "EFTRunners": "protocol",
+    "IncompatibleModelsError": "errors",
+    "ModelDescription": "describe",
+    "ModelRunner": "runner",
+    "Runner": "protocol",
+    "SlotCache": "slot_cache",
+    "TrioReport": "eft_models",
+    "find_sources": "sources",
+    "inspect_trio": "eft_models",
+}
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

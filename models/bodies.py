@@ -1,0 +1,135 @@
+"""What runs between the tokens and the output head, one way for each kind of architecture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .attention import ATTENTION, ragged_bias
+from .configs import changes_with_length, layer_windows, position_limit
+from .slot_cache import SlotCache
+
+_FEW_TOKENS = 64
+
+
+@dataclass
+class Block:
+    """The tokens of one pass and where they stand."""
+
+    tokens: Tensor
+    """int64 [batch, q]"""
+    positions: Tensor
+    """int64 [batch, q], below the cache's capacity"""
+    span: int
+    """How many positions of the cache attention looks at."""
+
+
+class Body(Protocol):
+    """Turns a block into hidden states [batch, q, hidden], ready for the output head."""
+
+    def __call__(self, block: Block, cache: SlotCache) -> Tensor: ...
+
+
+class TransformersBody:
+    """Any decoder of transformers that takes a mask, positions and a cache from outside."""
+
+    def __init__(self, decoder: PreTrainedModel, attention: str) -> None:
+        """Run `decoder` with transformers' attention function `attention`.
+
+        Raises ValueError for a decoder that keeps another state than keys and values.
+        """
+        config = decoder.config
+        self.decoder = decoder
+        self.attention = attention
+        # Our attention function makes one row of every head that shares keys, so the mask has them too.
+        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        self.groups = int(config.num_attention_heads // kv_heads) if attention == ATTENTION else 1
+        self.windows = layer_windows(config)
+        self.position_limit = position_limit(config)
+        self.has_experts = any(name.endswith("experts") for name, _ in decoder.named_modules())
+        self.rotations: list[tuple[Any, Tensor]] = []
+        if changes_with_length(config):
+            for module in decoder.modules():
+                frequencies = getattr(module, "original_inv_freq", None)
+                if isinstance(frequencies, Tensor):
+                    self.rotations.append((module, frequencies.to(decoder.device)))
+
+    def __call__(self, block: Block, cache: SlotCache) -> Tensor:
+        positions = block.positions
+        rows = positions.repeat(1, self.groups) if self.groups > 1 and positions.shape[1] > 1 else positions
+        dtype = self.decoder.dtype
+        biases = {kind: ragged_bias(rows, block.span, window, dtype) for kind, window in self.windows.items()}
+        if self.position_limit is not None:
+            # Only padding stands beyond the limit, but a table of positions has no row for it.
+            positions = positions.clamp(max=self.position_limit - 1)
+        with ExitStack() as stack:
+            self._prepare(block, stack)
+            output = self.decoder(
+                input_ids=block.tokens,
+                attention_mask=biases if len(biases) > 1 else next(iter(biases.values())),
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            )
+        return cast(Tensor, output.last_hidden_state)
+
+    def _prepare(self, block: Block, stack: ExitStack) -> None:
+        """Set what our pass needs and the model's owner may want otherwise."""
+        config = self.decoder.config
+        stack.enter_context(replaced(config, "_attn_implementation", self.attention))
+        if self.has_experts and block.tokens.numel() <= _FEW_TOKENS:
+            # The others ask the device how many tokens each expert got.
+            grouped = self.decoder.device.type == "cuda" and self.decoder.dtype == torch.bfloat16
+            experts = "grouped_mm" if grouped else "batched_mm"
+            stack.enter_context(replaced(config, "_experts_implementation", experts))
+        for module, frequencies in self.rotations:
+            # Frequencies that follow the longest input of the batch would tie a sequence to its neighbours.
+            stack.enter_context(replaced(module, "rope_type", "default"))
+            stack.enter_context(replaced(module, "inv_freq", frequencies))
+
+
+class FalconAlibiBody:
+    """Falcon with alibi, whose own forward makes the bias from a mask that all sequences share."""
+
+    def __init__(self, decoder: PreTrainedModel) -> None:
+        self.decoder: Any = decoder
+        self.slopes = torch.empty(0)
+
+    def __call__(self, block: Block, cache: SlotCache) -> Tensor:
+        if self.slopes.shape[-1] < cache.capacity:
+            self.slopes = self._slopes(cache.capacity)
+        allowed = ragged_bias(block.positions, block.span, None, self.slopes.dtype)
+        bias = self.slopes[..., : block.span] + allowed
+        hidden = self.decoder.word_embeddings(block.tokens)
+        with replaced(self.decoder.config, "_attn_implementation", "sdpa"):
+            for layer in self.decoder.h:
+                # Given an alibi a layer applies no rotation; the numbers it reads from the mask alone.
+                hidden = layer(hidden, alibi=bias, attention_mask=bias, layer_past=cache, use_cache=True)[0]
+        return cast(Tensor, self.decoder.ln_f(hidden))
+
+    def _slopes(self, positions: int) -> Tensor:
+        """The bias of every head at every position [1, heads, 1, positions]."""
+        from transformers.models.falcon.modeling_falcon import build_alibi_tensor
+
+        config = self.decoder.config
+        seen = torch.ones(1, positions, dtype=torch.int64, device=self.decoder.device)
+        alibi = build_alibi_tensor(seen, config.num_attention_heads, self.decoder.dtype)
+        return alibi[None] / math.sqrt(config.hidden_size // config.num_attention_heads)
+
+
+@contextmanager
+def replaced(target: Any, name: str, value: Any) -> Iterator[None]:
+    """Set an attribute for the length of a `with`, so that a model we were given stays as it was."""
+    before = getattr(target, name)
+    setattr(target, name, value)
+    try:
+        yield
+    finally:
+        setattr(target, name, before)

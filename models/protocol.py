@@ -1,0 +1,52 @@
+"""What the decoders ask of a network: the `Runner` protocol, and a runner for each role."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Runner(Protocol):
+    """A network with a cache of its own, seen from the decoder.
+
+    Token `j` of sequence `b` stands at position `lengths[b] + j`. A forward pass writes there and reads
+    everything up to there, but never moves `lengths`: the caller moves them in place, forwards to commit
+    tokens and backwards to take them back.
+    """
+
+    vocab_size: int
+    """Columns of the logits as the network has them, padding included."""
+
+    max_context: int | None
+    """Longest sequence the network supports, None if there is no limit."""
+
+    device: torch.device
+
+    @property
+    def lengths(self) -> Tensor:
+        """int64 [batch]: tokens in the cache of each sequence. One storage from `reserve` to `reserve`."""
+        ...
+
+    def reserve(self, batch: int, length: int) -> None:
+        """Start anew with room for `batch` sequences of up to `length` tokens; `lengths` become zero."""
+
+    def forward(self, tokens: Tensor, span: int) -> Tensor:
+        """Run int64 `tokens` [batch, q] and return their logits [batch, q, vocab_size].
+
+        `span` is a host integer, at least `max(lengths) + q`.
+        """
+
+    def prefill(self, tokens: Tensor, prompt_lengths: Tensor, chunk: int = 512) -> None:
+        """Fill the cache from right-padded `tokens` [batch, P] and set `lengths` to `prompt_lengths`."""
+
+
+@dataclass(frozen=True)
+class EFTRunners:
+    """A runner for each model, every one with a cache of its own."""
+
+    large: Runner
+    tuned: list[Runner]
+    base: Runner

@@ -1,0 +1,144 @@
+"""Runs one network for a batch of sequences, each at its own length."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .attention import ATTENTION
+from .bodies import Block, Body, FalconAlibiBody, TransformersBody
+from .configs import position_limit, text_config
+from .llama import LlamaBody
+from .slot_cache import SlotCache, round_up
+
+TESTED_FAMILIES = frozenset({
+    "falcon", "gemma2", "gemma3", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "olmo2",
+    "opt", "phi3", "qwen2", "qwen3",
+})  # fmt: skip
+"""Values of `config.model_type` whose runner the tests compare with the plain model."""
+
+
+class ModelRunner:
+    """Runs a causal language model of transformers with a `SlotCache`: a `Runner`.
+
+    One code path for every batch size and block length. Shapes depend on host integers only, and a pass
+    reads nothing from the device. Sequences start at position 0 and never see each other, whatever their
+    lengths and whatever padding stands behind them. The model itself is left as it was, but for `eval()`.
+    """
+
+    def __init__(self, model: PreTrainedModel, attention: str = "sdpa") -> None:
+        """Take `model`, which stays on its device and in its dtype.
+
+        `attention` is the way attention is computed; `"sdpa"` is torch's scaled_dot_product_attention.
+        Raises ValueError for another `attention`, and for a model that this runner cannot run: an untested
+        architecture is compared with its own plain forward pass and refused if the logits differ.
+        """
+        if attention != "sdpa":
+            raise ValueError(f"attention must be 'sdpa', not {attention!r}.")
+        self.model = model.train(False)
+        self.device = model.device
+        config = text_config(model.config)
+        self.max_context = position_limit(config)
+        self._body = _choose_body(model)
+        self._head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        self.vocab_size = int(self._head.weight.shape[0])
+        self._softcap = getattr(config, "final_logit_softcapping", None)
+        # Cohere multiplies its logits, Granite divides them.
+        self._scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+        self.cache = SlotCache(0, 0, self.device)
+        self._steps = torch.empty(0, dtype=torch.int64, device=self.device)
+        if config.model_type not in TESTED_FAMILIES:
+            self._compare_with_model()
+
+    @property
+    def lengths(self) -> Tensor:
+        """int64 [batch]: tokens in the cache of each sequence. The caller moves it in place."""
+        return self.cache.lengths
+
+    def reserve(self, batch: int, length: int) -> None:
+        """Start anew with room for `batch` sequences of up to `length` tokens; `lengths` become zero.
+
+        The storage is kept if it is large enough.
+        """
+        if not self.cache.holds(batch, length):
+            self.cache = SlotCache(batch, length, self.device)
+        self.cache.restart(batch)
+
+    @torch.inference_mode()
+    def forward(self, tokens: Tensor, span: int) -> Tensor:
+        """Run int64 `tokens` [batch, q] and return their logits [batch, q, vocab_size] in the model's dtype.
+
+        Token `j` of sequence `b` stands at `lengths[b] + j`; its keys and values are written there and it
+        sees everything up to there. `lengths` stay as they are. `span` is a host integer, at least
+        `max(lengths) + q`. The logits are an inference tensor.
+        """
+        logits = cast(Tensor, self._head(self._run(tokens, span)))
+        if self._scale != 1.0:
+            logits = logits * self._scale
+        if self._softcap is not None:
+            logits = torch.tanh(logits / self._softcap) * self._softcap
+        return logits
+
+    @torch.inference_mode()
+    def prefill(self, tokens: Tensor, prompt_lengths: Tensor, chunk: int = 512) -> None:
+        """Fill the cache from int64 `tokens` [batch, P] and set `lengths` to `prompt_lengths`, int64 [batch].
+
+        `tokens` are padded on the right with anything; P may be 0. They run `chunk` positions at a time, and
+        the output head does not run at all.
+        """
+        total = tokens.shape[1]
+        if total:
+            padding = torch.arange(total, device=self.device) >= prompt_lengths[:, None]
+            tokens = tokens.masked_fill(padding, 0)
+        self.lengths.zero_()
+        for start in range(0, total, chunk):
+            part = tokens[:, start : start + chunk]
+            self._run(part, start + part.shape[1])
+            self.lengths.add_(part.shape[1])
+        self.lengths.copy_(prompt_lengths)
+
+    def _run(self, tokens: Tensor, span: int) -> Tensor:
+        cache = self.cache
+        span = min(round_up(span), cache.capacity)
+        length = tokens.shape[1]
+        if length > self._steps.shape[0]:
+            self._steps = torch.arange(length, device=self.device)
+        positions = (cache.lengths[:, None] + self._steps[:length]).clamp_(max=cache.capacity - 1)
+        cache.begin(positions, span)
+        return self._body(Block(tokens, positions, span), cache)
+
+    @torch.inference_mode()
+    def _compare_with_model(self) -> None:
+        name = type(self.model).__name__
+        tokens = torch.arange(2, 18, device=self.device).remainder(self.vocab_size).view(2, 8)
+        failure: Exception | None = None
+        agree = False
+        try:
+            self.reserve(2, 8)
+            self.prefill(tokens[:, :3], torch.tensor([3, 2], device=self.device))
+            mine = self.forward(torch.stack((tokens[0, 3:7], tokens[1, 2:6])), 7).float()
+            plain = self.model(tokens, use_cache=False).logits.float()
+            plain = torch.stack((plain[0, 3:7], plain[1, 2:6]))
+            tolerance = 1e-3 if self.model.dtype == torch.float32 else 5e-2
+            agree = bool(((mine - plain).abs() <= tolerance * (1 + plain.abs())).all())
+        except Exception as error:  # whatever an unknown model raises says the same: it cannot be run
+            failure = error
+        if not agree:
+            raise ValueError(
+                f"{name} cannot be run with one length for each sequence: its logits would not be its own; "
+                f"give a model of a tested family ({', '.join(sorted(TESTED_FAMILIES))})."
+            ) from failure
+        self.cache = SlotCache(0, 0, self.device)
+
+
+def _choose_body(model: PreTrainedModel) -> Body:
+    decoder: PreTrainedModel = model.get_decoder()  # type: ignore[no-untyped-call]
+    if LlamaBody.fits(decoder):
+        return LlamaBody(decoder)
+    if decoder.config.model_type == "falcon" and decoder.config.alibi:
+        return FalconAlibiBody(decoder)
+    # Models that do not ask transformers for their attention function know `sdpa` by name.
+    return TransformersBody(decoder, ATTENTION if model._supports_attention_backend else "sdpa")

@@ -1,0 +1,140 @@
+"""A key/value cache in which every sequence has a length of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+SPAN_MULTIPLE = 64
+"""Spans and capacities are multiples of this, so that attention meets few distinct shapes."""
+
+
+@dataclass
+class _Layer:
+    """One layer's storage [slots, heads, capacity, dim], seen in the two ways in which it is used."""
+
+    keys: Tensor
+    values: Tensor
+    key_rows: Tensor
+    """[slots * heads * capacity, dim]"""
+    value_rows: Tensor
+    visible: tuple[Tensor, Tensor]
+    """Keys and values [batch, heads, span, dim] of the pass at hand."""
+
+
+class SlotCache(Cache):
+    """Keys and values [slots, heads, capacity, dim] a layer, and the `lengths` of the sequences in them.
+
+    Sequence `b` lives in slot `b`. `begin` fixes where the tokens of one pass go, then every layer calls
+    `update` (as transformers' attention modules do) or `write`. A layer is allocated in its first pass;
+    after that nothing is moved or allocated, and rolling back is a subtraction on `lengths`. Nothing is
+    ever read from the device.
+    """
+
+    def __init__(self, slots: int, max_length: int, device: torch.device) -> None:
+        """Make room for `slots` sequences of up to `max_length` tokens."""
+        super().__init__(layers=[])
+        self.slots = slots
+        # One position more than asked for: tokens beyond `max_length` end up there, where no token within
+        # `max_length` looks.
+        self.capacity = round_up(max_length + 1)
+        self.device = device
+        with _ordinary_tensors():
+            self._all_lengths = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.lengths = self._all_lengths
+        self._slots: dict[int, _Layer] = {}
+        self._visible = (slots, self.capacity)
+        self._positions = torch.empty(0, dtype=torch.int64, device=device)
+        self._rows: dict[int, Tensor] = {}
+        self._slot_rows: dict[int, Tensor] = {}
+
+    def holds(self, batch: int, length: int) -> bool:
+        """Whether there is room for `batch` sequences of up to `length` tokens."""
+        return batch <= self.slots and length < self.capacity
+
+    def restart(self, batch: int) -> None:
+        """Empty the cache, keeping its storage, for `batch` sequences in the first slots."""
+        self.lengths = self._all_lengths[:batch]
+        self._all_lengths.zero_()
+        for layer in self._slots.values():
+            # What is masked weighs nothing, but nothing times infinity is not a number.
+            layer.keys.zero_()
+            layer.values.zero_()
+
+    def begin(self, positions: Tensor, span: int) -> None:
+        """Fix where the next pass writes, int64 [batch, q] below `capacity`, and that it reads `span`."""
+        self._positions = positions
+        self._rows.clear()
+        visible = (positions.shape[0], span)
+        if visible != self._visible:
+            self._visible = visible
+            for layer in self._slots.values():
+                layer.visible = self._view(layer.keys, layer.values)
+
+    def write(self, layer_idx: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store `keys` and `values` [batch, q, heads, dim]; return views [batch, heads, span, dim]."""
+        layer = self._slots.get(layer_idx)
+        if layer is None:
+            layer = self._slots[layer_idx] = self._allocate(keys, values)
+        heads = keys.shape[2]
+        rows = self._rows.get(heads)
+        if rows is None:
+            rows = self._rows[heads] = self._rows_of(heads)
+        layer.key_rows.index_copy_(0, rows, keys.reshape(-1, keys.shape[-1]))
+        layer.value_rows.index_copy_(0, rows, values.reshape(-1, values.shape[-1]))
+        return layer.visible
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """`write` for `key_states` and `value_states` that are [batch, heads, q, dim]."""
+        return self.write(layer_idx, key_states.transpose(1, 2), value_states.transpose(1, 2))
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Always 0: models are told positions, and no single length would be right."""
+        return 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """Positions in a slot, the spare ones included."""
+        return self.capacity
+
+    def storage(self) -> list[Tensor]:
+        """Keys and values [slots, heads, capacity, dim] of each layer allocated so far."""
+        return [tensor for layer in self._slots.values() for tensor in (layer.keys, layer.values)]
+
+    def _allocate(self, keys: Tensor, values: Tensor) -> _Layer:
+        def zeros(like: Tensor) -> Tensor:
+            shape = (self.slots, like.shape[2], self.capacity, like.shape[3])
+            with _ordinary_tensors():
+                return torch.zeros(shape, dtype=like.dtype, device=like.device)
+
+        all_keys, all_values = zeros(keys), zeros(values)
+        rows = (all_keys.flatten(0, 2), all_values.flatten(0, 2))
+        return _Layer(all_keys, all_values, *rows, visible=self._view(all_keys, all_values))
+
+    def _view(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        batch, span = self._visible
+        return keys[:batch, :, :span], values[:batch, :, :span]
+
+    def _rows_of(self, heads: int) -> Tensor:
+        """Where the new vectors go in a layer's rows, int64 [batch * q * heads]."""
+        first = self._slot_rows.get(heads)
+        if first is None:
+            first = torch.arange(self.slots * heads, device=self.device).mul_(self.capacity)
+            self._slot_rows[heads] = first = first.view(self.slots, 1, heads)
+        batch = self._positions.shape[0]
+        return (self._positions.unsqueeze(2) + first[:batch]).view(-1)
+
+
+def _ordinary_tensors() -> torch.inference_mode:
+    """For tensors that are written both in inference mode and out of it."""
+    return torch.inference_mode(False)
+
+
+def round_up(length: int) -> int:
+    """The next multiple of `SPAN_MULTIPLE`."""
+    return -(-length // SPAN_MULTIPLE) * SPAN_MULTIPLE

@@ -1,0 +1,170 @@
+"""Tables and sentences of the command line, made from measurements and reports."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from speculative_eft.bench.comparison import Comparison, Spread
+    from speculative_eft.decoding import EFTStats
+    from speculative_eft.models import ModelDescription
+
+__all__ = [
+    "comparison_table",
+    "count_text",
+    "memory_table",
+    "models_table",
+    "phases_table",
+    "size_text",
+    "stats_table",
+    "verdict",
+]
+
+_NOTHING = "-"
+
+
+def _table(title: str, first: str, *others: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(first, no_wrap=True)
+    for name in others:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _with_quartiles(spread: Spread, digits: int) -> str:
+    median, lower, upper = (
+        f"{value:.{digits}f}" for value in (spread.median, spread.lower_quartile, spread.upper_quartile)
+    )
+    return f"{median}\n[dim]{lower}-{upper}[/]"
+
+
+def comparison_table(comparison: Comparison, title: str) -> Table:
+    """A row a decoder: speed with its quartiles, and how speculation went."""
+    table = _table(
+        title,
+        "decoder",
+        "tokens/s\n[dim]quartiles[/]",
+        f"x {comparison.reference}\n[dim]quartiles[/]",
+        "tokens\na round",
+        "acceptance\nmeasured",
+        "\nexpected",
+        "large calls\na token",
+    )
+    for row in comparison.measurements:
+        measured = expected = _NOTHING
+        if row.acceptance_rate is not None:
+            error = (row.acceptance_rate * (1 - row.acceptance_rate) / row.tested_tokens) ** 0.5
+            measured, expected = (
+                f"{row.acceptance_rate:.3f}\n[dim]±{error:.3f}[/]",
+                f"{row.expected_acceptance:.3f}",
+            )
+        table.add_row(
+            row.name,
+            _with_quartiles(row.tokens_per_second, 1),
+            _with_quartiles(row.ratio, 2),
+            f"{row.tokens_per_round:.2f}",
+            measured,
+            expected,
+            f"{row.large_calls_per_token:.2f}",
+        )
+    return table
+
+
+def phases_table(comparison: Comparison) -> Table:
+    """A row a decoder: where the time of a round goes."""
+    phases = list(comparison.measurements[0].milliseconds_per_round)
+    table = _table("", "milliseconds a round", *phases, "in all")
+    table.title = None
+    for row in comparison.measurements:
+        values = list(row.milliseconds_per_round.values())
+        table.add_row(row.name, *(f"{value:.2f}" for value in (*values, sum(values))))
+    return table
+
+
+def verdict(comparisons: dict[str, Comparison], fast: str, slow: str, alone: str) -> str:
+    """One line: how the decoder `fast` did against `slow` and `alone`, by label of the comparison."""
+    parts = []
+    for label, comparison in comparisons.items():
+        over_slow, over_alone = (comparison.ratio(fast, other).median for other in (slow, alone))
+        parts.append(f"{over_slow:.2f}x {slow} and {over_alone:.2f}x {alone} at {label}")
+    return f"{fast}: {', '.join(parts)} (median ratios of tokens/s)."
+
+
+def stats_table(stats: EFTStats, seed: int, seconds: float) -> Table:
+    """Two columns: one call of `generate` in numbers."""
+    table = Table.grid(padding=(0, 2))
+    rounds = max(stats.rounds, 1)
+    split = ", ".join(
+        f"{phase} {1000 * spent / rounds:.2f}" for phase, spent in stats.seconds.items() if phase != "prefill"
+    )
+    acceptance = "nothing was drafted"
+    if stats.drafted_tokens:
+        acceptance = (
+            f"{stats.acceptance_rate:.3f} measured, {stats.expected_acceptance:.3f} expected of the token rule; "
+            f"{stats.accepted_tokens} of {stats.drafted_tokens} drafted tokens accepted"
+        )
+    rows = {
+        "seed": str(seed),
+        "tokens": f"{stats.emitted_tokens} in {seconds:.2f} s, {stats.emitted_tokens / seconds:.1f} a second",
+        "rounds": f"{stats.rounds}, {stats.tokens_per_round:.2f} tokens a round",
+        "large calls": f"{stats.large_calls_per_token:.2f} a token",
+        "acceptance": acceptance,
+        "milliseconds": f"{split} a round; prefill {1000 * stats.seconds.get('prefill', 0.0):.1f}",
+    }
+    for name, value in rows.items():
+        table.add_row(f"[bold]{name}[/]", value)
+    return table
+
+
+def size_text(count: int) -> str:
+    """Bytes in the unit that suits them."""
+    size, unit = float(count), "bytes"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.0f} {unit}" if unit == "bytes" or size >= 100 else f"{size:.1f} {unit}"
+
+
+def count_text(count: int) -> str:
+    """A number of parameters as one says it."""
+    for unit, name in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if count >= unit:
+            return f"{count / unit:.1f}{name}"
+    return str(count)
+
+
+def models_table(models: Sequence[ModelDescription]) -> Table:
+    """A row a model: what it is."""
+    table = _table("", "model", "class", "parameters", "weights", "context", "vocabulary", "chat template")
+    table.title = None
+    for model in models:
+        table.add_row(
+            model.role,
+            model.architecture,
+            count_text(model.parameters),
+            f"{size_text(model.bytes)}\n[dim]{model.dtype}[/]",
+            "no limit" if model.context is None else f"{model.context:,}",
+            f"{model.vocabulary:,}",
+            "yes" if model.chat_template else "no",
+        )
+    return table
+
+
+def memory_table(models: Sequence[ModelDescription], context: int, batch: int) -> Table:
+    """A row a model, and their sum: what it needs for `batch` sequences of `context` tokens."""
+    table = _table("", f"memory for {batch} x {context:,} tokens", "weights", "cache", "in all")
+    table.title = None
+    weights = [model.bytes for model in models]
+    caches = [model.cache_bytes_per_token * context * batch for model in models]
+    for model, weight, cache in zip(models, weights, caches, strict=True):
+        table.add_row(model.role, size_text(weight), size_text(cache), size_text(weight + cache))
+    table.add_section()
+    table.add_row(
+        "in all", size_text(sum(weights)), size_text(sum(caches)), size_text(sum(weights) + sum(caches))
+    )
+    return table

@@ -1,0 +1,39 @@
+"""Options and reports of the whole suite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+_CHI_SQUARE = "chi_square"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Small tensors on parallel test workers: more threads would only contend."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def record_chi_square(record_property: Callable[[str, object], None]) -> Callable[[float, float], None]:
+    """Keeps a passed comparison's statistic and its degrees of freedom for the summary."""
+    return lambda statistic, degrees: record_property(_CHI_SQUARE, (statistic, degrees))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    comparisons = [
+        (*value, report.nodeid)
+        for report in terminalreporter.getreports("passed")
+        for name, value in report.user_properties
+        if name == _CHI_SQUARE
+    ]
+    if comparisons:
+        cases = len({nodeid for *_, nodeid in comparisons})
+        statistic, degrees, nodeid = max(comparisons, key=lambda row: (row[0] - row[1]) / (2 * row[1]) ** 0.5)
+        terminalreporter.write_line(
+            f"exactness: {len(comparisons)} joint laws in {cases} cases; largest statistic {statistic:.0f} on "
+            f"{degrees} degrees of freedom, {(statistic - degrees) / (2 * degrees) ** 0.5:.1f} deviations "
+            f"where 10 are allowed ({nodeid.rsplit('::', 1)[-1]})"
+        )

@@ -1,0 +1,76 @@
+"""The decoders' joint law over several rounds equals exact enumeration."""
+
+from __future__ import annotations
+
+import pytest
+from speculative_eft.decoding import EFTConfig, NaiveEFTDecoder
+
+from ..table_models import random_tables
+from .sampling import Record, assert_exact, compare_with_law
+
+RULES = ("block", "token", "shared_seed")
+COPIES = 6_000
+
+# Name of a law, its config, its generation options, and its number of tuned models.
+LAWS: list[tuple[str, dict[str, object], dict[str, float], int]] = [
+    ("cool", {}, {"temperature": 0.6}, 1),
+    ("hot", {}, {"temperature": 1.7}, 1),
+    ("top_k", {}, {"top_k": 2}, 1),
+    ("top_p", {}, {"top_p": 0.8}, 1),
+    ("min_p", {}, {"min_p": 0.15}, 1),
+    ("all_filters", {}, {"temperature": 1.3, "top_k": 3, "top_p": 0.9, "min_p": 0.1}, 1),
+    ("alpha_half", {"alpha": 0.5}, {}, 1),
+    ("alpha_double", {"alpha": 2.0, "draft": "tuned"}, {}, 1),
+    ("alpha_zero", {"alpha": 0.0}, {"temperature": 0.8}, 1),
+    ("beta_zero", {"beta": 0.0}, {}, 1),
+    ("beta_half", {"beta": 0.5}, {"top_p": 0.9}, 1),
+    ("beta_large", {"alpha": 1.3, "beta": 1.6}, {}, 1),
+    ("beta_negative", {"beta": -0.4}, {}, 1),
+    ("experts_sum_to_one", {"alpha": (0.3, 0.7)}, {}, 2),
+    ("experts_as_pair", {"alpha": (0.8, 0.6), "beta": 0.9}, {"temperature": 0.9}, 2),
+    ("expert_negative", {"alpha": (1.5, -0.5)}, {"top_k": 3}, 2),
+    ("conservative", {"conservative_top_p": 0.7}, {}, 1),
+    ("conservative_mixed", {"conservative_top_p": 0.8, "alpha": 0.7, "beta": 1.4}, {"temperature": 1.2}, 1),
+    ("draft_hot", {"draft_temperature": 1.5}, {"temperature": 0.7}, 1),
+    ("draft_as_pair", {"draft": "pair"}, {"min_p": 0.05}, 1),
+    ("adaptive", {"draft_tokens": "auto", "cost_ratio": 0.1}, {}, 1),
+    ("adaptive_costly", {"draft_tokens": "auto", "cost_ratio": 0.5, "alpha": 0.6}, {"top_p": 0.9}, 1),
+]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("drafted", [1, 2, 3, 5, 8])
+def test_every_rule_and_draft_length(rule: str, drafted: int, record_chi_square: Record) -> None:
+    config = EFTConfig(acceptance=rule, draft_tokens=drafted)
+    # Longer than a draft, so that the last four tokens lie across rounds that start anywhere.
+    results = compare_with_law(random_tables(drafted, 4), config, {}, 2 * drafted + 4, COPIES)
+    assert_exact(results, record_chi_square)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("name", "fields", "options", "experts"), LAWS, ids=[law[0] for law in LAWS])
+def test_every_law(
+    rule: str,
+    name: str,
+    fields: dict[str, object],
+    options: dict[str, float],
+    experts: int,
+    record_chi_square: Record,
+) -> None:
+    config = EFTConfig(**{"acceptance": rule, "draft_tokens": 3, **fields})
+    results = compare_with_law(random_tables(11, 4, experts), config, options, 8, COPIES)
+    assert_exact(results, record_chi_square)
+
+
+@pytest.mark.parametrize(("name", "fields", "options", "experts"), LAWS, ids=[law[0] for law in LAWS])
+def test_naive_decoder(
+    name: str,
+    fields: dict[str, object],
+    options: dict[str, float],
+    experts: int,
+    record_chi_square: Record,
+) -> None:
+    results = compare_with_law(
+        random_tables(12, 4, experts), EFTConfig(**fields), options, 6, COPIES, decoder=NaiveEFTDecoder
+    )
+    assert_exact(results, record_chi_square)

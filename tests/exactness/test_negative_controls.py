@@ -1,0 +1,123 @@
+"""Known-wrong samplers must fail the comparison that the right ones pass."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from speculative_eft.decoding import EFTConfig
+from speculative_eft.kernels import AcceptanceRule, NoiseKey, Stream
+from speculative_eft.kernels import noise as noise_module
+from torch import Tensor
+
+from ..table_models import Tables, random_tables
+from .sampling import compare_with_law
+
+# The packages export functions of the same names, which hide the modules.
+verify_module = importlib.import_module("speculative_eft.kernels.verify")
+round_module = importlib.import_module("speculative_eft.decoding.round")
+
+
+def sharp_tables() -> Tables:
+    """A trio whose draft and target differ where wrong samplers err: on what follows a rejection.
+
+    After a rejection of the draft's favourite two tokens share the residual, in another proportion than
+    in the draft. Each context permutes the vocabulary.
+    """
+    draft, target = np.array([0.5, 0.3, 0.15, 0.05]), np.array([0.1, 0.45, 0.4, 0.05])
+    generator = np.random.default_rng(0)
+    base = generator.normal(size=(4, 4, 4))
+    tuned, large = np.empty_like(base), np.empty_like(base)
+    for context in np.ndindex(4, 4):
+        order = generator.permutation(4)
+        tuned[context] = np.log(draft)[order]
+        large[context] = base[context] + np.log(target / draft)[order]
+    large, tuned, base = (table.astype(np.float32).astype(np.float64) for table in (large, tuned, base))
+    return Tables(large, [tuned], base)
+
+
+def passes(config: EFTConfig, tables: Tables) -> bool:
+    return all(result.accepts for result in compare_with_law(tables, config, {}, 10, 12_000))
+
+
+@pytest.mark.parametrize("rule", ["block", "token"])
+@pytest.mark.parametrize("tables", [sharp_tables(), random_tables(5, 4)], ids=["sharp", "random"])
+def test_the_right_sampler_passes(rule: AcceptanceRule, tables: Tables) -> None:
+    assert passes(EFTConfig(acceptance=rule, draft_tokens=3), tables)
+
+
+def test_accepting_by_the_large_models_ratio_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = round_module.verify
+
+    def wrong(large: Tensor, tuned: Any, base: Tensor, draft_tokens: Tensor, *rest: Any) -> Any:
+        drafted = draft_tokens.shape[1]
+
+        def log_ratio(*_: Any) -> Tensor:
+            ratio = (large.log_softmax(-1) - base.log_softmax(-1))[:, :drafted]
+            return ratio.gather(-1, draft_tokens[..., None])[..., 0]
+
+        monkeypatch.setattr(verify_module, "_log_ratio", log_ratio)
+        return real(large, tuned, base, draft_tokens, *rest)
+
+    monkeypatch.setattr(round_module, "verify", wrong)
+    assert not passes(EFTConfig(acceptance="token", draft_tokens=3), sharp_tables())
+
+
+@pytest.mark.parametrize("rule", ["block", "token"])
+def test_draft_law_at_the_wrong_temperature(rule: AcceptanceRule, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = round_module.draft_step
+
+    def wrong(tuned: Any, base: Any, coefficients: Any, sampling: Any, *rest: Any) -> Tensor:
+        cooler = dataclasses.replace(sampling, temperature=sampling.temperature * 0.8)
+        return real(tuned, base, coefficients, cooler, *rest)
+
+    monkeypatch.setattr(round_module, "draft_step", wrong)
+    assert not passes(EFTConfig(acceptance=rule, draft_tokens=3), sharp_tables())
+
+
+@pytest.mark.parametrize("rule", ["block", "token"])
+def test_residual_noise_shared_with_draft_noise(
+    rule: AcceptanceRule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(seeds: Tensor, counters: Tensor, rows: Tensor, stream: Stream, vocab_size: int) -> Tensor:
+        stream = Stream.DRAFT if stream is Stream.RESIDUAL else stream
+        return noise_module.exponential_noise(seeds, counters, rows, stream, vocab_size)
+
+    monkeypatch.setattr(verify_module, "exponential_noise", wrong)
+    assert not passes(EFTConfig(acceptance=rule, draft_tokens=3), sharp_tables())
+
+
+def test_block_rule_keyed_by_position(monkeypatch: pytest.MonkeyPatch) -> None:
+    def keyed_by_position(seeds: Tensor, rounds: Tensor, positions: Tensor) -> NoiseKey:
+        return NoiseKey(seeds=seeds, rounds=positions, positions=positions)
+
+    def at_position(name: str) -> Any:
+        real = getattr(noise_module, name)
+        return lambda seeds, counters, rows, *rest: real(
+            seeds, counters + rows, torch.zeros_like(rows), *rest
+        )
+
+    monkeypatch.setattr(round_module, "NoiseKey", keyed_by_position)
+    for name in ("uniform_noise", "exponential_noise", "gumbel_noise"):
+        monkeypatch.setattr(verify_module, name, at_position(name))
+    assert not passes(EFTConfig(acceptance="block", draft_tokens=3), random_tables(5, 4))
+
+
+@pytest.mark.parametrize("rule", ["block", "token"])
+def test_redrawing_a_low_confidence_token(rule: AcceptanceRule, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = round_module.draft_step
+
+    def wrong(
+        tuned: Any, base: Any, coefficients: Any, sampling: Any, noise: Tensor, vocab_size: int
+    ) -> Tensor:
+        first = real(tuned, base, coefficients, sampling, noise, vocab_size)
+        second = real(tuned, base, coefficients, sampling, noise.roll(1, 0), vocab_size)
+        confidence = tuned[0].softmax(-1).gather(-1, first[:, None])[:, 0]
+        return torch.where(confidence < 0.2, second, first)
+
+    monkeypatch.setattr(round_module, "draft_step", wrong)
+    assert not passes(EFTConfig(acceptance=rule, draft_tokens=3), sharp_tables())

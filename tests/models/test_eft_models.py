@@ -1,0 +1,192 @@
+"""What `EFTModels` accepts, refuses and reports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from speculative_eft.models import EFTModels, IncompatibleModelsError, ModelRunner, inspect_trio
+from speculative_eft.models.describe import cache_bytes_per_token, describe_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    BertConfig,
+    BertModel,
+    JambaConfig,
+    JambaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from tests.models.families import CONTEXT, FAMILIES, tiny_model
+
+SMALL = {"vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 2}
+
+
+def save(folder: Path, model: PreTrainedModel, tokens: dict[str, int] | None = None) -> Path:
+    """Write a model with a tokenizer, by default one of the ids' own names."""
+    tokens = tokens or {f"t{i}": i for i in range(101)}
+    model.save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(tokens, unk_token="t0"))).save_pretrained(
+        folder
+    )
+    return folder
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path, Path]:
+    return (
+        save(tmp_path / "large", tiny_model("llama", 1, vocab_size=128)),
+        save(tmp_path / "tuned", tiny_model("qwen2", 2)),
+        save(tmp_path / "base", tiny_model("qwen2", 3)),
+    )
+
+
+def test_models_in_memory() -> None:
+    large, tuned, base = tiny_model("llama", vocab_size=128), tiny_model("qwen2"), tiny_model("qwen2")
+    models = EFTModels(large, tuned, base)
+    assert models.large_base is large and models.small_tuned == [tuned] and models.small_base is base
+    assert models.vocab_size == 101
+    assert models.tokenizer is None
+    runners = models.runners()
+    assert runners is models.runners()
+    assert [runner.vocab_size for runner in (runners.large, *runners.tuned, runners.base)] == [128, 101, 101]
+    assert EFTModels(large, [tuned, base], base).small_tuned == [tuned, base]
+
+
+def test_models_from_folders(folders: tuple[Path, Path, Path]) -> None:
+    models = EFTModels.from_pretrained(*folders)
+    assert models.vocab_size == 101
+    assert models.tokenizer is not None and models.tokenizer.convert_ids_to_tokens(7) == "t7"
+    large, tuned, base = models.describe()
+    assert (large.role, large.architecture, large.vocabulary) == ("large_base", "LlamaForCausalLM", 128)
+    assert tuned.role == "small_tuned" and base.name == str(folders[2])
+    assert base.parameters == sum(p.numel() for p in models.small_base.parameters())
+    assert base.bytes == 4 * base.parameters and base.dtype == "float32" and base.device == "cpu"
+    assert base.context == CONTEXT and not base.chat_template
+    half = EFTModels.from_pretrained(*map(str, folders), dtype=torch.bfloat16, device_map="cpu")
+    assert {row.dtype for row in half.describe()} == {"bfloat16"}
+
+
+def test_chat_templates_are_found(folders: tuple[Path, Path, Path]) -> None:
+    (folders[1] / "chat_template.jinja").write_text("{{ messages }}")
+    assert [row.chat_template for row in EFTModels.from_pretrained(*folders).describe()] == [
+        False,
+        True,
+        False,
+    ]
+    assert (
+        "chat template: large_base False, small_tuned True, small_base False"
+        in inspect_trio(*folders).differences
+    )
+
+
+def test_a_trio_is_inspected_without_its_weights(folders: tuple[Path, Path, Path]) -> None:
+    for folder in folders:
+        (folder / "model.safetensors").write_bytes(b"")
+    report = inspect_trio(*folders)
+    assert report.compatible and not report.problems
+    assert report.models[2].parameters == sum(p.numel() for p in tiny_model("qwen2").parameters())
+    assert report.weight_bytes == sum(row.bytes for row in report.models)
+    assert (
+        report.cache_bytes_per_token == 3 * 2 * 2 * 2 * 8 * 4
+    )  # models, keys and values, layers, heads, dim, bytes
+    assert any(line.startswith("vocabulary: large_base 128") for line in report.differences)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_descriptions_agree_with_the_cache(family: str) -> None:
+    model = tiny_model(family)
+    runner = ModelRunner(model)
+    runner.reserve(1, 3)
+    runner.forward(torch.tensor([[1, 2]]), 2)
+    written = sum(tensor[0, :, 0].numel() * tensor.element_size() for tensor in runner.cache.storage())
+    assert cache_bytes_per_token(model.config, model.dtype) == written
+    assert describe_model("small_base", model, False).context == runner.max_context
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (lambda: MambaForCausalLM(MambaConfig(**SMALL)), "mamba model, whose recurrent state"),
+        (
+            lambda: RwkvForCausalLM(RwkvConfig(**SMALL, context_length=16)),
+            "rwkv model, whose recurrent state",
+        ),
+        (
+            lambda: RecurrentGemmaForCausalLM(
+                RecurrentGemmaConfig(**SMALL, num_attention_heads=4, head_dim=8)
+            ),
+            "recurrent_gemma model, whose recurrent state",
+        ),
+        (
+            lambda: JambaForCausalLM(JambaConfig(**SMALL, use_mamba_kernels=False, intermediate_size=32)),
+            "jamba model, whose recurrent state",
+        ),
+        (
+            lambda: Qwen3NextForCausalLM(
+                Qwen3NextConfig(**SMALL, num_experts=2, num_attention_heads=4, head_dim=8)
+            ),
+            "qwen3_next model, whose recurrent state",
+        ),
+        (
+            lambda: T5ForConditionalGeneration(
+                T5Config(vocab_size=101, d_model=16, d_kv=4, d_ff=16, num_layers=1)
+            ),
+            "encoder-decoder model",
+        ),
+        (
+            lambda: BertModel(BertConfig(**SMALL, num_attention_heads=4, intermediate_size=32)),
+            "no causal language model head",
+        ),
+        (lambda: torch.nn.Linear(2, 2), "must be a transformers causal language model, not Linear"),
+    ],
+)
+def test_models_that_cannot_be_run_are_refused(build: Callable[[], PreTrainedModel], reason: str) -> None:
+    with torch.device("meta"):
+        model = build()
+    good = tiny_model("llama")
+    with pytest.raises(IncompatibleModelsError, match=f"^small_tuned.*{reason}"):
+        EFTModels(good, model, good)
+
+
+def test_models_that_do_not_belong_together_are_refused() -> None:
+    good = tiny_model("llama")
+    with pytest.raises(ValueError, match=r"sizes differ by more than padding .*small_base 2000"):
+        EFTModels(good, good, tiny_model("llama", vocab_size=2000))
+    with pytest.raises(ValueError, match="large_base on cpu and small_base on meta"):
+        EFTModels(good, good, tiny_model("llama").to("meta"))
+    with pytest.raises(ValueError, match="large_base has no weights"):
+        EFTModels(*[tiny_model("llama").to("meta")] * 3)
+    with pytest.raises(ValueError, match="small_tuned must hold at least one model"):
+        EFTModels(good, [], good)
+
+
+def test_tensor_parallelism_is_not_there_yet(folders: tuple[Path, Path, Path]) -> None:
+    with pytest.raises(ValueError, match="tensor_parallel must be 1, not 2"):
+        EFTModels.from_pretrained(*folders, tensor_parallel=2)
+
+
+def test_broken_weights_are_reported_in_a_sentence(folders: tuple[Path, Path, Path]) -> None:
+    (folders[2] / "config.json").write_text('{"model_type": "nonsense"}')
+    with pytest.raises(IncompatibleModelsError, match=r"^small_base: .* cannot be loaded"):
+        EFTModels.from_pretrained(*folders)
+    assert not inspect_trio(*folders).compatible
+
+
+def test_descriptions_are_plain_rows() -> None:
+    row = describe_model("large_base", tiny_model("gpt2"), False)
+    assert replace(row, role="small_base") != row

@@ -1,0 +1,245 @@
+"""The runner against the plain model: ragged batches, blocks and roll-backs change no logit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from speculative_eft.models import ModelRunner
+from torch import Tensor
+from transformers import BloomConfig, BloomForCausalLM, GraniteConfig, GraniteForCausalLM, PreTrainedModel
+
+from tests.models.families import FAMILIES, tiny_model
+from tests.sync_guard import HostSyncError, no_host_sync
+
+VOCABULARY = 101
+LENGTH = 30
+
+# Logits here are a few units large and sums of a few dozen products a layer: a float32 error of some units
+# in the last place of each partial sum stays below 2e-6, a wrong mask or position shows at 1e-2 and more.
+TOLERANCE = 1e-5
+
+
+def random_tokens(rows: int, length: int, seed: int = 0) -> Tensor:
+    return torch.randint(2, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def plain_logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """Logits [rows, length, vocab] of each row alone, in one full pass."""
+    with torch.inference_mode():
+        return torch.cat([model(row[None], use_cache=False).logits for row in tokens])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ragged_blocks_with_roll_backs_give_the_logits_of_a_full_pass(family: str) -> None:
+    model = tiny_model(family)
+    tokens = random_tokens(4, LENGTH)
+    expected = plain_logits(model, tokens)
+    runner = ModelRunner(model)
+    runner.reserve(4, LENGTH)
+    prompts = torch.tensor([9, 0, 13, 2])
+    runner.prefill(tokens[:, :13], prompts, chunk=5)
+    choose = torch.Generator().manual_seed(1)
+    lengths = prompts.tolist()
+    compared = 0
+    while min(lengths) < LENGTH:
+        block = int(torch.randint(1, 7, (), generator=choose))
+        fed = random_tokens(4, block, seed=compared + 1)
+        kept = []
+        for row, length in enumerate(lengths):
+            right = min(int(torch.randint(0, block + 1, (), generator=choose)), LENGTH - length)
+            fed[row, :right] = tokens[row, length : length + right]
+            kept.append(right)
+        logits = runner.forward(fed, max(lengths) + block)
+        for row, (length, right) in enumerate(zip(lengths, kept, strict=True)):
+            torch.testing.assert_close(
+                logits[row, :right], expected[row, length : length + right], rtol=0, atol=TOLERANCE
+            )
+            compared += right
+        runner.lengths.add_(torch.tensor(kept))
+        lengths = [length + right for length, right in zip(lengths, kept, strict=True)]
+    assert compared == 4 * LENGTH - int(prompts.sum())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_passes_read_nothing_from_the_device(family: str) -> None:
+    runner = ModelRunner(tiny_model(family))
+    tokens = random_tokens(3, 12)
+    with no_host_sync():
+        runner.reserve(3, LENGTH)
+        runner.prefill(tokens, torch.tensor([12, 4, 7]), chunk=5)
+        runner.forward(tokens[:, :1], 13)
+        runner.lengths.add_(1)
+        runner.forward(tokens[:, :6], 19)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_slots_and_padding_reach_nobody(family: str) -> None:
+    model = tiny_model(family)
+    tokens = random_tokens(2, 63)
+    runner = ModelRunner(model)
+    room = min(63, runner.max_context or 63)
+    runner.reserve(2, 63)
+    padded = tokens.index_fill(1, torch.arange(60, 63), 10**6)
+    runner.prefill(padded, torch.tensor([room - 4, 5]), chunk=32)
+    before = runner.forward(tokens[:, 5:9], 63)
+    runner.lengths.copy_(torch.tensor([63, 9]))
+    beyond = runner.forward(tokens[:, 9:15], 69)
+    assert beyond.isfinite().all()
+    runner.lengths.copy_(torch.tensor([room - 4, 5]))
+    torch.testing.assert_close(runner.forward(tokens[:, 5:9], 63), before, rtol=0, atol=TOLERANCE)
+    expected = plain_logits(model, tokens[1:, :15])[0, 9:15]
+    torch.testing.assert_close(beyond[1], expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", ["llama", "falcon-alibi", "gemma2", "gpt2"])
+def test_the_cache_stays_where_it_is(family: str) -> None:
+    runner = ModelRunner(tiny_model(family))
+    runner.reserve(3, LENGTH)
+    tokens = random_tokens(3, 8)
+    runner.prefill(tokens, torch.tensor([8, 3, 5]))
+    storage, lengths = runner.cache.storage(), runner.lengths
+    addresses = [tensor.data_ptr() for tensor in storage]
+    assert len(storage) == 4
+    for block in (1, 4, 2):
+        runner.forward(tokens[:, :block], 8 + block)
+        runner.lengths.add_(block).sub_(1)
+    assert runner.lengths is lengths
+    runner.reserve(2, 20)
+    runner.prefill(tokens[:2], torch.tensor([8, 3]))
+    runner.forward(tokens[:2, :1], 9)
+    assert [tensor.data_ptr() for tensor in runner.cache.storage()] == addresses
+    assert runner.lengths.data_ptr() == lengths.data_ptr()
+    assert runner.lengths.tolist() == [8, 3]
+
+
+def test_an_earlier_batch_leaves_nothing_behind() -> None:
+    runner = ModelRunner(tiny_model("llama"))
+    tokens = random_tokens(2, 12)
+    runner.reserve(2, 12)
+    runner.prefill(tokens, torch.tensor([12, 12]))
+    for tensor in runner.cache.storage():
+        tensor.fill_(float("inf"))
+    runner.reserve(2, 12)
+    assert runner.forward(tokens[:, :3], 3).isfinite().all()
+
+
+def test_prompts_may_be_empty() -> None:
+    model = tiny_model("llama")
+    tokens = random_tokens(2, 6)
+    runner = ModelRunner(model)
+    runner.reserve(2, 6)
+    runner.prefill(tokens[:, :0], torch.tensor([0, 0]))
+    torch.testing.assert_close(runner.forward(tokens, 6), plain_logits(model, tokens), rtol=0, atol=TOLERANCE)
+
+
+def test_prefill_leaves_the_output_head_alone() -> None:
+    model = tiny_model("gpt2")
+    calls = []
+    model.get_output_embeddings().register_forward_hook(lambda *_: calls.append(1))
+    runner = ModelRunner(model)
+    runner.reserve(1, 8)
+    runner.prefill(random_tokens(1, 8), torch.tensor([8]), chunk=3)
+    assert not calls
+    runner.forward(random_tokens(1, 1), 9)
+    assert calls == [1]
+
+
+@pytest.mark.parametrize("family", ["gemma2", "falcon-alibi", "phi3-longrope", "mixtral"])
+def test_the_model_is_left_as_it_was(family: str) -> None:
+    model = tiny_model(family)
+    tokens = random_tokens(1, 10)
+    settings, logits = model.config.to_dict(), plain_logits(model, tokens)
+    implementation = model.config._attn_implementation
+    runner = ModelRunner(model)
+    runner.reserve(1, 10)
+    runner.forward(tokens, 10)
+    assert model.config.to_dict() == settings
+    assert model.config._attn_implementation == implementation
+    assert torch.equal(plain_logits(model, tokens), logits)
+
+
+def test_modules_with_hooks_are_run_as_modules() -> None:
+    model = tiny_model("llama")
+    tokens = random_tokens(1, 6)
+    plain = plain_logits(model, tokens)
+    model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: output * 0.5)
+    runner = ModelRunner(model)
+    runner.reserve(1, 6)
+    logits = runner.forward(tokens, 6)
+    torch.testing.assert_close(logits, plain_logits(model, tokens), rtol=0, atol=TOLERANCE)
+    assert not torch.allclose(logits, plain, atol=1e-3)
+
+
+def test_weights_changed_in_place_are_seen() -> None:
+    model = tiny_model("qwen3")
+    tokens = random_tokens(1, 6)
+    runner = ModelRunner(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+    runner.reserve(1, 6)
+    torch.testing.assert_close(runner.forward(tokens, 6), plain_logits(model, tokens), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "falcon-alibi", "gpt-neox"])
+def test_half_precision_is_as_close_as_the_model_itself(family: str) -> None:
+    tokens = random_tokens(2, 12)
+    exact = plain_logits(tiny_model(family), tokens)
+    model = tiny_model(family).to(torch.bfloat16)
+    runner = ModelRunner(model)
+    runner.reserve(2, 12)
+    runner.prefill(tokens[:, :5], torch.tensor([5, 5]))
+    logits = runner.forward(tokens[:, 5:], 12)
+    assert logits.dtype == torch.bfloat16
+    error = (logits.float() - exact[:, 5:]).abs().mean()
+    plain_error = (plain_logits(model, tokens)[:, 5:].float() - exact[:, 5:]).abs().mean()
+    assert error < 1.5 * plain_error
+
+
+def test_an_untested_architecture_that_agrees_with_itself_is_accepted() -> None:
+    config = GraniteConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        logits_scaling=3.0,
+        attention_multiplier=0.2,
+        residual_multiplier=0.7,
+        embedding_multiplier=2.0,
+    )
+    torch.manual_seed(0)
+    model = GraniteForCausalLM(config)
+    tokens = random_tokens(1, 9)
+    runner = ModelRunner(model)
+    runner.reserve(1, 9)
+    torch.testing.assert_close(runner.forward(tokens, 9), plain_logits(model, tokens), rtol=0, atol=TOLERANCE)
+
+
+def test_an_architecture_that_does_not_is_refused() -> None:
+    model = BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4))
+    with pytest.raises(ValueError, match="BloomForCausalLM cannot be run with one length for each sequence"):
+        ModelRunner(model)
+
+
+def test_unknown_attention_is_refused() -> None:
+    with pytest.raises(ValueError, match="attention must be 'sdpa', not 'flash'"):
+        ModelRunner(tiny_model("llama"), attention="flash")
+
+
+def test_the_guard_sees_waiting() -> None:
+    tensor = torch.arange(3)
+    with no_host_sync():
+        tensor.add_(1)
+        for wait in (
+            lambda: tensor[0].item(),
+            lambda: tensor.nonzero(),
+            lambda: tensor[tensor > 1],
+            lambda: tensor.tolist(),
+            lambda: int(tensor[0]),
+            lambda: bool(tensor[0] > 0),
+            lambda: tensor.unique(),
+        ):
+            with pytest.raises(HostSyncError):
+                wait()

@@ -1,0 +1,62 @@
+"""Models whose laws are tables, for comparison with exact enumeration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class TableRunner:
+    """A `Runner` whose next-token logits depend on the last two tokens, read through a real cache.
+
+    Attributes:
+        table: float32 [vocab, vocab, vocab]: logits by token before the last, last token, next token.
+    """
+
+    def __init__(self, table: np.ndarray) -> None:
+        self.table = torch.from_numpy(table).to(torch.float32)
+        self.vocab_size = table.shape[-1]
+        self.max_context: int | None = None
+        self.device = torch.device("cpu")
+        self.lengths = torch.zeros(0, dtype=torch.int64)
+        self.tokens = torch.zeros(0, 0, dtype=torch.int64)
+
+    def reserve(self, batch: int, length: int) -> None:
+        self.lengths = torch.zeros(batch, dtype=torch.int64)
+        # Column 0 stands before the sequence: a first token has token 0 before it.
+        self.tokens = torch.zeros(batch, length + 1, dtype=torch.int64)
+
+    def forward(self, tokens: Tensor, span: int) -> Tensor:
+        assert span < self.tokens.shape[1] + 1
+        columns = self.lengths[:, None] + torch.arange(tokens.shape[1]) + 1
+        self.tokens.scatter_(1, columns, tokens)
+        before = self.tokens.gather(1, columns - 1)
+        return self.table[before, tokens]
+
+    def prefill(self, tokens: Tensor, prompt_lengths: Tensor, chunk: int = 512) -> None:
+        self.tokens[:, 1 : 1 + tokens.shape[1]] = tokens
+        self.lengths.copy_(prompt_lengths)
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Logit tables of a trio: float64 [vocab, vocab, vocab] each."""
+
+    large: np.ndarray
+    tuned: list[np.ndarray]
+    base: np.ndarray
+
+
+def random_tables(seed: int, vocab_size: int, experts: int = 1, spread: float = 1.2) -> Tables:
+    """A trio whose members resemble each other as a base and its tuned version do."""
+    generator = np.random.default_rng(seed)
+    shape = (vocab_size,) * 3
+    base = spread * generator.normal(size=shape)
+    large = base + 0.7 * generator.normal(size=shape)
+    tuned = [base + 0.7 * generator.normal(size=shape) for _ in range(experts)]
+    # The runners hold float32: enumerate the very logits they return.
+    large, base, *tuned = (table.astype(np.float32).astype(np.float64) for table in (large, base, *tuned))
+    return Tables(large, tuned, base)
