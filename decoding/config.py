@@ -60,15 +60,15 @@ class EFTConfig:
             raise ValueError(
                 f'draft_tokens must be an integer of at least 1 or "auto", got {self.draft_tokens!r}'
             )
-        for name, value, choices in (
+        for name, choice, choices in (
             ("acceptance", self.acceptance, get_args(AcceptanceRule)),
             ("draft", self.draft, get_args(DraftKind)),
         ):
-            if value not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-        for name, value in (("draft_temperature", self.draft_temperature), ("cost_ratio", self.cost_ratio)):
-            if value is not None and not (_is_number(value) and math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be a finite number above 0 or None, got {value!r}")
+            if choice not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {choice!r}")
+        for name, scale in (("draft_temperature", self.draft_temperature), ("cost_ratio", self.cost_ratio)):
+            if scale is not None and not (_is_number(scale) and math.isfinite(scale) and scale > 0):
+                raise ValueError(f"{name} must be a finite number above 0 or None, got {scale!r}")
         top_p = self.conservative_top_p
         if top_p is not None and not (_is_number(top_p) and 0 < top_p <= 1):
             raise ValueError(f"conservative_top_p must lie in (0, 1] or be None, got {top_p!r}")

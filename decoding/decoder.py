@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from speculative_eft.kernels import Coefficients
 from speculative_eft.models import EFTModels, EFTRunners
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.generation.streamers import BaseStreamer
 
 from .config import EFTConfig
 from .draft_length import DraftLengthPolicy
@@ -19,7 +18,17 @@ from .output import EFTOutput, EFTStats, EFTTrace
 from .request import GenerationOptions, Prompts, read_options, read_prompts, read_seeds
 from .round import PhaseTimer, RoundPlan, RoundState, new_round_state, speculative_round
 
-__all__ = ["EFTDecoder", "NaiveEFTDecoder"]
+__all__ = ["EFTDecoder", "NaiveEFTDecoder", "Streamer"]
+
+
+class Streamer(Protocol):
+    """What receives tokens as they are committed; transformers' streamers fit."""
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt, int64 [1, width], and then each round's tokens, int64 [count]."""
+
+    def end(self) -> None:
+        """The output is complete."""
 
 
 class EFTDecoder:
@@ -106,7 +115,7 @@ class EFTDecoder:
         *,
         seed: int | Sequence[int] | None = None,
         tuned_input_ids: Tensor | None = None,
-        streamer: BaseStreamer | None = None,
+        streamer: Streamer | None = None,
         **generation_kwargs: Any,
     ) -> Tensor | EFTOutput:
         """Continue each prompt with tokens from the target.
@@ -171,8 +180,9 @@ class EFTDecoder:
                 )
 
     def _first_draft_lens(self, batch: int, device: torch.device) -> Tensor:
-        if self.policy is None:
+        if self.config.draft_tokens != "auto":
             return torch.full((batch,), self.config.draft_tokens, dtype=torch.int64, device=device)
+        assert self.policy is not None
         nothing = torch.zeros(batch, device=device)
         return self.policy.draft_lens(nothing, nothing)
 
@@ -219,7 +229,7 @@ class EFTDecoder:
         plan: RoundPlan,
         longest_prompt: int,
         timer: PhaseTimer,
-        streamer: BaseStreamer | None,
+        streamer: Streamer | None,
     ) -> int:
         drafted = int(state.draft_lens.max())
         most_generated = rounds = 0
@@ -273,7 +283,7 @@ class EFTDecoder:
                 base=buffers.base[:, :new],
                 target=buffers.target[:, :new],
             )
-        return EFTOutput(sequences=sequences, stats=stats, trace=trace)
+        return EFTOutput(sequences=cast("torch.LongTensor", sequences), stats=stats, trace=trace)
 
 
 class NaiveEFTDecoder(EFTDecoder):

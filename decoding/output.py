@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 __all__ = ["EFTOutput", "EFTStats", "EFTTrace"]
 
@@ -81,7 +80,7 @@ class EFTTrace:
 
 
 @dataclass
-class EFTOutput(GenerateDecoderOnlyOutput):  # type: ignore[misc]  # transformers' class is untyped
+class EFTOutput(GenerateDecoderOnlyOutput):
     """transformers' output of decoder-only generation, with `stats` and `trace`.
 
     Attributes:
@@ -90,6 +89,5 @@ class EFTOutput(GenerateDecoderOnlyOutput):  # type: ignore[misc]  # transformer
         trace: per-token sources and log-probabilities.
     """
 
-    sequences: torch.LongTensor | None = None
     stats: EFTStats | None = None
     trace: EFTTrace | None = None

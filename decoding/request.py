@@ -136,7 +136,7 @@ def read_options(
     Raises:
         ValueError: naming an option that is unknown, out of range, or not supported.
     """
-    known = set(GenerationConfig().__dict__) | _READ
+    known = set(GenerationConfig().__dict__) | _READ  # type: ignore[no-untyped-call]
     for name in keywords:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)

@@ -301,8 +301,9 @@ def _commit(
     state.positions.add_(counts)
     state.rounds.add_((~state.done).to(torch.int64))
     state.done.copy_(done)
-    # A draft beyond the length limit could not be committed.
-    torch.minimum(state.draft_lens, (state.limits - state.generated - 1).clamp(min=0), out=state.draft_lens)
+    # What is drafted beyond the length limit, or for a sequence that is done, could not be committed.
+    useful = torch.where(done, 0, (state.limits - state.generated - 1).clamp(min=0))
+    state.draft_lens.copy_(torch.minimum(state.draft_lens, useful))
 
 
 def _columns(state: RoundState, tokens: Tensor, counts: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         cases = len({nodeid for *_, nodeid in comparisons})
         statistic, degrees, nodeid = max(comparisons, key=lambda row: (row[0] - row[1]) / (2 * row[1]) ** 0.5)
         terminalreporter.write_line(
-            f"exactness: {len(comparisons)} joint laws in {cases} cases; largest statistic {statistic:.0f} on "
-            f"{degrees} degrees of freedom, {(statistic - degrees) / (2 * degrees) ** 0.5:.1f} deviations "
+            f"exactness: {len(comparisons)} joint laws in {cases} cases; largest statistic {statistic:.0f} "
+            f"on {degrees} degrees of freedom, {(statistic - degrees) / (2 * degrees) ** 0.5:.1f} deviations "
             f"where 10 are allowed ({nodeid.rsplit('::', 1)[-1]})"
         )

@@ -1,0 +1,48 @@
+"""Bad configurations are refused when they are written down."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from speculative_eft.decoding import EFTConfig, EFTDecoder
+
+from ..exactness.sampling import table_runners
+from ..table_models import random_tables
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("alpha", math.nan),
+        ("alpha", (1.0, math.inf)),
+        ("alpha", "1"),
+        ("beta", math.nan),
+        ("beta", None),
+        ("draft_tokens", 0),
+        ("draft_tokens", -3),
+        ("draft_tokens", 2.5),
+        ("draft_tokens", True),
+        ("draft_tokens", "many"),
+        ("acceptance", "greedy"),
+        ("draft", "base"),
+        ("draft_temperature", 0.0),
+        ("draft_temperature", math.inf),
+        ("conservative_top_p", 0.0),
+        ("conservative_top_p", 1.5),
+        ("cost_ratio", -0.1),
+    ],
+)
+def test_the_argument_is_named(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=name):
+        EFTConfig(**{name: value})  # type: ignore[arg-type]
+
+
+def test_alpha_must_fit_the_tuned_models() -> None:
+    with pytest.raises(ValueError, match="alpha has 2 values for 1 tuned"):
+        EFTDecoder(table_runners(random_tables(0, 4)), EFTConfig(alpha=(0.5, 0.5), draft_tokens=2))
+
+
+def test_adaptive_lengths_need_a_cost_ratio() -> None:
+    with pytest.raises(ValueError, match="cost_ratio"):
+        EFTDecoder(table_runners(random_tables(0, 4)))

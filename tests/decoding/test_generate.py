@@ -1,0 +1,317 @@
+"""`generate`: equality with naive decoding, seeds, stopping, statistics, trace, and refusals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from speculative_eft.decoding import EFTConfig, EFTDecoder, EFTOutput, NaiveEFTDecoder
+from speculative_eft.models import EFTModels
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from ..exactness.sampling import table_runners
+from ..models.families import CONTEXT, FAMILIES, tiny_model
+from ..table_models import random_tables
+
+VOCAB = 101
+
+
+def perturbed(model: PreTrainedModel, seed: int, scale: float) -> PreTrainedModel:
+    """The model with noise on its weights: resembles it as a tuned model resembles its base."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def tiny_trio(family: str) -> EFTModels:
+    return EFTModels(
+        large_base=perturbed(tiny_model(family, 0), 1, 0.02),
+        small_tuned=perturbed(tiny_model(family, 0), 2, 0.02),
+        small_base=tiny_model(family, 0),
+    )
+
+
+def ragged_prompts(batch: int = 8, width: int = 11) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    lengths = 1 + torch.arange(batch) * (width - 1) // max(batch - 1, 1)
+    mask = (torch.arange(width) >= width - lengths[:, None]).long()
+    return {
+        "input_ids": torch.randint(2, VOCAB, (batch, width), generator=generator) * mask,
+        "attention_mask": mask,
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_and_shared_seed_equal_naive(family: str) -> None:
+    models, prompts = tiny_trio(family), ragged_prompts()
+    naive = NaiveEFTDecoder(models)
+    seeds = list(range(8))
+    for options in ({}, {"do_sample": True, "top_k": 0}, {"do_sample": True, "top_k": 20, "top_p": 0.9}):
+        wanted = naive.generate(**prompts, seed=seeds, max_new_tokens=20, **options)
+        for drafted in range(1, 9) if not options else (1, 4, 8):
+            config = EFTConfig(acceptance="shared_seed", draft_tokens=drafted)
+            output = EFTDecoder(models, config).generate(**prompts, seed=seeds, max_new_tokens=20, **options)
+            assert torch.equal(output, wanted), f"{drafted} drafted tokens, {options}"
+
+
+@pytest.mark.parametrize("acceptance", ["block", "token"])
+@pytest.mark.parametrize("draft", ["tuned", "pair"])
+def test_greedy_equals_naive_by_every_rule_and_draft(acceptance: Any, draft: Any) -> None:
+    models, prompts = tiny_trio("llama"), ragged_prompts()
+    for alpha, beta in ((1.0, 1.0), (0.6, 1.4)):
+        wanted = NaiveEFTDecoder(models, EFTConfig(alpha, beta)).generate(**prompts, max_new_tokens=24)
+        for drafted in (3, "auto"):
+            config = EFTConfig(alpha, beta, drafted, acceptance, draft)
+            assert torch.equal(EFTDecoder(models, config).generate(**prompts, max_new_tokens=24), wanted)
+
+
+@pytest.mark.parametrize("acceptance", ["block", "token", "shared_seed"])
+@pytest.mark.parametrize("draft_tokens", [3, "auto"])
+def test_a_seed_gives_its_output_in_any_batch(acceptance: Any, draft_tokens: Any) -> None:
+    models, prompts = tiny_trio("llama"), ragged_prompts()
+    decoder = EFTDecoder(models, EFTConfig(acceptance=acceptance, draft_tokens=draft_tokens))
+    options: dict[str, Any] = {"do_sample": True, "eos_token_id": [], "max_new_tokens": 20}
+    together = decoder.generate(**prompts, seed=list(range(8)), **options)
+    width = prompts["input_ids"].shape[1]
+    for index in (0, 3, 7):
+        length = int(prompts["attention_mask"][index].sum())
+        alone = decoder.generate(prompts["input_ids"][index : index + 1, -length:], seed=[index], **options)
+        assert torch.equal(alone[0, length:], together[index, width:])
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(1))
+    shuffled = decoder.generate(
+        **{name: value[order] for name, value in prompts.items()}, seed=order.tolist(), **options
+    )
+    assert torch.equal(shuffled, together[order])
+
+
+def test_one_seed_derives_a_seed_for_each_row() -> None:
+    decoder = EFTDecoder(tiny_trio("llama"))
+    ids = torch.full((6, 3), 5)
+    options = {"do_sample": True, "max_new_tokens": 8}
+    output = decoder.generate(ids, seed=3, **options)
+    assert len(set(map(tuple, output.tolist()))) == 6
+    assert torch.equal(decoder.generate(ids[:4], seed=3, **options), output[:4])
+    torch.manual_seed(11)
+    drawn = decoder.generate(ids, **options)
+    torch.manual_seed(11)
+    assert torch.equal(decoder.generate(ids, **options), drawn)
+
+
+def test_right_padding_and_holes_in_the_mask_change_nothing() -> None:
+    models = tiny_trio("gpt2")
+    decoder = EFTDecoder(models)
+    left = decoder.generate(
+        torch.tensor([[0, 0, 7, 8, 9]]), torch.tensor([[0, 0, 1, 1, 1]]), max_new_tokens=9
+    )
+    right = decoder.generate(
+        torch.tensor([[7, 0, 8, 9, 0]]), torch.tensor([[1, 0, 1, 1, 0]]), max_new_tokens=9
+    )
+    plain = decoder.generate(torch.tensor([[7, 8, 9]]), max_new_tokens=9)
+    assert torch.equal(left[:, 5:], plain[:, 3:])
+    assert torch.equal(right[:, 5:], plain[:, 3:])
+
+
+def test_rows_stop_at_their_own_end_of_sequence() -> None:
+    models, prompts = tiny_trio("llama"), ragged_prompts()
+    options = {"do_sample": True, "top_k": 0, "max_new_tokens": 24}
+    decoder = EFTDecoder(models, EFTConfig(draft_tokens=5))
+    free = decoder.generate(**prompts, seed=1, eos_token_id=[], **options)[:, 11:]
+    ends = free[:4, [2, 7, 12, 20]].diagonal().tolist()
+    output = decoder.generate(
+        **prompts, seed=1, eos_token_id=ends, pad_token_id=100, return_dict_in_generate=True, **options
+    )
+    assert isinstance(output, EFTOutput)
+    emitted = 0
+    for row, unstopped in zip(output.sequences[:, 11:].tolist(), free.tolist(), strict=True):
+        stop = next((index + 1 for index, token in enumerate(unstopped) if token in ends), 24)
+        assert row[:stop] == unstopped[:stop]
+        assert set(row[stop:]) <= {100}
+        emitted += stop
+    assert output.stats is not None
+    assert output.stats.emitted_tokens == emitted
+
+
+def test_tuned_model_with_its_own_prompt() -> None:
+    models = tiny_trio("opt")
+    ids, tuned_ids = torch.tensor([[5, 6, 7]]), torch.tensor([[9, 9, 5, 6, 7, 8]])
+    options = {"tuned_input_ids": tuned_ids, "max_new_tokens": 12}
+    naive = NaiveEFTDecoder(models).generate(ids, **options)
+    assert torch.equal(EFTDecoder(models).generate(ids, **options), naive)
+    assert not torch.equal(NaiveEFTDecoder(models).generate(ids, max_new_tokens=12), naive)
+
+
+def test_target_is_the_three_models_mix() -> None:
+    """Greedy output against plain transformers forwards of the three models."""
+    models = tiny_trio("qwen2")
+    ids = torch.tensor([[5, 6, 7]])
+    output = EFTDecoder(models, EFTConfig(alpha=0.8, beta=1.2)).generate(ids, max_new_tokens=16)
+    with torch.no_grad():
+        for _ in range(16):
+            large, tuned, base = (
+                model(ids).logits[0, -1].log_softmax(-1)
+                for model in (models.large_base, *models.small_tuned, models.small_base)
+            )
+            token = (base + 0.8 * (tuned - base) + 1.2 * (large - base)).argmax()
+            ids = torch.cat([ids, token.view(1, 1)], dim=1)
+    assert torch.equal(output, ids)
+
+
+def test_statistics_and_trace() -> None:
+    models, prompts = tiny_trio("llama"), ragged_prompts()
+    decoder = EFTDecoder(models, EFTConfig(draft_tokens=4))
+    output = decoder.generate(
+        **prompts,
+        seed=0,
+        do_sample=True,
+        top_k=0,
+        eos_token_id=[],
+        max_new_tokens=24,
+        return_dict_in_generate=True,
+    )
+    assert isinstance(output, EFTOutput)
+    stats, trace = output.stats, output.trace
+    assert stats is not None
+    assert trace is not None
+    assert stats.emitted_tokens == 8 * 24
+    assert sum(map(len, trace.source)) == stats.emitted_tokens
+    sources = [source for row in trace.source for source in row]
+    # The last round may accept more than the limit lets it commit.
+    assert sources.count("draft") <= stats.accepted_tokens <= sources.count("draft") + 8 * 4
+    assert sources.count("residual") + sources.count("bonus") <= stats.sequence_rounds
+    assert 0 < stats.acceptance_rate < 1
+    assert stats.tokens_per_round * stats.large_calls_per_token == pytest.approx(1)
+    assert stats.tested_tokens <= stats.drafted_tokens
+    assert set(stats.seconds) == {"prefill", "draft", "large", "base", "verify", "other"}
+    with torch.no_grad():
+        row = output.sequences[-1:]
+        start = prompts["input_ids"].shape[1]
+        laws = [model(row).logits[0, start - 1 : -1] for model in (models.large_base, models.small_base)]
+        tuned = models.small_tuned[0](row).logits[0, start - 1 : -1]
+    chosen = row[0, start:, None]
+    target = laws[0] + tuned - laws[1]
+    for ours, logits in zip(
+        (trace.large, trace.base, trace.tuned[0], trace.target), (*laws, tuned, target), strict=True
+    ):
+        wanted = logits.log_softmax(-1).gather(-1, chosen)[:, 0]
+        torch.testing.assert_close(ours[-1], wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("drafted", [1, 4])
+def test_measured_acceptance_agrees_with_expected(drafted: int) -> None:
+    """By the token rule, each test's outcome has expectation sum min(p, q) given all before it."""
+    decoder = EFTDecoder(
+        table_runners(random_tables(3, 6)), EFTConfig(acceptance="token", draft_tokens=drafted)
+    )
+    output = decoder.generate(
+        torch.ones(2000, 2, dtype=torch.int64),
+        seed=0,
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=30,
+        return_dict_in_generate=True,
+    )
+    assert isinstance(output, EFTOutput)
+    stats = output.stats
+    assert stats is not None
+    assert abs(stats.acceptance_rate - stats.expected_acceptance) < 5 * (0.25 / stats.tested_tokens) ** 0.5
+    assert sum(position > 0 for position in stats.accepted_by_position) == drafted
+
+
+def test_block_rule_emits_no_fewer_tokens_a_round() -> None:
+    rates = {}
+    for rule in ("block", "token"):
+        decoder = EFTDecoder(table_runners(random_tables(3, 6)), EFTConfig(acceptance=rule, draft_tokens=5))
+        output = decoder.generate(
+            torch.ones(2000, 2, dtype=torch.int64),
+            seed=0,
+            do_sample=True,
+            top_k=0,
+            max_new_tokens=40,
+            return_dict_in_generate=True,
+        )
+        assert isinstance(output, EFTOutput)
+        assert output.stats is not None
+        rates[rule] = output.stats.tokens_per_round
+    assert rates["block"] > rates["token"]
+
+
+class Collector:
+    def __init__(self) -> None:
+        self.pieces: list[Tensor] = []
+        self.ended = False
+
+    def put(self, value: Tensor) -> None:
+        self.pieces.append(value)
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def test_streamer_receives_the_prompt_and_each_rounds_tokens() -> None:
+    streamer = Collector()
+    decoder = EFTDecoder(tiny_trio("llama"), EFTConfig(draft_tokens=3))
+    output = decoder.generate(torch.tensor([[5, 6]]), streamer=streamer, max_new_tokens=12)
+    assert torch.equal(torch.cat([piece.flatten() for piece in streamer.pieces]), output[0])
+    assert len(streamer.pieces) > 3
+    assert streamer.ended
+
+
+def test_options_resolve_as_in_transformers() -> None:
+    models = tiny_trio("llama")
+    ids = torch.tensor([[5, 6, 7]])
+    decoder = EFTDecoder(models)
+    assert decoder.generate(ids).shape[1] == 3 + 20
+    assert decoder.generate(ids, max_length=9).shape[1] == 9
+    models.large_base.generation_config.max_new_tokens = 4
+    assert decoder.generate(ids).shape[1] == 7
+    config = GenerationConfig(max_new_tokens=5)
+    assert decoder.generate(ids, generation_config=config).shape[1] == 8
+    assert decoder.generate(ids, generation_config=config, max_new_tokens=6).shape[1] == 9
+
+
+@pytest.mark.parametrize(
+    ("message", "arguments"),
+    [
+        ("input_ids is empty", {"input_ids": torch.zeros(1, 0, dtype=torch.int64)}),
+        ("input_ids must be an integer tensor", {"input_ids": torch.zeros(3, dtype=torch.int64)}),
+        ("input_ids must be an integer tensor", {"input_ids": torch.zeros(1, 3)}),
+        ("without tokens", {"attention_mask": torch.zeros(1, 3)}),
+        ("attention_mask of shape", {"attention_mask": torch.ones(1, 4)}),
+        ("id 101, outside", {"input_ids": torch.tensor([[4, VOCAB]])}),
+        ("id -1, outside", {"input_ids": torch.tensor([[4, -1]])}),
+        ("exceed the context", {"max_new_tokens": CONTEXT}),
+        ("shorten the prompt", {"input_ids": torch.ones(1, CONTEXT + 1, dtype=torch.int64)}),
+        ("max_length=2 leaves no room", {"max_length": 2}),
+        ("max_new_tokens must be at least 1", {"max_new_tokens": 0}),
+        ("temperature must", {"do_sample": True, "temperature": -1.0}),
+        ("temperature must", {"do_sample": True, "temperature": float("nan")}),
+        ("top_p must", {"top_p": 1.5}),
+        ("top_k must", {"top_k": -1}),
+        ("did you mean temperature", {"temprature": 0.5}),
+        ("num_beams=4 is not supported", {"num_beams": 4}),
+        ("repetition_penalty=1.2 is not supported", {"repetition_penalty": 1.2}),
+        ("seed has 2 values", {"seed": [1, 2]}),
+        ("seed must be", {"seed": "1"}),
+        ("seed must be", {"seed": 2**64}),
+        ("tuned_input_ids has 2 prompts", {"tuned_input_ids": torch.ones(2, 3, dtype=torch.int64)}),
+        (
+            "streamer takes one sequence",
+            {"input_ids": torch.ones(2, 3, dtype=torch.int64), "streamer": Collector()},
+        ),
+    ],
+)
+def test_bad_input_is_refused_before_any_model_runs(message: str, arguments: dict[str, Any]) -> None:
+    models = tiny_trio("llama")
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a model ran")
+
+    for model in (models.large_base, *models.small_tuned, models.small_base):
+        for module in model.modules():
+            module.register_forward_pre_hook(refuse)
+    with pytest.raises(ValueError, match=message):
+        EFTDecoder(models).generate(**{"input_ids": torch.tensor([[5, 6, 7]]), **arguments})

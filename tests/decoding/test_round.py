@@ -1,0 +1,76 @@
+"""A round waits for nothing and keeps its storage: what capturing it as a graph will need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import torch
+from speculative_eft.decoding import EFTConfig, EFTDecoder
+from speculative_eft.decoding.request import read_options, read_prompts, read_seeds
+from speculative_eft.decoding.round import PhaseTimer, RoundState, speculative_round
+from speculative_eft.kernels import noise as noise_module
+from torch import Tensor
+
+from ..sync_guard import HostSyncError, no_host_sync
+from .test_generate import ragged_prompts, tiny_trio
+
+
+def storages(state: RoundState) -> Iterator[int]:
+    for field in fields(state):
+        value = getattr(state, field.name)
+        if isinstance(value, Tensor):
+            yield value.data_ptr()
+
+
+@pytest.mark.parametrize("acceptance", ["block", "token", "shared_seed"])
+@pytest.mark.parametrize("draft", ["tuned", "pair"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"do_sample": True, "top_k": 0},
+        {"do_sample": True, "temperature": 0.7, "top_k": 9, "top_p": 0.9, "min_p": 0.05},
+    ],
+    ids=["greedy", "plain", "filters"],
+)
+@pytest.mark.parametrize(
+    "fields_of_config",
+    [{"draft_tokens": 3}, {"draft_tokens": "auto", "conservative_top_p": 0.8}],
+    ids=["fixed", "adaptive"],
+)
+@pytest.mark.parametrize("batch", [1, 8])
+def test_no_host_synchronisation(
+    acceptance: Any,
+    draft: Any,
+    options: dict[str, Any],
+    fields_of_config: dict[str, Any],
+    batch: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Noise as it is made on a device; its bits are those of the host's path (tests/kernels).
+    monkeypatch.setattr(noise_module, "_in_host_memory", lambda tensor: False)
+    decoder = EFTDecoder(
+        tiny_trio("llama"), EFTConfig(acceptance=acceptance, draft=draft, **fields_of_config)
+    )
+    given = ragged_prompts(batch)
+    prompts = read_prompts(given["input_ids"], given["attention_mask"], decoder.vocab_size)
+    resolved = read_options(None, {"max_new_tokens": 20, "return_dict_in_generate": True, **options}, [], 11)
+    with torch.inference_mode():
+        state, plan = decoder._start(prompts, prompts, resolved, read_seeds(0, batch))
+        before = list(storages(state))
+        for index in range(3):
+            with no_host_sync():
+                speculative_round(
+                    decoder.runners, state, plan, 3, prompts.longest + 4 * (index + 1), PhaseTimer()
+                )
+        assert list(storages(state)) == before
+    assert (state.generated > 0).all()
+
+
+def test_the_guard_refuses_what_waits() -> None:
+    for wait in (lambda x: x.sum().item(), lambda x: x.nonzero(), lambda x: x[x > 0], lambda x: x.tolist()):
+        with pytest.raises(HostSyncError), no_host_sync():
+            wait(torch.ones(3))

@@ -1,0 +1,65 @@
+"""Small random transformers through the real runner and cache: joint law against enumeration."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from speculative_eft.decoding import EFTConfig, EFTDecoder
+from speculative_eft.kernels import AcceptanceRule
+from speculative_eft.models import EFTModels
+
+from ..decoding.test_generate import perturbed
+from ..models.families import tiny_model
+from .laws import chi_square
+from .sampling import Record, assert_exact, count_windows
+
+VOCAB = 5
+LENGTH = 4
+COPIES = 6_000
+
+
+def enumerate_law(models: EFTModels, prompt: list[int], alpha: float, beta: float) -> np.ndarray:
+    """Probabilities of all continuations of LENGTH tokens, from full forwards in float64."""
+    paths = torch.tensor(list(itertools.product(range(VOCAB), repeat=LENGTH)))
+    rows = torch.cat([torch.tensor(prompt).expand(len(paths), -1), paths], dim=1)
+    with torch.no_grad():
+        large, tuned, base = (
+            model(rows).logits[:, len(prompt) - 1 : -1].double().log_softmax(-1)
+            for model in (models.large_base, *models.small_tuned, models.small_base)
+        )
+    target = (base + alpha * (tuned - base) + beta * (large - base)).log_softmax(-1)
+    return target.gather(-1, paths[..., None])[..., 0].sum(1).exp().numpy()
+
+
+@pytest.mark.parametrize("rule", ["block", "token", "shared_seed"])
+@pytest.mark.parametrize(("family", "alpha", "beta"), [("llama", 1.0, 1.0), ("gpt2", 0.7, 1.2)])
+def test_joint_law(
+    family: str, alpha: float, beta: float, rule: AcceptanceRule, record_chi_square: Record
+) -> None:
+    models = EFTModels(
+        large_base=perturbed(tiny_model(family, 0, VOCAB), 1, 0.05),
+        small_tuned=perturbed(tiny_model(family, 0, VOCAB), 2, 0.05),
+        small_base=tiny_model(family, 0, VOCAB),
+    )
+    prompts = ([2, 3], [4, 2, 2, 3, 4])
+    ids = torch.tensor([[0, 0, 0, *prompts[0]], list(prompts[1])]).repeat_interleave(COPIES, 0)
+    mask = torch.tensor([[0, 0, 0, 1, 1], [1] * 5]).repeat_interleave(COPIES, 0)
+    decoder = EFTDecoder(models, EFTConfig(alpha, beta, draft_tokens=2, acceptance=rule))
+    output = decoder.generate(
+        ids, mask, seed=4, do_sample=True, top_k=0, eos_token_id=[], max_new_tokens=LENGTH + 2
+    )
+    assert isinstance(output, torch.Tensor)
+    tokens = output[:, 5 : 5 + LENGTH].numpy()
+    assert_exact(
+        [
+            chi_square(
+                count_windows(tokens[index * COPIES : (index + 1) * COPIES], VOCAB),
+                enumerate_law(models, prompt, alpha, beta),
+            )
+            for index, prompt in enumerate(prompts)
+        ],
+        record_chi_square,
+    )

@@ -1,0 +1,142 @@
+"""Verification on laws known in full."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from speculative_eft.kernels import (
+    AcceptanceRule,
+    Coefficients,
+    NoiseKey,
+    Sampling,
+    Stream,
+    Verdict,
+    committed_tokens,
+    derive_seeds,
+    draft_step,
+    verify,
+)
+from torch import Tensor
+
+SAMPLES = 100_000
+
+
+def verify_fixed_laws(draft: list[float], target: list[float], drafted: int, rule: AcceptanceRule) -> Verdict:
+    """Draft from one law and verify against another, both the same in every row, for many seeds."""
+    ones = torch.ones(SAMPLES)
+    mix = Coefficients(ones[:, None], ones, ones[:, None], None)
+    sampling = Sampling(ones)
+    zeros = torch.zeros(SAMPLES, dtype=torch.int64)
+    noise = NoiseKey(derive_seeds(1, SAMPLES), zeros, zeros)
+    vocab_size = len(draft)
+    stream = Stream.SHARED if rule == "shared_seed" else Stream.DRAFT
+    gumbel = noise.gumbel(stream, torch.arange(drafted), vocab_size)
+    rows = torch.tensor(draft).log().expand(SAMPLES, drafted + 1, -1)
+    base = torch.zeros_like(rows)
+    large = torch.tensor(target).log() - torch.tensor(draft).log() + base
+    tokens = torch.stack(
+        [
+            draft_step([rows[:, step]], None, mix, sampling, gumbel[:, step], vocab_size)
+            for step in range(drafted)
+        ],
+        dim=1,
+    )
+    lens = torch.full((SAMPLES,), drafted)
+    return verify(large, [rows], base, tokens, lens, mix, sampling, sampling, noise, rule, vocab_size)
+
+
+@pytest.mark.parametrize(("rule", "expected"), [("token", 10 / 9), ("block", 11 / 9)])
+def test_published_two_token_toy(rule: AcceptanceRule, expected: float) -> None:
+    """Sun et al., arXiv 2403.10444, section 2: accepted tokens of a draft of two."""
+    verdict = verify_fixed_laws([2 / 3, 1 / 3], [1 / 3, 2 / 3], 2, rule)
+    accepted = verdict.accepted_lens.double()
+    assert abs(accepted.mean().item() - expected) < 6 * accepted.std().item() / SAMPLES**0.5
+
+
+def test_expected_acceptance_is_the_overlap_of_the_laws() -> None:
+    verdict = verify_fixed_laws([0.5, 0.3, 0.2], [0.1, 0.45, 0.45], 1, "token")
+    torch.testing.assert_close(verdict.expected_acceptance, torch.full((SAMPLES, 1), 0.6))
+    rate = verdict.accepted_lens.double().mean().item()
+    assert abs(rate - 0.6) < 6 * (0.24 / SAMPLES) ** 0.5
+
+
+@pytest.mark.parametrize("rule", ["block", "token", "shared_seed"])
+def test_equal_laws_are_always_accepted(rule: AcceptanceRule) -> None:
+    verdict = verify_fixed_laws([0.2, 0.5, 0.3], [0.2, 0.5, 0.3], 4, rule)
+    # Rounding of p / q rejects about one token in ten million.
+    assert (verdict.accepted_lens == 4).double().mean() > 1 - 1e-4
+
+
+def ragged_inputs(greedy: Tensor) -> dict[str, object]:
+    generator = torch.Generator().manual_seed(0)
+    batch, drafted, vocab_size = len(greedy), 5, 40
+    large, tuned, base = (torch.randn(batch, drafted + 1, vocab_size, generator=generator) for _ in range(3))
+    ones = torch.ones(batch)
+    sampling = Sampling(
+        torch.where(greedy, 0.0, 0.8), any_greedy=bool(greedy.any()), all_greedy=bool(greedy.all())
+    )
+    return {
+        "large": large,
+        "tuned": [tuned],
+        "base": base,
+        "draft_tokens": torch.randint(vocab_size, (batch, drafted), generator=generator),
+        "draft_lens": torch.arange(batch) % (drafted + 1),
+        "coefficients": Coefficients(ones[:, None], ones, ones[:, None], None),
+        "sampling": sampling,
+        "draft_sampling": sampling,
+        "noise": NoiseKey(derive_seeds(3, batch), torch.arange(batch), 7 * torch.arange(batch)),
+        "vocab_size": vocab_size,
+    }
+
+
+def take_rows(value: object, index: int) -> object:
+    if isinstance(value, Tensor):
+        return value[index : index + 1]
+    if isinstance(value, list):
+        return [take_rows(item, index) for item in value]
+    if isinstance(value, Coefficients | NoiseKey):
+        return type(value)(*(take_rows(item, index) for item in vars(value).values()))
+    if isinstance(value, Sampling):
+        greedy = bool(value.temperature[index] == 0)
+        return Sampling(value.temperature[index : index + 1], any_greedy=greedy, all_greedy=greedy)
+    return value
+
+
+@pytest.mark.parametrize("rule", ["block", "token", "shared_seed"])
+def test_a_sequence_depends_on_itself_alone(rule: AcceptanceRule) -> None:
+    greedy = torch.arange(24) % 3 == 0
+    inputs = ragged_inputs(greedy)
+    together = verify(**inputs, rule=rule)  # type: ignore[arg-type]
+    assert (together.accepted_lens <= inputs["draft_lens"]).all()
+    for index in range(24):
+        alone = verify(**{name: take_rows(value, index) for name, value in inputs.items()}, rule=rule)  # type: ignore[arg-type]
+        assert alone.accepted_lens[0] == together.accepted_lens[index]
+        assert alone.next_token[0] == together.next_token[index]
+
+
+def test_tokens_beyond_a_sequences_own_draft_are_ignored() -> None:
+    inputs = ragged_inputs(torch.zeros(24, dtype=torch.bool))
+    first = verify(**inputs, rule="block")  # type: ignore[arg-type]
+    draft_tokens, lens = inputs["draft_tokens"], inputs["draft_lens"]
+    assert isinstance(draft_tokens, Tensor)
+    assert isinstance(lens, Tensor)
+    inputs["draft_tokens"] = torch.where(torch.arange(5) < lens[:, None], draft_tokens, 39 - draft_tokens)
+    second = verify(**inputs, rule="block")  # type: ignore[arg-type]
+    assert torch.equal(first.accepted_lens, second.accepted_lens)
+    assert torch.equal(first.next_token, second.next_token)
+
+
+def test_commit_cuts_at_the_first_end_and_at_the_limit() -> None:
+    draft = torch.tensor([[1, 9, 3], [1, 2, 3], [1, 2, 3], [9, 2, 3], [1, 2, 3]])
+    tokens, counts, done = committed_tokens(
+        draft_tokens=draft,
+        accepted_lens=torch.tensor([3, 3, 1, 0, 2]),
+        next_token=torch.tensor([4, 4, 9, 5, 6]),
+        done=torch.tensor([False, False, False, False, True]),
+        remaining=torch.tensor([10, 2, 10, 10, 10]),
+        eos_token_ids=torch.tensor([9, 8]),
+    )
+    assert counts.tolist() == [2, 2, 2, 1, 0]
+    assert done.tolist() == [True, True, True, False, True]
+    assert tokens[2, :2].tolist() == [1, 9]
+    assert tokens[3, 0] == 5

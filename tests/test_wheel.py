@@ -1,0 +1,74 @@
+"""The wheel installs one package and nothing beside it, and works away from the repository."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+FIVE_LINES = """
+from speculative_eft import EFTDecoder, EFTModels
+models = EFTModels.demo()
+inputs = models.tokenizer("def total(values):\\n", return_tensors="pt")
+output = EFTDecoder(models).generate(**inputs, max_new_tokens=16, do_sample=True, seed=0)
+print(models.tokenizer.decode(output[0]))
+"""
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel unpacked as an installer does it: a folder to stand in for site-packages."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "--wheel-dir", str(folder), str(ROOT)], check=True, cwd=folder)
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "site")
+    return folder / "site"
+
+
+def run_installed(installed: Path, *arguments: str) -> str:
+    # -P and the path put the unpacked wheel before the editable installation.
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    done = subprocess.run(
+        [sys.executable, "-P", *arguments],
+        cwd=installed.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout
+
+
+def test_one_package_at_the_top(installed: Path) -> None:
+    tops = {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")}
+    assert tops == {"speculative_eft"}
+    assert (installed / "speculative_eft" / "py.typed").exists()
+    for role in ("large_base", "small_tuned", "small_base"):
+        weights = installed / "speculative_eft" / "models" / "demo" / "weights" / role
+        assert list(weights.glob("*.safetensors"))
+        assert (weights / "tokenizer.json").exists()
+
+
+def test_the_five_lines_of_python_run_from_it(installed: Path) -> None:
+    where = "import speculative_eft as s; print(s.__file__)\n"
+    located, *text = run_installed(installed, "-c", where + FIVE_LINES).splitlines()
+    assert Path(located).is_relative_to(installed)
+    assert text[0].startswith("def total(values):")
+
+
+def test_the_hubs_kernels_package_stays_visible(installed: Path) -> None:
+    pytest.importorskip("kernels", reason="the Hub's kernels package is not installed")
+    code = "import kernels, speculative_eft.kernels; print(kernels.__file__)"
+    for folder in (installed, ROOT):
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", code], cwd=folder, capture_output=True, text=True, check=True
+        )
+        assert not Path(done.stdout.strip()).is_relative_to(ROOT / "kernels")
