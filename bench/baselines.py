@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -29,10 +29,12 @@ class LargeOnlyDecoder:
     """
 
     def __init__(self, models: EFTModels | EFTRunners) -> None:
-        loaded = isinstance(models, EFTModels)
-        self.runner = (models.runners() if loaded else models).large
-        config = getattr(models.large_base, "generation_config", None) if loaded else None
-        self._generation_configs = [] if config is None else [config]
+        self._generation_configs: list[GenerationConfig] = []
+        if isinstance(models, EFTModels):
+            config = getattr(models.large_base, "generation_config", None)
+            self._generation_configs += [] if config is None else [config]
+            models = models.runners()
+        self.runner = models.large
 
     @torch.inference_mode()
     def generate(
@@ -59,8 +61,8 @@ class LargeOnlyDecoder:
         length = prompts.longest + options.max_new_tokens
         if runner.max_context is not None and length > runner.max_context:
             raise ValueError(
-                f"a prompt of {prompts.longest} tokens and max_new_tokens={options.max_new_tokens} exceed the "
-                f"context of {runner.max_context} tokens"
+                f"a prompt of {prompts.longest} tokens and max_new_tokens={options.max_new_tokens} exceed "
+                f"the context of {runner.max_context} tokens"
             )
         weights = torch.ones(batch, 1, device=device)
         coefficients = Coefficients(alpha=weights, beta=weights[:, 0], draft_alpha=weights, draft_base=None)
@@ -107,4 +109,4 @@ class LargeOnlyDecoder:
             expected_acceptance=0.0,
             seconds=timer.seconds,
         )
-        return EFTOutput(sequences=sequences, stats=stats)
+        return EFTOutput(sequences=cast("torch.LongTensor", sequences), stats=stats)

@@ -91,12 +91,17 @@ class EFTDecoder:
             # The tuned models cancel out of the target; any law may draft, so all of them do.
             draft_alphas = torch.full_like(alphas, 1 / len(alphas))
         top_p = self.config.conservative_top_p
+        beta = float(self.config.beta)
+        weights = [beta, *alphas.tolist(), 1 - total - beta, *draft_alphas.tolist()]
+        if draft_base is not None or top_p is not None:
+            weights.append(1 - total)
         return Coefficients(
             alpha=alphas.expand(batch, -1),
-            beta=torch.full((batch,), float(self.config.beta), device=device),
+            beta=torch.full((batch,), beta, device=device),
             draft_alpha=draft_alphas.expand(batch, -1),
             draft_base=draft_base,
             conservative_top_p=None if top_p is None else torch.full((batch,), top_p, device=device),
+            some_weight_is_zero=0.0 in weights,
         )
 
     def _generation_configs(self) -> list[GenerationConfig]:

@@ -56,9 +56,10 @@ def warp(logits: Tensor, sampling: Sampling) -> Tensor:
     temperature = sampling.temperature[:, None, None]
     if sampling.any_greedy:
         temperature = torch.where(temperature == 0, 1.0, temperature)
-    log_law = torch.log_softmax(logits / temperature, dim=-1)
-    first = torch.arange(log_law.shape[-1], device=log_law.device) == 0
-    log_law = torch.where(log_law.isnan(), torch.where(first, 0.0, -torch.inf), log_law)
+    logits = logits / temperature
+    empty = logits.amax(dim=-1) == -torch.inf
+    logits[..., 0].masked_fill_(empty, 0.0)
+    log_law = torch.log_softmax(logits, dim=-1)
     if sampling.top_k is not None:
         ordered = torch.sort(log_law, dim=-1, descending=True).values
         last = (sampling.top_k - 1)[:, None, None].expand(*log_law.shape[:-1], 1)

@@ -33,6 +33,8 @@ class Coefficients:
             does not read it.
         conservative_top_p: float32 [batch] in (0, 1], mass of the set inside which the large model's
             delta applies; None without the filter.
+        some_weight_is_zero: whether any model's weight in the target or the draft may be 0 for some
+            sequence, known to the host. A model of weight 0 is not consulted, which costs a pass to ensure.
     """
 
     alpha: Tensor
@@ -40,10 +42,13 @@ class Coefficients:
     draft_alpha: Tensor
     draft_base: Tensor | None
     conservative_top_p: Tensor | None = None
+    some_weight_is_zero: bool = True
 
 
-def _weighted_sum(weights: Sequence[Tensor], logits: Sequence[Tensor], vocab_size: int) -> Tensor:
-    """Sum of weight times logits in float32; [batch, rows, vocab_size].
+def _weighted_sum(
+    weights: Sequence[Tensor], logits: Sequence[Tensor], vocab_size: int, some_weight_is_zero: bool
+) -> Tensor:
+    """Sum of weight times logits in float32; a new tensor [batch, rows, vocab_size].
 
     A model of weight 0 is not consulted. A token is left out (-inf) where a model that is consulted has
     -inf, NaN or +inf for it: no ratio is defined there.
@@ -51,11 +56,12 @@ def _weighted_sum(weights: Sequence[Tensor], logits: Sequence[Tensor], vocab_siz
     total: Tensor | None = None
     for weight, model_logits in zip(weights, logits, strict=True):
         scale = weight[:, None, None]
-        term = model_logits[..., :vocab_size].to(torch.float32) * scale
-        term = torch.where(scale == 0, 0.0, term)
-        total = term if total is None else total.add_(term)
+        rows = model_logits[..., :vocab_size].to(torch.float32)
+        if some_weight_is_zero:
+            rows = rows.masked_fill(scale == 0, 0.0)
+        total = rows * scale if total is None else total.addcmul_(rows, scale)
     assert total is not None
-    return torch.where(total.isfinite(), total, -torch.inf)
+    return total.nan_to_num_(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
@@ -100,7 +106,7 @@ def draft_logits(
         assert base is not None
         weights.append(coefficients.draft_base)
         logits.append(base)
-    return _weighted_sum(weights, logits, vocab_size)
+    return _weighted_sum(weights, logits, vocab_size, coefficients.some_weight_is_zero)
 
 
 def target_logits(
@@ -117,15 +123,17 @@ def target_logits(
         float32 [batch, rows, vocab_size].
     """
     alpha, beta = coefficients.alpha, coefficients.beta
+    zeros = coefficients.some_weight_is_zero
     small_base_weight = 1 - alpha.sum(dim=1)
     if coefficients.conservative_top_p is None:
         weights = [beta, *alpha.unbind(1), small_base_weight - beta]
-        return _weighted_sum(weights, [large, *tuned, base], vocab_size)
-    log_draft = _log_softmax(_weighted_sum([*alpha.unbind(1), small_base_weight], [*tuned, base], vocab_size))
+        return _weighted_sum(weights, [large, *tuned, base], vocab_size, zeros)
+    log_draft = _log_softmax(_weighted_sum([*alpha.unbind(1), small_base_weight], [*tuned, base], vocab_size, zeros))
     delta = _weighted_sum(
         [beta, -beta],
         [_log_softmax(_finite(large, vocab_size)), _log_softmax(_finite(base, vocab_size))],
         vocab_size,
+        zeros,
     )
     inside = top_p_set(log_draft, coefficients.conservative_top_p)
     return torch.where(inside, log_draft + delta, log_draft)

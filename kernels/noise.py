@@ -68,24 +68,25 @@ def _in_host_memory(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def _random_words(seeds: Tensor, counters: Tensor, rows: Tensor, stream: Stream, blocks: int) -> Tensor:
-    """Philox blocks 0..blocks-1 at each (sequence, row): int64 [batch, rows, blocks, 4]."""
+def _philox_blocks(
+    seeds: Tensor, counters: Tensor, rows: Tensor, stream: Stream, blocks: int
+) -> tuple[Tensor, ...]:
+    """The four words of Philox blocks 0..blocks-1 at each (sequence, row): int64 [batch, rows, blocks]."""
     key = (seeds[:, None, None] & _WORD, (seeds[:, None, None] >> 32) & _WORD)
     block = torch.arange(blocks, device=seeds.device)
     stream_word = torch.full((1,), int(stream), device=seeds.device)
     counter = (block, rows[..., None], counters[..., None] & _WORD, stream_word)
-    if _in_host_memory(seeds):
-        # numpy spends half of torch's time on a hundred tiny integer operations.
-        as_words = [word.numpy().view(np.uint64) for word in (*key, *counter)]
-        words = philox_rounds(
-            (as_words[0], as_words[1]), (as_words[2], as_words[3], as_words[4], as_words[5])
-        )
-        return torch.from_numpy(np.stack(words, axis=-1).view(np.int64))
-    return torch.stack(philox_rounds(key, counter), dim=-1)
+    if not _in_host_memory(seeds):
+        return philox_rounds(key, counter)
+    # numpy spends half of torch's time on a hundred tiny integer operations.
+    key_0, key_1, *words = (word.numpy().view(np.uint64) for word in (*key, *counter))
+    drawn = philox_rounds((key_0, key_1), (words[0], words[1], words[2], words[3]))
+    return tuple(torch.from_numpy(word.view(np.int64)) for word in drawn)
 
 
-def _unit_interval(words: Tensor) -> Tensor:
-    return words.to(torch.float32).add_(0.5).mul_(2.0**-32).clamp_(max=_LARGEST_BELOW_ONE)
+def _minus_uniform(words: Tensor) -> Tensor:
+    """Minus (word + 1/2) / 2^32, kept above -1; overwrites its argument, float32."""
+    return words.add_(0.5).mul_(-(2.0**-32)).clamp_(min=-_LARGEST_BELOW_ONE)
 
 
 def uniform_noise(seeds: Tensor, counters: Tensor, rows: Tensor, stream: Stream) -> Tensor:
@@ -100,7 +101,8 @@ def uniform_noise(seeds: Tensor, counters: Tensor, rows: Tensor, stream: Stream)
     Returns:
         float32 [batch, rows] in (0, 1), with full relative precision near 0.
     """
-    return _unit_interval(_random_words(seeds, counters, rows, stream, 1)[..., 0, 0])
+    word, *_ = _philox_blocks(seeds, counters, rows, stream, 1)
+    return _minus_uniform(word[..., 0].to(torch.float32)).neg_()
 
 
 def exponential_noise(
@@ -111,9 +113,9 @@ def exponential_noise(
     Arguments as in `uniform_noise`. Returns float32 [batch, rows, vocab_size], positive and finite,
     with full relative precision near 0, where races over large vocabularies are decided.
     """
-    words = _random_words(seeds, counters, rows, stream, -(-vocab_size // 4))
-    draws = _unit_interval(words).flatten(-2)[..., :vocab_size]
-    return draws.neg_().log1p_().neg_()
+    words = _philox_blocks(seeds, counters, rows, stream, -(-vocab_size // 4))
+    lanes = torch.stack([word.to(torch.float32) for word in words], dim=-1).flatten(-2)
+    return _minus_uniform(lanes[..., :vocab_size]).log1p_().neg_()
 
 
 def gumbel_noise(seeds: Tensor, counters: Tensor, rows: Tensor, stream: Stream, vocab_size: int) -> Tensor:
@@ -130,5 +132,6 @@ def derive_seeds(seed: int, count: int) -> Tensor:
     Seed i depends on `seed` and i alone, so a larger batch keeps the seeds of a smaller one.
     """
     index = torch.arange(count)
-    words = _random_words(torch.tensor([seed]), index[None], torch.zeros_like(index), Stream.SEED, 1)
-    return (words[0, :, 0, 0] << 32) | words[0, :, 0, 1]
+    zeros = torch.zeros_like(index)
+    high, low, *_ = _philox_blocks(torch.tensor([seed]), index[None], zeros, Stream.SEED, 1)
+    return ((high << 32) | low)[0, :, 0]

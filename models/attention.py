@@ -14,25 +14,26 @@ ATTENTION = "speculative_eft_sdpa"
 """Name under which `ragged_sdpa` is registered with transformers."""
 
 
-def ragged_bias(positions: Tensor, span: int, window: int | None, dtype: torch.dtype) -> Tensor:
+def ragged_bias(positions: Tensor, columns: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
     """Additive mask [batch, 1, rows, span] of `dtype`: 0 where a row may look, -inf elsewhere.
 
-    `positions`, int64 [batch, rows], is where each row stands; it sees itself and what came before, or the
-    last `window` positions of that. No row is empty, whatever its position, so no softmax makes a NaN.
+    `positions`, int64 [batch, rows], is where each row stands, and `columns`, int64 [span], counts the
+    cache's positions from 0. A row sees itself and what came before, or the last `window` positions of
+    that. No row is empty, whatever its position, so no softmax makes a NaN.
     """
-    columns, zero, closed = _constants(span, dtype, positions.device)
+    opened, closed = _constants(dtype, positions.device)
     rows = positions[:, None, :, None]
     allowed = columns <= rows
     if window is not None:
-        allowed.logical_and_(columns > rows.clamp(max=span - 1) - window)
-    return torch.where(allowed, zero, closed)
+        allowed.logical_and_(columns > rows.clamp(max=columns.shape[0] - 1) - window)
+    return torch.where(allowed, opened, closed)
 
 
 @cache
-def _constants(span: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.inference_mode(False):
-        closed = torch.full((), float("-inf"), dtype=dtype, device=device)
-        return torch.arange(span, device=device), torch.zeros((), dtype=dtype, device=device), closed
+def _constants(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """0 and -inf, which torch.where would otherwise move to the device in every pass."""
+    both = torch.tensor([0.0, float("-inf")], dtype=dtype, device=device)
+    return both[0], both[1]
 
 
 def attend(

@@ -27,12 +27,15 @@ class Block:
     """int64 [batch, q]"""
     positions: Tensor
     """int64 [batch, q], below the cache's capacity"""
-    span: int
-    """How many positions of the cache attention looks at."""
+    columns: Tensor
+    """int64 [span]: 0, 1, ..., the positions of the cache that attention looks at"""
 
 
 class Body(Protocol):
     """Turns a block into hidden states [batch, q, hidden], ready for the output head."""
+
+    def prepare(self, cache: SlotCache) -> None:
+        """Get ready for passes with `cache`, which starts anew."""
 
     def __call__(self, block: Block, cache: SlotCache) -> Tensor: ...
 
@@ -55,17 +58,20 @@ class TransformersBody:
         self.position_limit = position_limit(config)
         self.has_experts = any(name.endswith("experts") for name, _ in decoder.named_modules())
         self.rotations: list[tuple[Any, Tensor]] = []
-        if changes_with_length(config):
-            for module in decoder.modules():
-                frequencies = getattr(module, "original_inv_freq", None)
-                if isinstance(frequencies, Tensor):
-                    self.rotations.append((module, frequencies.to(decoder.device)))
+
+    def prepare(self, cache: SlotCache) -> None:
+        """Find the rotations that would change with the length of the input."""
+        if changes_with_length(self.decoder.config):
+            modules: list[Any] = [m for m in self.decoder.modules() if hasattr(m, "original_inv_freq")]
+            self.rotations = [(m, m.original_inv_freq.to(self.decoder.device)) for m in modules]
 
     def __call__(self, block: Block, cache: SlotCache) -> Tensor:
         positions = block.positions
         rows = positions.repeat(1, self.groups) if self.groups > 1 and positions.shape[1] > 1 else positions
         dtype = self.decoder.dtype
-        biases = {kind: ragged_bias(rows, block.span, window, dtype) for kind, window in self.windows.items()}
+        biases = {
+            kind: ragged_bias(rows, block.columns, window, dtype) for kind, window in self.windows.items()
+        }
         if self.position_limit is not None:
             # Only padding stands beyond the limit, but a table of positions has no row for it.
             positions = positions.clamp(max=self.position_limit - 1)
@@ -102,26 +108,24 @@ class FalconAlibiBody:
         self.decoder: Any = decoder
         self.slopes = torch.empty(0)
 
+    def prepare(self, cache: SlotCache) -> None:
+        """Make the bias of every head at every position of `cache` [1, heads, 1, capacity]."""
+        from transformers.models.falcon.modeling_falcon import build_alibi_tensor
+
+        config = self.decoder.config
+        seen = torch.ones(1, cache.capacity, dtype=torch.int64, device=self.decoder.device)
+        alibi = build_alibi_tensor(seen, config.num_attention_heads, self.decoder.dtype)
+        self.slopes = alibi[None] / math.sqrt(config.hidden_size // config.num_attention_heads)
+
     def __call__(self, block: Block, cache: SlotCache) -> Tensor:
-        if self.slopes.shape[-1] < cache.capacity:
-            self.slopes = self._slopes(cache.capacity)
-        allowed = ragged_bias(block.positions, block.span, None, self.slopes.dtype)
-        bias = self.slopes[..., : block.span] + allowed
+        allowed = ragged_bias(block.positions, block.columns, None, self.slopes.dtype)
+        bias = self.slopes[..., : block.columns.shape[0]] + allowed
         hidden = self.decoder.word_embeddings(block.tokens)
         with replaced(self.decoder.config, "_attn_implementation", "sdpa"):
             for layer in self.decoder.h:
                 # Given an alibi a layer applies no rotation; the numbers it reads from the mask alone.
                 hidden = layer(hidden, alibi=bias, attention_mask=bias, layer_past=cache, use_cache=True)[0]
         return cast(Tensor, self.decoder.ln_f(hidden))
-
-    def _slopes(self, positions: int) -> Tensor:
-        """The bias of every head at every position [1, heads, 1, positions]."""
-        from transformers.models.falcon.modeling_falcon import build_alibi_tensor
-
-        config = self.decoder.config
-        seen = torch.ones(1, positions, dtype=torch.int64, device=self.decoder.device)
-        alibi = build_alibi_tensor(seen, config.num_attention_heads, self.decoder.dtype)
-        return alibi[None] / math.sqrt(config.hidden_size // config.num_attention_heads)
 
 
 @contextmanager

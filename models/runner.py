@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .attention import ATTENTION
 from .bodies import Block, Body, FalconAlibiBody, TransformersBody
 from .configs import position_limit, text_config
+from .describe import vocabulary_rows
 from .llama import LlamaBody
+from .projection import Projection, is_plain, worth_packing
 from .slot_cache import SlotCache, round_up
 
 TESTED_FAMILIES = frozenset({
@@ -42,14 +44,17 @@ class ModelRunner:
         self.device = model.device
         config = text_config(model.config)
         self.max_context = position_limit(config)
+        self.vocab_size = vocabulary_rows(model)
         self._body = _choose_body(model)
         self._head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        self.vocab_size = int(self._head.weight.shape[0])
+        if type(self._head) is nn.Linear and is_plain(self._head) and worth_packing(model):
+            self._packed_head: Projection | None = Projection(self._head, packed=True)
+        else:
+            self._packed_head = None
         self._softcap = getattr(config, "final_logit_softcapping", None)
         # Cohere multiplies its logits, Granite divides them.
         self._scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
         self.cache = SlotCache(0, 0, self.device)
-        self._steps = torch.empty(0, dtype=torch.int64, device=self.device)
         if config.model_type not in TESTED_FAMILIES:
             self._compare_with_model()
 
@@ -58,14 +63,18 @@ class ModelRunner:
         """int64 [batch]: tokens in the cache of each sequence. The caller moves it in place."""
         return self.cache.lengths
 
+    @torch.inference_mode()
     def reserve(self, batch: int, length: int) -> None:
         """Start anew with room for `batch` sequences of up to `length` tokens; `lengths` become zero.
 
-        The storage is kept if it is large enough.
+        The storage is kept if it is large enough. Weights changed in place since are seen from here on.
         """
         if not self.cache.holds(batch, length):
             self.cache = SlotCache(batch, length, self.device)
         self.cache.restart(batch)
+        self._body.prepare(self.cache)
+        if self._packed_head is not None:
+            self._packed_head.refresh()
 
     @torch.inference_mode()
     def forward(self, tokens: Tensor, span: int) -> Tensor:
@@ -75,7 +84,11 @@ class ModelRunner:
         sees everything up to there. `lengths` stay as they are. `span` is a host integer, at least
         `max(lengths) + q`. The logits are an inference tensor.
         """
-        logits = cast(Tensor, self._head(self._run(tokens, span)))
+        hidden = self._run(tokens, span)
+        if self._packed_head is None:
+            logits = cast(Tensor, self._head(hidden))
+        else:
+            logits = self._packed_head(hidden.flatten(0, 1))[0].view(*tokens.shape, -1)
         if self._scale != 1.0:
             logits = logits * self._scale
         if self._softcap is not None:
@@ -103,12 +116,10 @@ class ModelRunner:
     def _run(self, tokens: Tensor, span: int) -> Tensor:
         cache = self.cache
         span = min(round_up(span), cache.capacity)
-        length = tokens.shape[1]
-        if length > self._steps.shape[0]:
-            self._steps = torch.arange(length, device=self.device)
-        positions = (cache.lengths[:, None] + self._steps[:length]).clamp_(max=cache.capacity - 1)
+        steps = cache.positions[: tokens.shape[1]]
+        positions = cache.lengths.unsqueeze(1).add(steps).clamp_(max=cache.capacity - 1)
         cache.begin(positions, span)
-        return self._body(Block(tokens, positions, span), cache)
+        return self._body(Block(tokens, positions, cache.positions[:span]), cache)
 
     @torch.inference_mode()
     def _compare_with_model(self) -> None:
@@ -137,7 +148,7 @@ class ModelRunner:
 def _choose_body(model: PreTrainedModel) -> Body:
     decoder: PreTrainedModel = model.get_decoder()  # type: ignore[no-untyped-call]
     if LlamaBody.fits(decoder):
-        return LlamaBody(decoder)
+        return LlamaBody(decoder, packed=worth_packing(model))
     if decoder.config.model_type == "falcon" and decoder.config.alibi:
         return FalconAlibiBody(decoder)
     # Models that do not ask transformers for their attention function know `sdpa` by name.

@@ -43,12 +43,13 @@ class SlotCache(Cache):
         # `max_length` looks.
         self.capacity = round_up(max_length + 1)
         self.device = device
+        self.positions = torch.arange(self.capacity, device=device)
         with _ordinary_tensors():
             self._all_lengths = torch.zeros(slots, dtype=torch.int64, device=device)
         self.lengths = self._all_lengths
         self._slots: dict[int, _Layer] = {}
         self._visible = (slots, self.capacity)
-        self._positions = torch.empty(0, dtype=torch.int64, device=device)
+        self._written = self.positions[:0]
         self._rows: dict[int, Tensor] = {}
         self._slot_rows: dict[int, Tensor] = {}
 
@@ -67,7 +68,7 @@ class SlotCache(Cache):
 
     def begin(self, positions: Tensor, span: int) -> None:
         """Fix where the next pass writes, int64 [batch, q] below `capacity`, and that it reads `span`."""
-        self._positions = positions
+        self._written = positions
         self._rows.clear()
         visible = (positions.shape[0], span)
         if visible != self._visible:
@@ -126,8 +127,7 @@ class SlotCache(Cache):
         if first is None:
             first = torch.arange(self.slots * heads, device=self.device).mul_(self.capacity)
             self._slot_rows[heads] = first = first.view(self.slots, 1, heads)
-        batch = self._positions.shape[0]
-        return (self._positions.unsqueeze(2) + first[:batch]).view(-1)
+        return (self._written.unsqueeze(2) + first[: self._written.shape[0]]).view(-1)
 
 
 def _ordinary_tensors() -> torch.inference_mode:

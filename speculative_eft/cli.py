@@ -10,32 +10,20 @@ import json
 import math
 import secrets
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from time import perf_counter
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.text import Text
 
 from . import console_tables as tables
-from .console_text import (
-    LOOKS,
-    SourceStreamer,
-    has_colours,
-    source_counts,
-    styled_pieces,
-    token_pieces,
-)
+from .console_text import has_colours
 
 if TYPE_CHECKING:
-    from .bench.comparison import Comparison, Decoder
-    from .decoding import EFTOutput
     from .models import EFTModels
 
 __all__ = ["app", "main"]
@@ -46,7 +34,6 @@ _ROLES: tuple[Literal["large_base", "small_tuned", "small_base"], ...] = (
     "small_tuned",
     "small_base",
 )
-_Value = TypeVar("_Value")
 
 app = typer.Typer(
     name=_NAME,
@@ -212,86 +199,24 @@ def demo(
     texts = held_out_prompts()
     if prompts > len(texts):
         raise typer.BadParameter(f"there are {len(texts)} held-out prompts.", param_hint="'--prompts'")
-    texts = texts[:prompts]
     out, err = Console(highlight=False), Console(stderr=True, highlight=False)
     models = _load(None, [], None, "auto", None, err)
-    with err.status("Importing"):
-        from .bench.baselines import LargeOnlyDecoder
-        from .bench.comparison import compare, environment
-        from .decoding import EFTConfig, EFTDecoder, NaiveEFTDecoder
+    from .decoding import EFTConfig
+    from .demonstration import show_demo
 
-    rules = list(dict.fromkeys((acceptance, *get_args(_Acceptance)[:2])))
-    configs = {rule: EFTConfig(acceptance=rule, draft_tokens=draft_tokens) for rule in rules}
-    speculative = {f"speculative, {rule}": EFTDecoder(models, config) for rule, config in configs.items()}
-    fastest = next(iter(speculative))
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "top_k": 0}
-
-    _describe(models, out)
-    _explain_looks(out)
-    inputs = [models.tokenizer(text, return_tensors="pt").input_ids for text in texts]
-    continuations = []
-    for index, (text, input_ids) in enumerate(zip(texts, inputs, strict=True)):
-        output = speculative[fastest].generate(
-            input_ids, seed=seed + index, return_dict_in_generate=True, **options, **_sampling(temperature)
-        )
-        tokens = output.sequences[0, input_ids.shape[1] :].tolist()
-        sources = output.trace.source[0]
-        pieces = list(token_pieces(models.tokenizer, input_ids[0].tolist(), tokens))
-        _print_continuation(out, text, pieces, sources)
-        continuations.append({"prompt": text, "text": "".join(pieces), "tokens": tokens, "sources": sources})
-
-    plain: dict[str, Decoder] = {"naive": NaiveEFTDecoder(models), "large alone": LargeOnlyDecoder(models)}
-    comparisons: dict[str, Comparison] = {}
-    temperatures = list(dict.fromkeys((temperature, 0.0)))
-    # Every rule is the same rule at temperature 0.
-    turns = {
-        value: plain | (speculative if value else {fastest: speculative[fastest]}) for value in temperatures
-    }
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=err,
-        transient=True,
-        disable=not err.is_terminal,
-    )
-    with progress:
-        runs = progress.add_task(
-            "Measuring", total=sum(map(len, turns.values())) * (repeats * len(inputs) + 1)
-        )
-        for value, decoders in turns.items():
-
-            def show(name: str, label: str = f"T={value:g}") -> None:
-                progress.update(runs, advance=1, description=f"Measuring at {label}: {name}")
-
-            comparisons[f"T={value:g}"] = compare(
-                decoders,
-                inputs,
-                reference="naive",
-                repeats=repeats,
-                seed=seed,
-                on_run=show,
-                **options,
-                **_sampling(value),
-            )
-    for label, comparison in comparisons.items():
-        out.print(tables.comparison_table(comparison, f"{label}, {len(inputs)} prompts, {repeats} runs each"))
-        out.print(tables.phases_table(comparison))
-    machine = environment()
-    out.print(
-        f"{machine.cpu}, {machine.threads} threads on {machine.cores} cores; torch {machine.torch}, "
-        f"transformers {machine.transformers}, Python {machine.python}."
+    report = show_demo(
+        models,
+        texts[:prompts],
+        EFTConfig(acceptance=acceptance, draft_tokens=draft_tokens),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        repeats=repeats,
+        out=out,
+        err=err,
     )
     if json_file is not None:
-        report = {
-            "environment": asdict(machine),
-            "models": [asdict(row) for row in models.describe()],
-            "continuations": continuations,
-            "comparisons": {label: comparison.to_dict() for label, comparison in comparisons.items()},
-        }
         json_file.write_text(json.dumps(_without_nan(report), indent=1) + "\n", encoding="utf-8")
-    out.print(tables.verdict(comparisons, fastest, "naive", "large alone"), style="bold")
 
 
 @app.command()
@@ -390,9 +315,11 @@ def generate(
     seed = secrets.randbits(63) if seed is None else seed
     out, err = Console(highlight=False), Console(stderr=True, highlight=False)
     models = _load(large, tuned, base, dtype, device_map, err)
+    from .continuation import SourceStreamer, continue_prompt
     from .decoding import EFTConfig, EFTDecoder, NaiveEFTDecoder
 
-    if models.tokenizer is None:
+    tokenizer: Any = models.tokenizer
+    if tokenizer is None:
         raise ValueError("none of the models comes with a tokenizer")
     config = EFTConfig(
         alpha=alpha[0] if len(alpha) == 1 else alpha,
@@ -403,39 +330,28 @@ def generate(
         draft_temperature=draft_temperature,
         conservative_top_p=conservative_top_p,
     )
-    decoder = (NaiveEFTDecoder if naive else EFTDecoder)(models, config)
-    input_ids = models.tokenizer(text, return_tensors="pt").input_ids
-    prompt_ids = input_ids[0].tolist()
+    input_ids = tokenizer(text, return_tensors="pt").input_ids
     streamer = None
     if not as_json:
-        if show_sources is None:
-            show_sources = has_colours(out)
-        streamer = SourceStreamer(models.tokenizer, prompt_ids, out, show_sources)
-    start = perf_counter()
-    output = decoder.generate(
+        sources_shown = has_colours(out) if show_sources is None else show_sources
+        streamer = SourceStreamer(tokenizer, input_ids[0].tolist(), out, sources_shown)
+    continuation = continue_prompt(
+        (NaiveEFTDecoder if naive else EFTDecoder)(models, config),
+        tokenizer,
         input_ids,
-        seed=seed,
-        streamer=streamer,
-        return_dict_in_generate=True,
+        seed,
+        temperature,
+        streamer,
         max_new_tokens=max_new_tokens,
         top_k=top_k,
         top_p=top_p,
         min_p=min_p,
-        **_sampling(temperature),
     )
-    seconds = perf_counter() - start
     if as_json:
-        tokens = output.sequences[0, len(prompt_ids) :].tolist()
-        record = {
-            "text": "".join(token_pieces(models.tokenizer, prompt_ids, tokens)),
-            "tokens": tokens,
-            "seed": seed,
-            "config": asdict(config),
-            **_numbers(output),
-        }
+        record = {"prompt": text, "seed": seed, "config": asdict(config), **continuation.to_dict()}
         print(json.dumps(_without_nan(record), ensure_ascii=False))
     if stats:
-        err.print(tables.stats_table(output.stats, seed, seconds))
+        err.print(tables.stats_table(continuation.stats, seed, continuation.seconds))
 
 
 @app.command()
@@ -476,18 +392,25 @@ def check(
         out.print(tables.memory_table(report.models, tokens, batch))
         for model in report.models:
             if model.context is not None and model.context < tokens:
-                out.print(f"note: {model.role} ends at {model.context:,} tokens, before {tokens:,}.")
+                _print_sentence(
+                    out, f"note: {model.role} ends at {model.context:,} tokens, before {tokens:,}."
+                )
     for sentence in report.differences:
-        out.print(f"differs: {sentence}.")
+        _print_sentence(out, f"differs: {sentence}.")
     if not report.compatible:
         _print_problems(out, report.problems)
         raise typer.Exit(1)
     out.print("They would work together.", style="bold green")
 
 
+def _print_sentence(out: Console, sentence: str) -> None:
+    # Names may hold brackets, and a pipe wants one line a sentence.
+    out.print(sentence, markup=False, soft_wrap=True)
+
+
 def _print_problems(out: Console, problems: Sequence[str]) -> None:
     for sentence in problems:
-        out.print(f"problem: {sentence}")
+        _print_sentence(out, f"problem: {sentence}")
     out.print("They would not work together.", style="bold red")
 
 
@@ -525,51 +448,19 @@ def _load(
         tuned = [first]
         dtype = "float32" if dtype == "auto" else dtype
     find_sources(large, tuned, base)
-    with _loading(err, all(Path(name).expanduser().is_dir() for name in (large, *tuned, base))):
+    local = all(Path(name).expanduser().is_dir() for name in (large, *tuned, base))
+    # The Hub's own bars tell more about downloads.
+    with err.status("Loading the models") if local else nullcontext():
+        from transformers.utils import logging
+
         from .models import EFTModels
 
+        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        if local:
+            logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         models = EFTModels.from_pretrained(large, tuned, base, dtype=dtype, device_map=device_map)
         models.runners()
     return models
-
-
-@contextmanager
-def _loading(err: Console, local: bool) -> Iterator[None]:
-    """Shows that models are loading; the Hub's own bars tell more about downloads."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    if not local:
-        yield
-        return
-    logging.disable_progress_bar()
-    with err.status("Loading the models"):
-        yield
-
-
-def _sampling(temperature: float) -> dict[str, Any]:
-    return {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-
-
-def _numbers(output: EFTOutput) -> dict[str, Any]:
-    """Statistics and trace of one sequence as plain containers."""
-    stats, trace = output.stats, output.trace
-    assert stats is not None and trace is not None
-    return {
-        "stats": {
-            **asdict(stats),
-            "acceptance_rate": stats.acceptance_rate,
-            "tokens_per_round": stats.tokens_per_round,
-            "large_calls_per_token": stats.large_calls_per_token,
-        },
-        "trace": {
-            "source": trace.source[0],
-            "large": trace.large[0].tolist(),
-            "tuned": [tuned[0].tolist() for tuned in trace.tuned],
-            "base": trace.base[0].tolist(),
-            "target": trace.target[0].tolist(),
-        },
-    }
 
 
 def _without_nan(value: Any) -> Any:
@@ -579,31 +470,6 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _describe(models: EFTModels, out: Console) -> None:
-    parts = [f"{row.role} {tables.count_text(row.parameters)}" for row in models.describe()]
-    out.print(f"The bundled trio, trained on Python source: {', '.join(parts)} parameters.")
-    out.print("Sampled: what large_base would say had it been tuned as small_base was into small_tuned.\n")
-
-
-def _explain_looks(out: Console) -> None:
-    meanings = {
-        "draft": "a token that small_tuned drafted and the target accepted",
-        "residual": "a token the target drew in place of a rejected one",
-        "bonus": "a token the target drew after accepting a whole draft",
-    }
-    for source, meaning in meanings.items():
-        out.print(styled_pieces([(LOOKS[source].meaning, source)], has_colours(out)) + Text(f": {meaning}"))
-
-
-def _print_continuation(out: Console, prompt: str, pieces: Sequence[str], sources: Sequence[str]) -> None:
-    colours = has_colours(out)
-    out.print()
-    out.print(Text(prompt.rstrip("\n"), style="dim" if colours else ""), soft_wrap=True)
-    sourced = zip(pieces, [*sources, "draft"], strict=True)
-    out.print(styled_pieces(sourced, colours), soft_wrap=True)
-    out.print(Text("-- ") + source_counts(sources, colours))
 
 
 if __name__ == "__main__":

@@ -27,11 +27,18 @@ __all__ = [
 _NOTHING = "-"
 
 
-def _table(title: str, first: str, *others: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+def _table(title: str | None, first: str, *others: str) -> Table:
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
+        pad_edge=False,
+    )
     table.add_column(first, no_wrap=True)
     for name in others:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     return table
 
 
@@ -47,12 +54,12 @@ def comparison_table(comparison: Comparison, title: str) -> Table:
     table = _table(
         title,
         "decoder",
-        "tokens/s\n[dim]quartiles[/]",
-        f"x {comparison.reference}\n[dim]quartiles[/]",
+        "tokens/s",
+        f"ratio to\n{comparison.reference}",
         "tokens\na round",
         "acceptance\nmeasured",
         "\nexpected",
-        "large calls\na token",
+        "L calls\na token",
     )
     for row in comparison.measurements:
         measured = expected = _NOTHING
@@ -64,7 +71,7 @@ def comparison_table(comparison: Comparison, title: str) -> Table:
             )
         table.add_row(
             row.name,
-            _with_quartiles(row.tokens_per_second, 1),
+            _with_quartiles(row.tokens_per_second, 1 if row.tokens_per_second.largest < 100 else 0),
             _with_quartiles(row.ratio, 2),
             f"{row.tokens_per_round:.2f}",
             measured,
@@ -77,8 +84,7 @@ def comparison_table(comparison: Comparison, title: str) -> Table:
 def phases_table(comparison: Comparison) -> Table:
     """A row a decoder: where the time of a round goes."""
     phases = list(comparison.measurements[0].milliseconds_per_round)
-    table = _table("", "milliseconds a round", *phases, "in all")
-    table.title = None
+    table = _table(None, "milliseconds a round", *phases, "in all")
     for row in comparison.measurements:
         values = list(row.milliseconds_per_round.values())
         table.add_row(row.name, *(f"{value:.2f}" for value in (*values, sum(values))))
@@ -91,7 +97,10 @@ def verdict(comparisons: dict[str, Comparison], fast: str, slow: str, alone: str
     for label, comparison in comparisons.items():
         over_slow, over_alone = (comparison.ratio(fast, other).median for other in (slow, alone))
         parts.append(f"{over_slow:.2f}x {slow} and {over_alone:.2f}x {alone} at {label}")
-    return f"{fast}: {', '.join(parts)} (median ratios of tokens/s)."
+        if not comparison.generation_options["do_sample"]:
+            row = comparison[fast]
+            parts.append(f"{row.same_output} of {len(row.run_tokens)} greedy texts those of {slow}")
+    return f"{fast}: {', '.join(parts)} (tokens/s, medians over pairs)."
 
 
 def stats_table(stats: EFTStats, seed: int, seconds: float) -> Table:
@@ -104,8 +113,8 @@ def stats_table(stats: EFTStats, seed: int, seconds: float) -> Table:
     acceptance = "nothing was drafted"
     if stats.drafted_tokens:
         acceptance = (
-            f"{stats.acceptance_rate:.3f} measured, {stats.expected_acceptance:.3f} expected of the token rule; "
-            f"{stats.accepted_tokens} of {stats.drafted_tokens} drafted tokens accepted"
+            f"{stats.acceptance_rate:.3f} measured, {stats.expected_acceptance:.3f} expected of the token "
+            f"rule; {stats.accepted_tokens} of {stats.drafted_tokens} drafted tokens accepted"
         )
     rows = {
         "seed": str(seed),
@@ -140,14 +149,13 @@ def count_text(count: int) -> str:
 
 def models_table(models: Sequence[ModelDescription]) -> Table:
     """A row a model: what it is."""
-    table = _table("", "model", "class", "parameters", "weights", "context", "vocabulary", "chat template")
-    table.title = None
+    table = _table(None, "model", "class", "params", "dtype", "context", "vocab", "chat")
     for model in models:
         table.add_row(
             model.role,
             model.architecture,
             count_text(model.parameters),
-            f"{size_text(model.bytes)}\n[dim]{model.dtype}[/]",
+            model.dtype,
             "no limit" if model.context is None else f"{model.context:,}",
             f"{model.vocabulary:,}",
             "yes" if model.chat_template else "no",
@@ -157,8 +165,7 @@ def models_table(models: Sequence[ModelDescription]) -> Table:
 
 def memory_table(models: Sequence[ModelDescription], context: int, batch: int) -> Table:
     """A row a model, and their sum: what it needs for `batch` sequences of `context` tokens."""
-    table = _table("", f"memory for {batch} x {context:,} tokens", "weights", "cache", "in all")
-    table.title = None
+    table = _table(None, f"memory for {batch} x {context:,} tokens", "weights", "cache", "in all")
     weights = [model.bytes for model in models]
     caches = [model.cache_bytes_per_token * context * batch for model in models]
     for model, weight, cache in zip(models, weights, caches, strict=True):

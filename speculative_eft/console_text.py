@@ -9,7 +9,16 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-__all__ = ["LOOKS", "Look", "SourceStreamer", "TokenText", "has_colours", "source_counts", "styled_pieces"]
+__all__ = [
+    "LOOKS",
+    "Look",
+    "TokenText",
+    "has_colours",
+    "marked",
+    "source_counts",
+    "styled_pieces",
+    "token_pieces",
+]
 
 _CONTEXT_TOKENS = 6
 
@@ -87,7 +96,7 @@ def styled_pieces(pieces: Iterable[tuple[str, str]], colours: bool) -> Text:
         if colours:
             text.append(piece, look.style)
         elif piece:
-            text.append(_marked(piece, look))
+            text.append(marked(piece, look))
     return text
 
 
@@ -100,54 +109,7 @@ def source_counts(sources: Sequence[str], colours: bool) -> Text:
     return Text(" · ").join(parts)
 
 
-class SourceStreamer:
-    """A streamer as transformers has them: takes each round's tokens and writes their text at once.
-
-    The last token of a round is the target's own, the tokens before it were drafted.
-    """
-
-    def __init__(
-        self, tokenizer: Any, prompt_ids: Sequence[int], console: Console, show_sources: bool
-    ) -> None:
-        """Write to `console`; with `show_sources` in colours, or between marks where it has none."""
-        self._text = TokenText(tokenizer, prompt_ids)
-        self._console = console
-        self._show_sources = show_sources
-        self._colours = has_colours(console)
-        self._prompt_is_next = True
-        self._at_line_start = False
-
-    def put(self, value: Any) -> None:
-        """Take token ids, the prompt's in the first call, which are not written."""
-        if self._prompt_is_next:
-            self._prompt_is_next = False
-            return
-        *drafted, last = value.flatten().tolist()
-        for token in drafted:
-            self._write(self._text.push(token), "draft")
-        self._write(self._text.push(last), "target")
-        self._console.file.flush()
-
-    def end(self) -> None:
-        """Write what is left, and on a terminal end the line."""
-        self._write(self._text.finish(), "target")
-        if self._console.is_terminal and not self._at_line_start:
-            self._console.file.write("\n")
-        self._console.file.flush()
-
-    def _write(self, piece: str, source: str) -> None:
-        if not piece:
-            return
-        self._at_line_start = piece.endswith("\n")
-        if not self._show_sources:
-            self._console.file.write(piece)
-        elif self._colours:
-            self._console.out(piece, style=LOOKS[source].style, end="", highlight=False)
-        else:
-            self._console.file.write(_marked(piece, LOOKS[source]))
-
-
-def _marked(piece: str, look: Look) -> str:
+def marked(piece: str, look: Look) -> str:
     """`piece` between marks, line breaks and indentation around it left outside."""
     body = piece.strip()
     if not body or not look.marks[0]:

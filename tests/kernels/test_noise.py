@@ -65,9 +65,8 @@ def test_seeds_of_a_larger_batch_extend_those_of_a_smaller_one() -> None:
 
 def test_uniforms_never_reach_0_or_1(monkeypatch: pytest.MonkeyPatch) -> None:
     for word in (0, ONES):
-        monkeypatch.setattr(
-            noise_module, "_random_words", lambda *_, word=word: torch.full((1, 1, 2, 4), word)
-        )
+        words = (torch.full((1, 1, 2), word),) * 4
+        monkeypatch.setattr(noise_module, "_philox_blocks", lambda *_, words=words: words)
         zero = torch.zeros(1, 1, dtype=torch.int64)
         uniform = uniform_noise(zero[0], zero, zero, Stream.ACCEPT)
         assert 0 < uniform.item() < 1

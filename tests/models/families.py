@@ -54,6 +54,13 @@ _GROUPED = {**_COMMON, "intermediate_size": 48, "num_key_value_heads": 2}
 _TWO_KINDS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW}
 _FALCON = {**_COMMON, "multi_query": True, "new_decoder_architecture": False, "parallel_attn": True}
 _GEMMA = {**_GROUPED, **_TWO_KINDS, "head_dim": 16, "query_pre_attn_scalar": 16}
+# Eager, because the sdpa of older transformers leaves the soft-cap out; low caps, so that they matter.
+_GEMMA2 = {
+    **_GEMMA,
+    "attn_implementation": "eager",
+    "attn_logit_softcapping": 0.5,
+    "final_logit_softcapping": 2.0,
+}
 
 _FAMILIES: dict[str, tuple[type[PreTrainedModel], Any, dict[str, Any]]] = {
     "llama": (LlamaForCausalLM, LlamaConfig, _GROUPED),
@@ -88,7 +95,7 @@ _FAMILIES: dict[str, tuple[type[PreTrainedModel], Any, dict[str, Any]]] = {
     "qwen2-sliding": (Qwen2ForCausalLM, Qwen2Config, {**_GROUPED, **_TWO_KINDS, "use_sliding_window": True}),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, {**_GROUPED, "head_dim": 16}),
     "mistral": (MistralForCausalLM, MistralConfig, {**_GROUPED, "sliding_window": WINDOW}),
-    "gemma2": (Gemma2ForCausalLM, Gemma2Config, _GEMMA),
+    "gemma2": (Gemma2ForCausalLM, Gemma2Config, _GEMMA2),
     "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig, _GEMMA),
     "gpt2": (GPT2LMHeadModel, GPT2Config, _COMMON),
     "gpt-neox": (GPTNeoXForCausalLM, GPTNeoXConfig, {**_COMMON, "intermediate_size": 64}),

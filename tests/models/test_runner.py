@@ -174,6 +174,8 @@ def test_weights_changed_in_place_are_seen() -> None:
     model = tiny_model("qwen3")
     tokens = random_tokens(1, 6)
     runner = ModelRunner(model)
+    runner.reserve(1, 6)
+    runner.forward(tokens, 6)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(0.5)
@@ -194,6 +196,18 @@ def test_half_precision_is_as_close_as_the_model_itself(family: str) -> None:
     error = (logits.float() - exact[:, 5:]).abs().mean()
     plain_error = (plain_logits(model, tokens)[:, 5:].float() - exact[:, 5:]).abs().mean()
     assert error < 1.5 * plain_error
+
+
+@pytest.mark.parametrize("family", ["llama3-rope", "qwen2-sliding", "qwen3", "mistral"])
+def test_weights_too_large_to_copy_are_used_as_they_are(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("speculative_eft.models.projection._SMALL_MODEL_BYTES", 0)
+    model = tiny_model(family)
+    tokens = random_tokens(2, 20)
+    runner = ModelRunner(model)
+    runner.reserve(2, 20)
+    runner.prefill(tokens[:, :9], torch.tensor([9, 9]))
+    expected = plain_logits(model, tokens)[:, 9:]
+    torch.testing.assert_close(runner.forward(tokens[:, 9:], 20), expected, rtol=0, atol=TOLERANCE)
 
 
 def test_an_untested_architecture_that_agrees_with_itself_is_accepted() -> None:

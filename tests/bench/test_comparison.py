@@ -1,0 +1,128 @@
+"""The comparison's order and arithmetic, on decoders that only pretend."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from speculative_eft.bench import comparison
+from speculative_eft.bench.comparison import PHASES, Spread, compare, environment
+from speculative_eft.decoding import EFTOutput, EFTStats
+
+PROMPTS = [torch.tensor([[1, 2]]), torch.tensor([[3, 4, 5]])]
+
+
+class Clock:
+    """Seconds that pass only when a decoder says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class FakeDecoder:
+    """Emits `tokens` tokens in `seconds[i]` seconds in its i-th run, in two rounds of two drafted tokens."""
+
+    def __init__(
+        self, name: str, log: list[tuple[str, int, int]], clock: Clock, seconds: list[float], tokens: int
+    ) -> None:
+        self.name, self.log, self.clock = name, log, clock
+        self.seconds, self.tokens = iter(seconds), tokens
+
+    def generate(self, input_ids: Tensor, *, seed: int, **generation_kwargs: Any) -> EFTOutput:
+        assert generation_kwargs == {"return_dict_in_generate": True, "max_new_tokens": 9}
+        self.log.append((self.name, int(input_ids[0, 0]), seed))
+        self.clock.now += next(self.seconds)
+        stats = EFTStats(
+            rounds=2,
+            sequence_rounds=2,
+            drafted_tokens=4,
+            tested_tokens=4,
+            accepted_tokens=3,
+            emitted_tokens=self.tokens,
+            accepted_by_position=(1.0, 0.5),
+            expected_acceptance=0.5,
+            seconds={"prefill": 9.0, "draft": 0.002, "large": 0.004},
+        )
+        return EFTOutput(
+            sequences=torch.cat([input_ids, torch.full((1, self.tokens), 7)], dim=1), stats=stats
+        )
+
+
+@pytest.fixture
+def log() -> list[tuple[str, int, int]]:
+    return []
+
+
+@pytest.fixture
+def result(log: list[tuple[str, int, int]], monkeypatch: pytest.MonkeyPatch) -> comparison.Comparison:
+    clock = Clock()
+    monkeypatch.setattr(comparison, "perf_counter", clock)
+    decoders = {
+        "slow": FakeDecoder("slow", log, clock, [100, 4, 2, 4, 2], tokens=4),
+        "fast": FakeDecoder("fast", log, clock, [100, 1, 1, 2, 2], tokens=8),
+    }
+    return compare(decoders, PROMPTS, reference="slow", repeats=2, seed=5, max_new_tokens=9)
+
+
+def test_decoders_take_turns(result: comparison.Comparison, log: list[tuple[str, int, int]]) -> None:
+    warm_up = [("slow", 1, 5), ("fast", 1, 5)]
+    turns = [
+        (name, prompt, seed) for prompt, seed in ((1, 5), (3, 6), (1, 7), (3, 8)) for name in ("slow", "fast")
+    ]
+    assert log == warm_up + turns
+
+
+def test_ratios_are_taken_within_pairs(result: comparison.Comparison) -> None:
+    assert result["slow"].tokens_per_second == Spread(1.5, 1.0, 2.0, 1.0, 2.0)
+    assert result["slow"].ratio == Spread(1, 1, 1, 1, 1)
+    # 8, 8, 4, 4 tokens a second against 1, 2, 1, 2.
+    assert result["fast"].ratio == Spread(4.0, 3.5, 5.0, 2.0, 8.0)
+    assert result.ratio("slow", "fast") == Spread.of([1 / 8, 1 / 4, 1 / 4, 1 / 2])
+
+
+def test_counts_are_over_all_runs(result: comparison.Comparison) -> None:
+    row = result["fast"]
+    assert row.run_tokens == (8, 8, 8, 8) and row.run_seconds == (1, 1, 2, 2)
+    assert row.tokens_per_round == 4.0 and row.large_calls_per_token == 0.25
+    assert row.acceptance_rate == 0.75 and row.expected_acceptance == 0.5 and row.tested_tokens == 16
+    assert tuple(row.milliseconds_per_round) == PHASES
+    assert row.milliseconds_per_round["draft"] == pytest.approx(1.0)
+    assert row.milliseconds_per_round["verify"] == 0.0
+    assert row.same_output == 0 and result["slow"].same_output == 4
+
+
+def test_json_has_it_all(result: comparison.Comparison) -> None:
+    data = json.loads(json.dumps(result.to_dict()))
+    assert data["reference"] == "slow" and data["generation_options"] == {"max_new_tokens": 9}
+    assert data["measurements"][1]["ratio"]["median"] == 4.0
+
+
+def test_one_value_is_its_own_spread() -> None:
+    assert Spread.of([3.0]) == Spread(3.0, 3.0, 3.0, 3.0, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"reference": "other"}, "reference"),
+        ({"prompts": []}, "prompt"),
+        ({"repeats": 0}, "repeat"),
+    ],
+)
+def test_refusals(arguments: dict[str, Any], words: str) -> None:
+    decoders = {"slow": FakeDecoder("slow", [], Clock(), [], 1)}
+    with pytest.raises(ValueError, match=words):
+        compare(decoders, **{"prompts": PROMPTS, "reference": "slow", "repeats": 1, **arguments})
+
+
+def test_environment_names_the_machine() -> None:
+    found = environment()
+    assert found.cpu and found.cores >= 1 and found.threads >= 1
+    assert found.torch == torch.__version__ or torch.__version__.startswith(found.torch.split("+")[0])

@@ -1,0 +1,160 @@
+"""Bad input: one clear line, exit status 2, no traceback, and at once where no model is needed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from .conftest import CONTEXT, Outcome, Trio, byte_tokenizer, save_model
+
+COMMAND = "import sys; from speculative_eft.cli import main; sys.exit(main())"
+SECONDS = 3.0
+ATTEMPTS = 3
+
+
+def run_process(code: str, *arguments: str) -> tuple[subprocess.CompletedProcess[str], float]:
+    """A run in a new interpreter, and how long it took."""
+    start = time.perf_counter()
+    process = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        # Python adds the folder it is started in to its path: not the repository's.
+        cwd="/",
+        timeout=60,
+    )
+    return process, time.perf_counter() - start
+
+
+def assert_quick_error(arguments: list[str], *words: str) -> None:
+    # A machine that is busy with something else may be late once, not every time.
+    for _ in range(ATTEMPTS):
+        process, seconds = run_process(COMMAND, *arguments)
+        assert_one_line(Outcome(process.returncode, process.stdout, process.stderr), *words)
+        if seconds < SECONDS:
+            return
+    pytest.fail(f"took {seconds:.1f} s")
+
+
+def assert_one_line(outcome: Outcome, *words: str) -> None:
+    assert outcome.status == 2
+    assert outcome.out == ""
+    assert "Traceback" not in outcome.err
+    assert outcome.err.startswith("speculative-eft: error: ")
+    assert outcome.err.count("\n") == 1 and outcome.err.endswith("\n")
+    for word in words:
+        assert word in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generate", "--draft-tokens", "0", "x"], ["--draft-tokens", "at least 1"]),
+        (["generate", "--beta", "nan", "x"], ["--beta", "finite"]),
+        (["generate", "--large", "/nowhere", "x"], ["--large", "/nowhere"]),
+    ],
+)
+def test_answers_at_once(arguments: list[str], words: list[str]) -> None:
+    assert_quick_error(arguments, *words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generate", "--draft-tokens", "many", "x"], ["--draft-tokens", "auto"]),
+        (["generate", "--alpha", "inf", "x"], ["--alpha", "finite"]),
+        (["generate", "--alpha", "1", "--alpha", "2", "x"], ["--alpha", "2 values for 1"]),
+        (["generate", "--acceptance", "luck", "x"], ["--acceptance", "block"]),
+        (["generate", "--draft", "none", "x"], ["--draft", "pair"]),
+        (["generate", "--dtype", "int8", "x"], ["--dtype", "bfloat16"]),
+        (["generate", "--temperature", "-1", "x"], ["--temperature", "at least 0"]),
+        (["generate", "--temperature", "nan", "x"], ["--temperature", "finite"]),
+        (["generate", "--draft-temperature", "0", "x"], ["--draft-temperature", "above 0"]),
+        (["generate", "--conservative-top-p", "0", "x"], ["--conservative-top-p", "above 0"]),
+        (["generate", "--top-p", "1.5", "x"], ["--top-p", "at most 1"]),
+        (["generate", "--min-p", "nan", "x"], ["--min-p"]),
+        (["generate", "--top-k", "-1", "x"], ["--top-k"]),
+        (["generate", "--max-new-tokens", "0", "x"], ["--max-new-tokens"]),
+        (["generate", "--seed", str(2**63), "x"], ["--seed", "64 bits"]),
+        (["generate", ""], ["empty"]),
+        (["generate"], ["empty"]),
+        (["generate", "--file", "/nowhere"], ["--file", "/nowhere"]),
+        (["generate", "--file", __file__, "x"], ["not both"]),
+        (["generate", "--large", "gpt2", "x"], ["all three"]),
+        (["generate", "--tuned", "./nowhere", "x"], ["--tuned", "./nowhere"]),
+        (["generate", "--sead", "1", "x"], ["--sead", "--seed"]),
+        (["generate", "x", "y"], ["y"]),
+        (["demo", "--prompts", "0"], ["--prompts"]),
+        (["demo", "--json", "/nowhere/results.json"], ["--json", "/nowhere"]),
+        (["check", "/nowhere", "b", "c"], ["LARGE", "/nowhere"]),
+        (["check", "a"], ["Missing"]),
+        (["check", "--batch", "0", "a", "b", "c"], ["--batch"]),
+        (["conjure"], ["conjure"]),
+        (["--unknown"], ["--unknown"]),
+    ],
+    ids=" ".join,
+)
+def test_one_line(run: Callable[..., Outcome], arguments: list[str], words: list[str]) -> None:
+    assert_one_line(run(*arguments), *words)
+
+
+def test_a_prompt_must_be_utf8(run: Callable[..., Outcome], tmp_path: Path) -> None:
+    (tmp_path / "prompt").write_bytes(b"\xff")
+    assert_one_line(run("generate", "--file", str(tmp_path / "prompt")), "UTF-8")
+
+
+def test_a_folder_without_weights(trio: Trio, tmp_path: Path) -> None:
+    shutil.copytree(trio.large, tmp_path / "large")
+    (tmp_path / "large" / "model.safetensors").unlink()
+    options = Trio(tmp_path / "large", trio.tuned, trio.base).options
+    assert_quick_error(["generate", *options, "x"], "large_base", "weights")
+
+
+def test_another_tokenizer(trio: Trio, tmp_path: Path) -> None:
+    other = save_model(tmp_path / "base", byte_tokenizer("select * from a where b is null; " * 9), 2, 16)
+    options = Trio(trio.large, trio.tuned, other).options
+    assert_quick_error(["generate", *options, "x"], "small_base", "tokenizer")
+
+
+def test_a_recurrent_model(trio: Trio, tmp_path: Path) -> None:
+    shutil.copytree(trio.base, tmp_path / "base")
+    config = {"model_type": "mamba", "architectures": ["MambaForCausalLM"], "vocab_size": 320}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    options = Trio(trio.large, trio.tuned, tmp_path / "base").options
+    assert_quick_error(["generate", *options, "x"], "small_base", "recurrent")
+
+
+def test_a_prompt_longer_than_the_context(run: Callable[..., Outcome], trio: Trio) -> None:
+    assert_one_line(run("generate", *trio.options, "x" * (CONTEXT + 1)), "context", str(CONTEXT))
+
+
+def test_an_id_beyond_the_vocabulary(run: Callable[..., Outcome], trio: Trio) -> None:
+    assert_one_line(run("generate", *trio.options, "<|beyond|>"), "320", "vocabulary")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"), [(["--version"], 0), (["generate", "--help"], 0), (["generate", ""], 2)]
+)
+def test_answers_without_torch(arguments: list[str], status: int) -> None:
+    code = (
+        "import sys; from speculative_eft.cli import main; "
+        "status = main(); assert 'torch' not in sys.modules; sys.exit(status)"
+    )
+    process, _ = run_process(code, *arguments)
+    assert process.returncode == status, process.stderr
+
+
+def test_ctrl_c_is_quiet(run: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("speculative_eft.cli._load", interrupt)
+    assert run("generate", "x") == Outcome(130, "", "")

@@ -1,0 +1,126 @@
+"""`generate`: where prompts come from, what goes to standard output, and that a seed gives it again."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from speculative_eft.console_text import has_colours
+from speculative_eft.continuation import SourceStreamer
+
+from .conftest import Outcome, Trio
+
+PROMPT = "def add(first, second):\n"
+OPTIONS = ("--max-new-tokens", "24", "--seed", "5")
+ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def test_argument_file_and_standard_input_are_alike(
+    run: Callable[..., Outcome], trio: Trio, tmp_path: Path
+) -> None:
+    (tmp_path / "prompt.txt").write_text(PROMPT)
+    options = (*trio.options, *OPTIONS)
+    outcomes = [
+        run("generate", PROMPT, *options),
+        run("generate", "--file", str(tmp_path / "prompt.txt"), *options),
+        run("generate", "-", *options, stdin=PROMPT),
+        run("generate", *options, stdin=PROMPT),
+    ]
+    assert outcomes[0].status == 0 and outcomes[0].out
+    assert all(outcome == outcomes[0] for outcome in outcomes)
+    assert "\x1b" not in outcomes[0].out and outcomes[0].err == ""
+
+
+def test_json_holds_the_streamed_text(run: Callable[..., Outcome], trio: Trio, tokenizer: Any) -> None:
+    record = json.loads(run("generate", PROMPT, *trio.options, *OPTIONS, "--json").out)
+    assert record["text"] == run("generate", PROMPT, *trio.options, *OPTIONS).out
+    assert record["text"] == tokenizer.decode(record["tokens"], skip_special_tokens=True)
+    assert record["seed"] == 5
+    assert record["stats"]["emitted_tokens"] == len(record["tokens"]) == len(record["trace"]["source"])
+    assert set(record["trace"]["source"]) <= {"draft", "residual", "bonus"}
+    assert len(record["trace"]["tuned"][0]) == len(record["tokens"])
+
+
+def test_a_drawn_seed_gives_the_text_again(run: Callable[..., Outcome], trio: Trio) -> None:
+    first = json.loads(run("generate", PROMPT, *trio.options, "--max-new-tokens", "24", "--json").out)
+    options = ("--max-new-tokens", "24", "--seed", str(first["seed"]))
+    outcome = run("generate", PROMPT, *trio.options, *options, "--stats")
+    assert outcome.out == first["text"]
+    assert str(first["seed"]) in outcome.err and "acceptance" in outcome.err
+
+
+def test_shared_seed_gives_naive_text(run: Callable[..., Outcome], trio: Trio) -> None:
+    options = (*trio.options, *OPTIONS, "--alpha", "0.5", "--beta", "1.5")
+    speculative = run("generate", PROMPT, *options, "--acceptance", "shared_seed", "--draft-tokens", "3")
+    assert speculative.out == run("generate", PROMPT, *options, "--naive").out != ""
+
+
+def test_several_tuned_models_take_an_alpha_each(run: Callable[..., Outcome], trio: Trio) -> None:
+    options = (*trio.options, "--tuned", str(trio.base), "--alpha", "0.7", "--alpha", "0.3")
+    record = json.loads(run("generate", PROMPT, *options, *OPTIONS, "--json").out)
+    assert record["config"]["alpha"] == [0.7, 0.3] and len(record["trace"]["tuned"]) == 2
+
+
+def stream(tokens: list[int], tokenizer: Any, console: Console, show_sources: bool) -> None:
+    streamer = SourceStreamer(tokenizer, tokenizer(PROMPT).input_ids, console, show_sources)
+    streamer.put(torch.tensor([tokenizer(PROMPT).input_ids]))
+    generator = random.Random(0)
+    while tokens:
+        count = generator.randint(1, 5)
+        streamer.put(torch.tensor(tokens[:count]))
+        tokens = tokens[count:]
+    streamer.end()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_streamed_pieces_are_the_decoded_text(seed: int, tokenizer: Any) -> None:
+    """Random tokens are mostly broken characters; the others are whole ones split over tokens."""
+    generator = random.Random(seed)
+    tokens = [generator.randrange(310) for _ in range(60)]
+    tokens += tokenizer("Größe → 尺寸 🙂 naïve\n    x").input_ids + tokenizer("🙂").input_ids[: seed % 4]
+    console = Console(file=io.StringIO(), force_terminal=False)
+    stream(tokens, tokenizer, console, show_sources=False)
+    assert console.file.getvalue() == tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def test_no_broken_character_is_shown_on_the_way(tokenizer: Any) -> None:
+    console = Console(file=io.StringIO(), force_terminal=False)
+    streamer = SourceStreamer(tokenizer, [], console, show_sources=False)
+    streamer.put(torch.tensor([[]]))
+    for token in tokenizer("a🙂é").input_ids:
+        streamer.put(torch.tensor([token]))
+        assert "\ufffd" not in console.file.getvalue()
+    assert console.file.getvalue() == "a🙂é"
+
+
+def test_colours_on_a_terminal_are_all_that_is_added(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    tokens = tokenizer("def add(first, second):\n\treturn 1  \n").input_ids
+    console = Console(file=io.StringIO(), force_terminal=True, color_system="standard", width=20)
+    assert has_colours(console)
+    stream(tokens, tokenizer, console, show_sources=True)
+    shown = console.file.getvalue()
+    assert "\x1b[32m" in shown
+    assert ESCAPE.sub("", shown) == tokenizer.decode(tokens)
+
+
+def test_sources_without_colours_are_marked(tokenizer: Any) -> None:
+    console = Console(file=io.StringIO(), force_terminal=False)
+    tokens = tokenizer("def add(first, second):\n").input_ids
+    stream(tokens, tokenizer, console, show_sources=True)
+    shown = console.file.getvalue()
+    assert "«" in shown and shown.replace("«", "").replace("»", "") == tokenizer.decode(tokens)
+
+
+def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not has_colours(Console(file=io.StringIO(), force_terminal=True))
