@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
 import torch
-from speculative_eft.kernels import Coefficients
-from speculative_eft.models import EFTModels, EFTRunners
 from torch import Tensor
 from transformers import GenerationConfig
+
+from speculative_eft.kernels import Coefficients
+from speculative_eft.models import EFTModels, EFTRunners
 
 from .config import EFTConfig
 from .draft_length import DraftLengthPolicy
@@ -91,17 +92,18 @@ class EFTDecoder:
             # The tuned models cancel out of the target; any law may draft, so all of them do.
             draft_alphas = torch.full_like(alphas, 1 / len(alphas))
         top_p = self.config.conservative_top_p
-        beta = float(self.config.beta)
-        weights = [beta, *alphas.tolist(), 1 - total - beta, *draft_alphas.tolist()]
+        beta = torch.tensor(float(self.config.beta), device=device)
+        base_weight = 1 - alphas.sum()
+        weights = torch.stack([beta, *alphas, base_weight - beta, *draft_alphas])
         if draft_base is not None or top_p is not None:
-            weights.append(1 - total)
+            weights = torch.cat([weights, base_weight[None]])
         return Coefficients(
             alpha=alphas.expand(batch, -1),
-            beta=torch.full((batch,), beta, device=device),
+            beta=beta.expand(batch),
             draft_alpha=draft_alphas.expand(batch, -1),
             draft_base=draft_base,
             conservative_top_p=None if top_p is None else torch.full((batch,), top_p, device=device),
-            some_weight_is_zero=0.0 in weights,
+            some_weight_is_zero=bool((weights == 0).any()),
         )
 
     def _generation_configs(self) -> list[GenerationConfig]:

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from speculative_eft.kernels import Sampling, derive_seeds
 from torch import Tensor
 from transformers import GenerationConfig
+
+from speculative_eft.kernels import Sampling, derive_seeds
 
 __all__ = ["GenerationOptions", "Prompts", "read_options", "read_prompts", "read_seeds"]
 

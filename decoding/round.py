@@ -6,6 +6,8 @@ import time
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
+
 from speculative_eft.kernels import (
     AcceptanceRule,
     Coefficients,
@@ -18,7 +20,6 @@ from speculative_eft.kernels import (
     verify,
 )
 from speculative_eft.models import EFTRunners
-from torch import Tensor
 
 from .draft_length import DraftLengthPolicy
 

@@ -128,7 +128,8 @@ def target_logits(
     if coefficients.conservative_top_p is None:
         weights = [beta, *alpha.unbind(1), small_base_weight - beta]
         return _weighted_sum(weights, [large, *tuned, base], vocab_size, zeros)
-    log_draft = _log_softmax(_weighted_sum([*alpha.unbind(1), small_base_weight], [*tuned, base], vocab_size, zeros))
+    weights = [*alpha.unbind(1), small_base_weight]
+    log_draft = _log_softmax(_weighted_sum(weights, [*tuned, base], vocab_size, zeros))
     delta = _weighted_sum(
         [beta, -beta],
         [_log_softmax(_finite(large, vocab_size)), _log_softmax(_finite(base, vocab_size))],

@@ -52,15 +52,15 @@ def philox_rounds(
     key_0, key_1 = key
     word_0, word_1, word_2, word_3 = counter
     for _ in range(10):
-        # Words 1 and 3 keep the whole 64-bit product: its upper half meets the other word only under
-        # the mask, and a wrapped int64 product has the bits of the unsigned one.
+        # Words 1 and 3 keep the whole 64-bit product and the keys their carries: what lies above bit 31
+        # meets the other words only under the mask. A wrapped product has the bits of the unsigned one.
         product_0 = word_0 * _MULTIPLIER_0
         product_1 = word_2 * _MULTIPLIER_1
         word_0 = ((product_1 >> 32) ^ (word_1 ^ key_0)) & _WORD
         word_2 = ((product_0 >> 32) ^ (word_3 ^ key_1)) & _WORD
         word_1, word_3 = product_1, product_0
-        key_0 = (key_0 + _WEYL_0) & _WORD
-        key_1 = (key_1 + _WEYL_1) & _WORD
+        key_0 = key_0 + _WEYL_0
+        key_1 = key_1 + _WEYL_1
     return word_0, word_1 & _WORD, word_2, word_3 & _WORD
 
 

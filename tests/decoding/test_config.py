@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+
 from speculative_eft.decoding import EFTConfig, EFTDecoder
 
 from ..exactness.sampling import table_runners

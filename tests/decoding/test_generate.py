@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from speculative_eft.decoding import EFTConfig, EFTDecoder, EFTOutput, NaiveEFTDecoder
-from speculative_eft.models import EFTModels
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
+
+from speculative_eft.decoding import EFTConfig, EFTDecoder, EFTOutput, NaiveEFTDecoder
+from speculative_eft.models import EFTModels
 
 from ..exactness.sampling import table_runners
 from ..models.families import CONTEXT, FAMILIES, tiny_model

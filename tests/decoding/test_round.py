@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from speculative_eft.decoding import EFTConfig, EFTDecoder
 from speculative_eft.decoding.request import read_options, read_prompts, read_seeds
 from speculative_eft.decoding.round import PhaseTimer, RoundState, speculative_round
 from speculative_eft.kernels import noise as noise_module
-from torch import Tensor
 
 from ..sync_guard import HostSyncError, no_host_sync
 from .test_generate import ragged_prompts, tiny_trio

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+
 from speculative_eft.decoding import EFTConfig, EFTDecoder
 from speculative_eft.models import EFTRunners
 

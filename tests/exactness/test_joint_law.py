@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from speculative_eft.decoding import EFTConfig, NaiveEFTDecoder
 
 from ..table_models import random_tables

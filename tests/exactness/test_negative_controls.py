@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+
 from speculative_eft.decoding import EFTConfig
 from speculative_eft.kernels import AcceptanceRule, NoiseKey, Stream
 from speculative_eft.kernels import noise as noise_module
-from torch import Tensor
 
 from ..table_models import Tables, random_tables
 from .sampling import compare_with_law

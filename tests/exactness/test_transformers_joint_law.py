@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+
 from speculative_eft.decoding import EFTConfig, EFTDecoder
 from speculative_eft.kernels import AcceptanceRule
 from speculative_eft.models import EFTModels

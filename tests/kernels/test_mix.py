@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from speculative_eft.kernels import Coefficients, Sampling, draft_logits, target_logits, warp
 from torch import Tensor
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from speculative_eft.kernels import Coefficients, Sampling, draft_logits, target_logits, warp
 
 BATCH, ROWS, VOCAB = 3, 4, 50
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+
 from speculative_eft.kernels import Stream, derive_seeds, exponential_noise, gumbel_noise, uniform_noise
 from speculative_eft.kernels import noise as noise_module
 from speculative_eft.kernels.noise import philox_rounds
-from torch import Tensor
 
 ONES = 0xFFFFFFFF
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+
 from speculative_eft.kernels import (
     AcceptanceRule,
     Coefficients,
@@ -16,7 +18,6 @@ from speculative_eft.kernels import (
     draft_step,
     verify,
 )
-from torch import Tensor
 
 SAMPLES = 100_000
 

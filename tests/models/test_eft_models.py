@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from speculative_eft.models import EFTModels, IncompatibleModelsError, ModelRunner, inspect_trio
-from speculative_eft.models.describe import cache_bytes_per_token, describe_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
@@ -31,6 +29,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from speculative_eft.models import EFTModels, IncompatibleModelsError, ModelRunner, inspect_trio
+from speculative_eft.models.describe import cache_bytes_per_token, describe_model
 from tests.models.families import CONTEXT, FAMILIES, tiny_model
 
 SMALL = {"vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 2}

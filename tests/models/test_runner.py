@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from speculative_eft.models import ModelRunner
 from torch import Tensor
 from transformers import BloomConfig, BloomForCausalLM, GraniteConfig, GraniteForCausalLM, PreTrainedModel
 
+from speculative_eft.models import ModelRunner
 from tests.models.families import FAMILIES, tiny_model
 from tests.sync_guard import HostSyncError, no_host_sync
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import HfApi
+
 from speculative_eft.models import IncompatibleModelsError, find_sources
 from speculative_eft.models.sources import token_differences
 
