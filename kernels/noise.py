@@ -24,7 +24,10 @@ _WEYL_1 = 0xBB67AE85
 _WORD = 0xFFFFFFFF
 _LARGEST_BELOW_ONE = 1.0 - 2.0**-24
 
-Words = TypeVar("Words", Tensor, "np.ndarray[Any, Any]")
+# Up to this many Philox blocks, Python's integers are faster than an array's operations.
+_FEW_BLOCKS = 24
+
+Words = TypeVar("Words", Tensor, "np.ndarray[Any, Any]", int)
 
 
 class Stream(IntEnum):
@@ -43,7 +46,7 @@ def philox_rounds(
     """Ten rounds of Philox-4x32 over broadcastable integer arrays.
 
     Args:
-        key: two arrays of values in [0, 2^32): torch int64 or numpy uint64.
+        key: two arrays of values in [0, 2^32): torch int64, numpy uint64, or plain integers.
         counter: four such arrays, broadcastable with each other and with the key.
 
     Returns:
@@ -78,10 +81,23 @@ def _philox_blocks(
     counter = (block, rows[..., None], counters[..., None] & _WORD, stream_word)
     if not _in_host_memory(seeds):
         return philox_rounds(key, counter)
+    if blocks == 1 and counters.numel() <= _FEW_BLOCKS:
+        return _few_philox_blocks(seeds, counters, rows, stream)
     # numpy spends half of torch's time on a hundred tiny integer operations.
     key_0, key_1, *words = (word.numpy().view(np.uint64) for word in (*key, *counter))
     drawn = philox_rounds((key_0, key_1), (words[0], words[1], words[2], words[3]))
     return tuple(torch.from_numpy(word.view(np.int64)) for word in drawn)
+
+
+def _few_philox_blocks(seeds: Tensor, counters: Tensor, rows: Tensor, stream: Stream) -> tuple[Tensor, ...]:
+    blocks = [
+        philox_rounds((seed & _WORD, seed >> 32 & _WORD), (0, row, counter & _WORD, int(stream)))
+        for seed, own_counters, own_rows in zip(
+            seeds.tolist(), counters.tolist(), rows.expand_as(counters).tolist(), strict=True
+        )
+        for counter, row in zip(own_counters, own_rows, strict=True)
+    ]
+    return torch.tensor(blocks).view(*counters.shape, 1, 4).unbind(-1)
 
 
 def _minus_uniform(words: Tensor) -> Tensor:

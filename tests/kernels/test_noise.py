@@ -50,6 +50,13 @@ def test_device_path_has_the_bits_of_the_host_path(monkeypatch: pytest.MonkeyPat
     assert torch.equal(draw(seeds), on_host)
 
 
+def test_a_few_draws_have_the_bits_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds, counters = torch.tensor([3, -(2**63), -1]), torch.tensor([[0, 2**32 - 1]] * 3)
+    few = uniform_noise(seeds, counters, torch.arange(2), Stream.ACCEPT)
+    monkeypatch.setattr(noise_module, "_FEW_BLOCKS", 0)
+    assert torch.equal(uniform_noise(seeds, counters, torch.arange(2), Stream.ACCEPT), few)
+
+
 def test_draws_depend_on_their_own_address_alone() -> None:
     seeds = derive_seeds(9, 5)
     whole = draw(seeds)
