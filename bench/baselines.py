@@ -44,6 +44,7 @@ class LargeOnlyDecoder:
         generation_config: GenerationConfig | None = None,
         *,
         seed: int | Sequence[int] | None = None,
+        trace: bool = False,
         **generation_kwargs: Any,
     ) -> Tensor | EFTOutput:
         """Continue each prompt with tokens from the large base; arguments and errors as in `EFTDecoder`.
@@ -51,6 +52,8 @@ class LargeOnlyDecoder:
         Returns:
             int64 [batch, width + new tokens], or an `EFTOutput` without a trace.
         """
+        if trace:
+            raise ValueError("trace must be False: one model alone has no log-ratios to trace")
         runner = self.runner
         prompts = read_prompts(input_ids, attention_mask, runner.vocab_size)
         options = read_options(

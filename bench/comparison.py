@@ -205,7 +205,9 @@ def compare(
 
 def _run(decoder: Decoder, prompt: Tensor, seed: int, generation_kwargs: dict[str, Any]) -> _Run:
     start = perf_counter()
-    output = decoder.generate(prompt, seed=seed, return_dict_in_generate=True, **generation_kwargs)
+    output = decoder.generate(
+        prompt, seed=seed, return_dict_in_generate=True, trace=False, **generation_kwargs
+    )
     tokens = output.sequences[0, prompt.shape[1] :].tolist()
     return _Run(tokens, perf_counter() - start, output.stats)
 

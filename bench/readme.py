@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,21 @@ def measurements_markdown(result: dict[str, Any]) -> str:
                 f"| {row['tokens_per_round']:.2f} | {_share(row['acceptance_rate'])} "
                 f"| {_share(row['expected_acceptance'])} | {row['large_calls_per_token']:.2f} |"
             )
+    lines += ["", "Against the large model alone, medians over pairs:"]
+    for label, comparison in result["comparisons"].items():
+        speeds = {row["name"]: _speeds(row) for row in comparison["measurements"]}
+        for name, own in speeds.items():
+            if name.startswith("EFT"):
+                pairs = zip(own, speeds["large alone"], strict=True)
+                ratio = statistics.median(speed / other for speed, other in pairs)
+                lines.append(f"{name} at {label} {ratio:.2f} times its speed;")
+    lines[-1] = lines[-1].replace(";", ".")
     return "\n".join(lines)
+
+
+def _speeds(measurement: dict[str, Any]) -> list[float]:
+    pairs = zip(measurement["run_tokens"], measurement["run_seconds"], strict=True)
+    return [tokens / seconds for tokens, seconds in pairs]
 
 
 def _share(value: float | None) -> str:

@@ -29,17 +29,19 @@ def tokens_per_round(acceptance: Tensor, draft_lens: Tensor) -> Tensor:
 class DraftLengthPolicy:
     """Chooses the draft length with the most expected tokens per unit of cost.
 
-    A round of K drafted tokens costs (K + 1) c + 1 + c large steps, c being `cost_ratio`. The choice is
-    made before the tokens are drawn and depends on the sequence's own past alone, so it is lossless and
-    a seed reproduces its output in any batch.
+    A round of K drafted tokens costs (K + 1) c + 1 + K r + c large steps, c being `cost_ratio` and r
+    `row_cost`. The choice is made before the tokens are drawn and depends on the sequence's own past alone,
+    so it is lossless and a seed reproduces its output in any batch.
 
     Attributes:
         cost_ratio: one small step over one large step.
+        row_cost: what each further row adds to the large model's pass, over one large step.
         longest: the longest draft considered.
         fading: weight a past round keeps with each new one.
     """
 
     cost_ratio: float
+    row_cost: float = 0.0
     longest: int = _LONGEST_DRAFT
     fading: float = _FADING
 
@@ -47,6 +49,6 @@ class DraftLengthPolicy:
         """Draft lengths from fading counts of accepted and tested tokens: int64 [batch] in 1..longest."""
         acceptance = (accepted + _PRIOR_TESTED * _PRIOR_ACCEPTANCE) / (tested + _PRIOR_TESTED)
         lens = torch.arange(1, self.longest + 1, device=accepted.device)
-        cost = (lens + 1) * self.cost_ratio + 1 + self.cost_ratio
+        cost = (lens + 2) * self.cost_ratio + 1 + lens * self.row_cost
         rate = tokens_per_round(acceptance.clamp(max=0.99)[:, None], lens) / cost
         return rate.argmax(dim=1) + 1

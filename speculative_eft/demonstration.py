@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -86,7 +87,7 @@ def show_demo(
     out.print(tables.verdict(comparisons, chosen, _NAIVE, _ALONE), style="bold", soft_wrap=True)
     return {
         "environment": asdict(machine),
-        "models": [asdict(row) for row in models.describe()],
+        "models": [{**asdict(row), "name": Path(row.name).name} for row in models.describe()],
         "continuations": continuations,
         "comparisons": {label: comparison.to_dict() for label, comparison in comparisons.items()},
     }

@@ -107,8 +107,9 @@ settings used.
   AdamW (0.003) for embedding and norms; warm-up, constant, then linear decay over the last 35 %.
 * `large_base` began with 2 layers and doubled to 4 and 8 at 20 % and 45 % of its time. Each new layer is a
   copy whose output projections are zero, so the function is unchanged; the shallow part sees more text.
-* `small_base` learnt by cross-entropy for 40 % of its time, then by 0.2 cross-entropy + 0.8
-  KL(`large_base` || `small_base`) at temperature 1. As for the small Llama-3.2 and Gemma-2 models, imitating
+* `small_base` learnt by cross-entropy for 30 % of its time, then by 0.2 cross-entropy + 0.8
+  KL(`large_base` || `small_base`) at temperature 1; it was first stopped at 34 minutes and then resumed to
+  45, so its rate fell to zero twice. As for the small Llama-3.2 and Gemma-2 models, imitating
   the larger model brings the pair closer, which is what acceptance depends on. It also means that
   `small_base` is not an independent model: expect less agreement between models of separate origin.
 * `small_tuned` and `large_tuned` continue their bases on {report["task_examples"]["train"]:,} functions of

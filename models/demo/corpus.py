@@ -307,7 +307,7 @@ def readable_tasks(examples: list[TaskExample], count: int) -> list[TaskExample]
         package = file.split("/")[0]
         private = name.startswith("_") or "self" in example.reference or "/_" in file
         lines = len(example.reference.split("\n"))
-        if private or lines > 20 or file in chosen or taken[package] >= count // 4:
+        if private or lines > 20 or file in chosen or taken[package] >= count // 3:
             continue
         if PLAIN_ORDER.fullmatch(example.prompt.split("\n")[0]):
             chosen[file] = example

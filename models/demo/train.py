@@ -29,12 +29,12 @@ from .fit import Schedule, console, fit
 # Tokens bind on a GPU, minutes on a CPU; the minutes are those of two cores.
 SCHEDULES = {
     "large_base": Schedule(tokens=1e8, minutes=66, doublings=(0.2, 0.45)),
-    "small_base": Schedule(tokens=1e8, minutes=34, distil=0.8, distil_from=0.4),
+    "small_base": Schedule(tokens=1e8, minutes=45, distil=0.8, distil_from=0.3),
     "small_tuned": Schedule(
         tokens=6e6, minutes=6, muon_rate=5e-3, adam_rate=5e-4, warmup_tokens=5e4, decay=0.9, keep_best=True
     ),
     "large_tuned": Schedule(
-        tokens=6e6, minutes=6, muon_rate=5e-3, adam_rate=5e-4, warmup_tokens=5e4, decay=0.9, keep_best=True
+        tokens=6e6, minutes=12, muon_rate=5e-3, adam_rate=5e-4, warmup_tokens=5e4, decay=0.9, keep_best=True
     ),
 }
 

@@ -36,7 +36,7 @@ class FakeDecoder:
         self.seconds, self.tokens = iter(seconds), tokens
 
     def generate(self, input_ids: Tensor, *, seed: int, **generation_kwargs: Any) -> EFTOutput:
-        assert generation_kwargs == {"return_dict_in_generate": True, "max_new_tokens": 9}
+        assert generation_kwargs == {"return_dict_in_generate": True, "trace": False, "max_new_tokens": 9}
         self.log.append((self.name, int(input_ids[0, 0]), seed))
         self.clock.now += next(self.seconds)
         stats = EFTStats(

@@ -60,7 +60,7 @@ def test_no_host_synchronisation(
     prompts = read_prompts(given["input_ids"], given["attention_mask"], decoder.vocab_size)
     resolved = read_options(None, {"max_new_tokens": 20, "return_dict_in_generate": True, **options}, [], 11)
     with torch.inference_mode():
-        state, plan = decoder._start(prompts, prompts, resolved, read_seeds(0, batch))
+        state, plan = decoder._start(prompts, prompts, resolved, read_seeds(0, batch), tuned_traced=1)
         before = list(storages(state))
         for index in range(3):
             with no_host_sync():
