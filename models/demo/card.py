@@ -49,6 +49,17 @@ def _loss_table(report: dict[str, Any]) -> str:
     return table(["law", "held-out files", "held-out tasks"], rows)
 
 
+def _oracle_note(report: dict[str, Any]) -> str:
+    """A warning for when the oracle lost: it is no oracle then, and the comparison settles nothing."""
+    loss, training = report["held_out_tasks"]["loss"], report["training"]
+    if loss["eft"] >= loss["large_tuned"]:
+        return ""
+    seen = {role: f"{training[role]['tokens'] / 1e6:.2f}M" for role in ("large_tuned", "small_tuned")}
+    return f""" EFT is ahead of `large_tuned`,
+which saw {seen["large_tuned"]} tokens against the {seen["small_tuned"]} of `small_tuned` and was probably
+tuned too briefly to serve as the oracle. This run does not show how far EFT is from true tuning."""
+
+
 def _card(report: dict[str, Any]) -> str:
     tasks, sampled = report["held_out_tasks"], report["sampled_acceptance"]
     gap, oracle_gap = tasks["eft_minus"]["small_tuned"], tasks["eft_minus"]["large_tuned"]
@@ -90,7 +101,7 @@ files (the function given its prompt).
 
 Per example EFT differs from `small_tuned` by {gap["mean"]:+.3f} ± {gap["standard_error"]:.3f} nats
 per token and from `large_tuned` by {oracle_gap["mean"]:+.3f} ± {oracle_gap["standard_error"]:.3f}
-(mean ± standard error).
+(mean ± standard error).{_oracle_note(report)}
 
 Expected acceptance of a token drafted by `small_tuned`, sum over the vocabulary of min(p, q), at
 temperature 1: {sampled["per_token"]:.3f} along completions sampled from EFT for the {sampled["examples"]}
