@@ -71,7 +71,6 @@ class LargeOnlyDecoder:
         coefficients = Coefficients(alpha=weights, beta=weights[:, 0], draft_alpha=weights, draft_base=None)
         sampling = options.sampling(batch, runner.vocab_size, options.temperature, device)
         ends = torch.tensor(options.eos_token_ids, dtype=torch.int64, device=device)
-        row = torch.zeros(1, dtype=torch.int64, device=device)
 
         timer = PhaseTimer()
         runner.reserve(batch, length)
@@ -86,11 +85,10 @@ class LargeOnlyDecoder:
             logits = runner.forward(token[:, None], prompts.longest + step)[:, 0]
             timer.mark("large")
             runner.lengths.add_(1)
-            noise = None
-            if not sampling.all_greedy:
-                key = NoiseKey(seeds=seeds, rounds=runner.lengths, positions=runner.lengths)
-                noise = key.gumbel(Stream.SHARED, row, runner.vocab_size)[:, 0]
-            token = draft_step([logits], None, coefficients, sampling, noise, runner.vocab_size)
+            noise = NoiseKey(seeds=seeds, rounds=runner.lengths, positions=runner.lengths)
+            token = draft_step(
+                [logits], None, coefficients, sampling, noise, Stream.SHARED, 0, runner.vocab_size
+            )
             timer.mark("verify")
             output.append(token.masked_fill(done, options.pad_token_id))
             emitted += batch - int(done.sum())

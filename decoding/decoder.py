@@ -10,21 +10,28 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from speculative_eft.kernels import Coefficients
+from speculative_eft.kernels import Coefficients, RoundState
 from speculative_eft.models import EFTModels, EFTRunners
 
 from .config import EFTConfig
 from .draft_length import DraftLengthPolicy
 from .output import EFTOutput, EFTStats, EFTTrace
 from .request import GenerationOptions, Prompts, read_options, read_prompts, read_seeds
-from .round import PhaseTimer, RoundPlan, RoundState, new_round_state, speculative_round
+from .round import (
+    PhaseTimer,
+    RoundPlan,
+    TraceBuffers,
+    new_round_state,
+    new_trace_buffers,
+    speculative_round,
+)
 
 __all__ = ["EFTDecoder", "NaiveEFTDecoder", "Streamer"]
 
 
 # A GPU reads the large model's weights once for all rows of a draft; a CPU also has to multiply. The bundled
 # large model's pass over 12 rows took 0.12 (two threads) to 0.16 (one) of a single step more a row.
-_ROW_COST = 0.15
+_ROW_COST = 0.1
 
 
 class Streamer(Protocol):
@@ -171,15 +178,18 @@ class EFTDecoder:
         self._check_context(prompts, tuned_prompts, options)
 
         timer = PhaseTimer()
-        tuned_traced = len(self.runners.tuned) if options.return_dict_in_generate and trace else None
-        state, plan = self._start(prompts, tuned_prompts, options, seeds, tuned_traced)
+        state, plan = self._start(prompts, tuned_prompts, options, seeds)
+        buffers = None
+        if options.return_dict_in_generate and trace:
+            buffers = new_trace_buffers(state, len(self.runners.tuned))
         timer.mark("prefill")
         if streamer is not None:
             streamer.put(input_ids.cpu())
-        rounds = self._run(state, plan, max(prompts.longest, tuned_prompts.longest), timer, streamer)
+        longest = max(prompts.longest, tuned_prompts.longest)
+        rounds = self._run(state, plan, longest, timer, buffers, streamer)
         if streamer is not None:
             streamer.end()
-        return self._output(input_ids, state, options, rounds, timer)
+        return self._output(input_ids, state, options, rounds, timer, buffers)
 
     def _check_context(self, prompts: Prompts, tuned_prompts: Prompts, options: GenerationOptions) -> None:
         for runner in self._all_runners():
@@ -201,7 +211,7 @@ class EFTDecoder:
             return torch.full((batch,), self.config.draft_tokens, dtype=torch.int64, device=device)
         assert self.policy is not None
         nothing = torch.zeros(batch, device=device)
-        return self.policy.draft_lens(nothing, nothing)
+        return self.policy.rule(device).draft_lens(nothing, nothing)
 
     def _start(
         self,
@@ -209,7 +219,6 @@ class EFTDecoder:
         tuned_prompts: Prompts,
         options: GenerationOptions,
         seeds: Tensor,
-        tuned_traced: int | None,
     ) -> tuple[RoundState, RoundPlan]:
         batch = prompts.tokens.shape[0]
         device = self.runners.large.device
@@ -229,7 +238,6 @@ class EFTDecoder:
             draft_lens=draft_lens,
             longest_draft=longest_draft,
             pad_token_id=options.pad_token_id,
-            tuned_traced=tuned_traced,
         )
         temperature = options.temperature
         draft_temperature = self.config.draft_temperature if temperature > 0 else None
@@ -241,7 +249,7 @@ class EFTDecoder:
             drafts_as_pair=self._drafts_as_pair(),
             vocab_size=self.vocab_size,
             eos_token_ids=torch.tensor(options.eos_token_ids, dtype=torch.int64, device=device),
-            policy=self.policy,
+            draft_length_rule=None if self.policy is None else self.policy.rule(device),
         )
         return state, plan
 
@@ -251,6 +259,7 @@ class EFTDecoder:
         plan: RoundPlan,
         longest_prompt: int,
         timer: PhaseTimer,
+        trace: TraceBuffers | None,
         streamer: Streamer | None,
     ) -> int:
         drafted = int(state.draft_lens.max())
@@ -258,7 +267,7 @@ class EFTDecoder:
         totals = [0] * state.done.shape[0]
         while drafted >= 0:
             span = longest_prompt + most_generated + drafted + 1
-            report = speculative_round(self.runners, state, plan, drafted, span, timer)
+            report = speculative_round(self.runners, state, plan, drafted, span, timer, trace)
             rounds += 1
             rows = report.tolist()
             for index, (count, _, *tokens) in enumerate(rows):
@@ -277,6 +286,7 @@ class EFTDecoder:
         options: GenerationOptions,
         rounds: int,
         timer: PhaseTimer,
+        buffers: TraceBuffers | None,
     ) -> Tensor | EFTOutput:
         new = int(state.generated.max())
         sequences = torch.cat([input_ids, state.output[:, :new].to(input_ids)], dim=1)
@@ -296,8 +306,7 @@ class EFTDecoder:
             seconds=timer.seconds,
         )
         traced = None
-        if state.trace is not None:
-            buffers = state.trace
+        if buffers is not None:
             traced = EFTTrace(
                 source_ids=buffers.source[:, :new],
                 large=buffers.large[:, :new],

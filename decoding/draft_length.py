@@ -7,19 +7,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from speculative_eft.kernels import DraftLengthRule
+
 __all__ = ["DraftLengthPolicy", "tokens_per_round"]
 
 _LONGEST_DRAFT = 16
 _PRIOR_TESTED = 4.0
 _PRIOR_ACCEPTANCE = 0.75
 _FADING = 0.9
+_HIGHEST_ACCEPTANCE = 0.99
 
 
 def tokens_per_round(acceptance: Tensor, draft_lens: Tensor) -> Tensor:
     """Expected tokens of a round: 1 + a + ... + a^K = (1 - a^(K+1)) / (1 - a), broadcasting.
 
     Args:
-        acceptance: float32, chance that one drafted token is accepted, below 1.
+        acceptance: chance that one drafted token is accepted, below 1.
         draft_lens: tokens drafted.
     """
     return (1 - acceptance ** (draft_lens + 1)) / (1 - acceptance)
@@ -37,18 +40,27 @@ class DraftLengthPolicy:
         cost_ratio: one small step over one large step.
         row_cost: what each further row adds to the large model's pass, over one large step.
         longest: the longest draft considered.
-        fading: weight a past round keeps with each new one.
     """
 
     cost_ratio: float
     row_cost: float = 0.0
     longest: int = _LONGEST_DRAFT
-    fading: float = _FADING
 
-    def draft_lens(self, accepted: Tensor, tested: Tensor) -> Tensor:
-        """Draft lengths from fading counts of accepted and tested tokens: int64 [batch] in 1..longest."""
-        acceptance = (accepted + _PRIOR_TESTED * _PRIOR_ACCEPTANCE) / (tested + _PRIOR_TESTED)
-        lens = torch.arange(1, self.longest + 1, device=accepted.device)
+    def rule(self, device: torch.device) -> DraftLengthRule:
+        """The choice as thresholds on a sequence's running acceptance, on `device`.
+
+        More acceptance never makes the best draft shorter, so a threshold a length says it all.
+        """
+        acceptance = torch.linspace(0, _HIGHEST_ACCEPTANCE, 10_000, dtype=torch.float64)
+        lens = torch.arange(1, self.longest + 1)
         cost = (lens + 2) * self.cost_ratio + 1 + lens * self.row_cost
-        rate = tokens_per_round(acceptance.clamp(max=0.99)[:, None], lens) / cost
-        return rate.argmax(dim=1) + 1
+        best = (tokens_per_round(acceptance[:, None], lens) / cost).argmax(dim=1) + 1
+        first = torch.searchsorted(best, lens[1:])
+        reached = first < len(acceptance)
+        thresholds = torch.where(reached, acceptance[first.clamp(max=len(acceptance) - 1)], torch.inf)
+        return DraftLengthRule(
+            thresholds=thresholds.to(device, torch.float32),
+            fading=_FADING,
+            prior_accepted=_PRIOR_TESTED * _PRIOR_ACCEPTANCE,
+            prior_tested=_PRIOR_TESTED,
+        )

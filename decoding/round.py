@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,17 +12,16 @@ from torch import Tensor
 from speculative_eft.kernels import (
     AcceptanceRule,
     Coefficients,
+    DraftLengthRule,
     NoiseKey,
+    RoundState,
     Sampling,
     Stream,
-    Verdict,
-    committed_tokens,
+    commit,
     draft_step,
     verify,
 )
 from speculative_eft.models import EFTRunners
-
-from .draft_length import DraftLengthPolicy
 
 __all__ = [
     "SOURCE_BONUS",
@@ -29,8 +29,9 @@ __all__ = [
     "SOURCE_RESIDUAL",
     "PhaseTimer",
     "RoundPlan",
-    "RoundState",
+    "TraceBuffers",
     "new_round_state",
+    "new_trace_buffers",
     "speculative_round",
 ]
 
@@ -45,7 +46,7 @@ class RoundPlan:
         drafts_as_pair: whether the small base steps along with the tuned models.
         vocab_size: the smallest of the models' vocabularies.
         eos_token_ids: int64 [count] on the device, possibly empty.
-        policy: chooses the next draft length; None keeps `RoundState.draft_lens` as it is.
+        draft_length_rule: chooses the next draft length; None keeps `RoundState.draft_lens` as it is.
     """
 
     coefficients: Coefficients
@@ -55,7 +56,7 @@ class RoundPlan:
     drafts_as_pair: bool
     vocab_size: int
     eos_token_ids: Tensor
-    policy: DraftLengthPolicy | None
+    draft_length_rule: DraftLengthRule | None
 
 
 @dataclass
@@ -72,48 +73,6 @@ class TraceBuffers:
     target: Tensor
 
 
-@dataclass
-class RoundState:
-    """Everything a round reads and writes, in place: the same storage from round to round.
-
-    Attributes:
-        last_token: int64 [batch], the last committed token, in no cache yet.
-        seeds: int64 [batch].
-        rounds: int64 [batch], rounds begun.
-        positions: int64 [batch], tokens of prompt and output committed so far.
-        generated: int64 [batch], tokens of output committed so far.
-        limits: int64 [batch], most tokens of output.
-        done: bool [batch].
-        draft_lens: int64 [batch], tokens the next round drafts.
-        output: int64 [batch, capacity]; the last column takes what is not committed.
-        accepted_history, tested_history: float32 [batch], fading counts for the draft-length policy.
-        drafted, tested, accepted: int64 [batch], totals; tested counts the drafted tokens up to and
-            including the first one not accepted.
-        expected: float32 [batch], total of sum min(p, q) over the tested tokens.
-        tested_at, accepted_at: int64 [largest draft length], totals by position in the draft.
-        trace: buffers for the per-token trace, or None.
-    """
-
-    last_token: Tensor
-    seeds: Tensor
-    rounds: Tensor
-    positions: Tensor
-    generated: Tensor
-    limits: Tensor
-    done: Tensor
-    draft_lens: Tensor
-    output: Tensor
-    accepted_history: Tensor
-    tested_history: Tensor
-    drafted: Tensor
-    tested: Tensor
-    accepted: Tensor
-    expected: Tensor
-    tested_at: Tensor
-    accepted_at: Tensor
-    trace: TraceBuffers | None
-
-
 def new_round_state(
     last_token: Tensor,
     prompt_lengths: Tensor,
@@ -122,17 +81,14 @@ def new_round_state(
     draft_lens: Tensor,
     longest_draft: int,
     pad_token_id: int,
-    tuned_traced: int | None,
 ) -> RoundState:
     """State of a batch that has been prefilled up to its last prompt token.
 
     Args:
         last_token, prompt_lengths, seeds, draft_lens: int64 [batch].
         longest_draft: an upper bound on any draft length.
-        tuned_traced: number of tuned models to trace, or None for no trace.
     """
     batch, device = last_token.shape[0], last_token.device
-    shape = (batch, max_new_tokens + 1)
 
     def counts() -> Tensor:
         return torch.zeros(batch, dtype=torch.int64, device=device)
@@ -140,18 +96,6 @@ def new_round_state(
     def reals() -> Tensor:
         return torch.zeros(batch, dtype=torch.float32, device=device)
 
-    def log_probs() -> Tensor:
-        return torch.full(shape, torch.nan, dtype=torch.float32, device=device)
-
-    trace = None
-    if tuned_traced is not None:
-        trace = TraceBuffers(
-            source=torch.full(shape, -1, dtype=torch.int64, device=device),
-            large=log_probs(),
-            tuned=[log_probs() for _ in range(tuned_traced)],
-            base=log_probs(),
-            target=log_probs(),
-        )
     return RoundState(
         last_token=last_token,
         seeds=seeds,
@@ -161,7 +105,7 @@ def new_round_state(
         limits=torch.full_like(last_token, max_new_tokens),
         done=torch.zeros(batch, dtype=torch.bool, device=device),
         draft_lens=draft_lens,
-        output=torch.full(shape, pad_token_id, dtype=torch.int64, device=device),
+        output=torch.full((batch, max_new_tokens + 1), pad_token_id, dtype=torch.int64, device=device),
         accepted_history=reals(),
         tested_history=reals(),
         drafted=counts(),
@@ -170,7 +114,21 @@ def new_round_state(
         expected=reals(),
         tested_at=torch.zeros(longest_draft, dtype=torch.int64, device=device),
         accepted_at=torch.zeros(longest_draft, dtype=torch.int64, device=device),
-        trace=trace,
+    )
+
+
+def new_trace_buffers(state: RoundState, tuned: int) -> TraceBuffers:
+    """Empty buffers for the trace of a batch, with log-probabilities of `tuned` tuned models."""
+
+    def log_probs() -> Tensor:
+        return torch.full_like(state.output, torch.nan, dtype=torch.float32)
+
+    return TraceBuffers(
+        source=torch.full_like(state.output, -1),
+        large=log_probs(),
+        tuned=[log_probs() for _ in range(tuned)],
+        base=log_probs(),
+        target=log_probs(),
     )
 
 
@@ -189,9 +147,15 @@ class PhaseTimer:
 
 
 def speculative_round(
-    runners: EFTRunners, state: RoundState, plan: RoundPlan, drafted: int, span: int, timer: PhaseTimer
+    runners: EFTRunners,
+    state: RoundState,
+    plan: RoundPlan,
+    drafted: int,
+    span: int,
+    timer: PhaseTimer,
+    trace: TraceBuffers | None = None,
 ) -> Tensor:
-    """Run one round and update `state` and the runners' lengths in place.
+    """Run one round and update `state`, `trace` and the runners' lengths in place.
 
     Sequences that are done take part as padding and commit nothing. A sequence's result depends on its
     own state alone: `drafted` beyond its own draft length changes nothing for it.
@@ -202,8 +166,7 @@ def speculative_round(
         span: upper bound, known to the host, on any cache's length after the round.
 
     Returns:
-        int64 [batch, 2 + drafted + 1]: the count of tokens committed, the next draft length (-1 when
-        done), and the tokens, of which the first are committed. This is all the host needs to read.
+        The report of `commit`, which is all the host needs to read.
     """
     noise = NoiseKey(seeds=state.seeds, rounds=state.rounds, positions=state.positions)
     draft_tokens, tuned, paired_base = _draft(runners, state, plan, noise, drafted, span)
@@ -213,13 +176,12 @@ def speculative_round(
     timer.mark("large")
     base = runners.base.forward(block, span) if paired_base is None else paired_base
     timer.mark("base")
-    draft_lens = state.draft_lens.clone()
     verdict = verify(
         large,
         tuned,
         base,
         draft_tokens,
-        draft_lens,
+        state.draft_lens,
         plan.coefficients,
         plan.sampling,
         plan.draft_sampling,
@@ -228,21 +190,22 @@ def speculative_round(
         plan.vocab_size,
     )
     timer.mark("verify")
-    tokens, counts, done = committed_tokens(
+    is_replaced = None if trace is None else verdict.accepted_lens < state.draft_lens
+    stepped = [True] * len(runners.tuned) + [plan.drafts_as_pair]
+    lengths = [runner.lengths for runner in (*runners.tuned, runners.base)]
+    report = commit(
+        state,
         draft_tokens,
         verdict.accepted_lens,
         verdict.next_token,
-        state.done,
-        state.limits - state.generated,
+        verdict.expected_acceptance,
         plan.eos_token_ids,
+        plan.draft_length_rule,
+        [(runners.large.lengths, False), *zip(lengths, stepped, strict=True)],
     )
-    if state.trace is not None:
-        _record_trace(state, plan, verdict, draft_lens, tokens, counts, large, tuned, base)
-    _count(state, plan, verdict, draft_lens)
-    _commit(runners, state, plan, tokens, counts, done, drafted)
-    report = torch.cat(
-        [counts[:, None], torch.where(state.done, -1, state.draft_lens)[:, None], tokens], dim=1
-    )
+    if trace is not None and is_replaced is not None:
+        logits = [large, base, verdict.target_log_law, *tuned]
+        _record_trace(trace, state, report, verdict.accepted_lens, is_replaced, logits, plan.vocab_size)
     timer.mark("other")
     return report
 
@@ -251,11 +214,14 @@ def _draft(
     runners: EFTRunners, state: RoundState, plan: RoundPlan, noise: NoiseKey, drafted: int, span: int
 ) -> tuple[Tensor, list[Tensor], Tensor | None]:
     """Draft tokens [batch, drafted], the tuned logits and, for a pair, the base's, with drafted + 1 rows."""
-    device = state.last_token.device
-    gumbel: Tensor | None = None
-    if drafted and not plan.sampling.all_greedy:
-        stream = Stream.SHARED if plan.acceptance == "shared_seed" else Stream.DRAFT
-        gumbel = noise.gumbel(stream, torch.arange(drafted, device=device), plan.vocab_size)
+    stream = Stream.SHARED if plan.acceptance == "shared_seed" else Stream.DRAFT
+    if len(runners.tuned) == 1 and not plan.drafts_as_pair:
+        whole = runners.tuned[0].draft(
+            state.last_token, drafted, plan.coefficients, plan.draft_sampling, noise, stream, plan.vocab_size
+        )
+        if whole is not None:
+            draft_tokens, logits = whole
+            return draft_tokens, [logits], None
     token = state.last_token
     tokens: list[Tensor] = []
     tuned_rows: list[list[Tensor]] = [[] for _ in runners.tuned]
@@ -274,7 +240,9 @@ def _draft(
                 base_rows[-1] if base_rows else None,
                 plan.coefficients,
                 plan.draft_sampling,
-                None if gumbel is None else gumbel[:, step],
+                noise,
+                stream,
+                step,
                 plan.vocab_size,
             )
             tokens.append(token)
@@ -283,79 +251,25 @@ def _draft(
     return draft_tokens, tuned, torch.stack(base_rows, dim=1) if base_rows else None
 
 
-def _commit(
-    runners: EFTRunners,
-    state: RoundState,
-    plan: RoundPlan,
-    tokens: Tensor,
-    counts: Tensor,
-    done: Tensor,
-    drafted: int,
-) -> None:
-    state.output.scatter_(1, _columns(state, tokens, counts), tokens)
-    last = tokens.gather(1, (counts - 1).clamp(min=0)[:, None])[:, 0]
-    state.last_token.copy_(torch.where(counts > 0, last, state.last_token))
-    for runner in (runners.large, *runners.tuned, runners.base):
-        stepped = runner in runners.tuned or (plan.drafts_as_pair and runner is runners.base)
-        runner.lengths.add_(counts - (drafted + 1) if stepped else counts)
-    state.generated.add_(counts)
-    state.positions.add_(counts)
-    state.rounds.add_((~state.done).to(torch.int64))
-    state.done.copy_(done)
-    # What is drafted beyond the length limit, or for a sequence that is done, could not be committed.
-    useful = torch.where(done, 0, (state.limits - state.generated - 1).clamp(min=0))
-    state.draft_lens.copy_(torch.minimum(state.draft_lens, useful))
-
-
-def _columns(state: RoundState, tokens: Tensor, counts: Tensor) -> Tensor:
-    """Output columns of a round's tokens; the last, spare column for those not committed."""
-    column = torch.arange(tokens.shape[1], device=tokens.device)
-    spare = state.output.shape[1] - 1
-    return torch.where(column < counts[:, None], state.generated[:, None] + column, spare)
-
-
-def _count(state: RoundState, plan: RoundPlan, verdict: Verdict, draft_lens: Tensor) -> None:
-    drafted = verdict.expected_acceptance.shape[1]
-    live = ~state.done
-    accepted = torch.where(live, verdict.accepted_lens, 0)
-    lens = torch.where(live, draft_lens, 0)
-    tested = torch.minimum(accepted + 1, lens)
-    column = torch.arange(drafted, device=tested.device)
-    is_tested = column < tested[:, None]
-    state.drafted.add_(lens)
-    state.tested.add_(tested)
-    state.accepted.add_(accepted)
-    state.expected.add_((verdict.expected_acceptance * is_tested).sum(dim=1))
-    state.tested_at[:drafted].add_(is_tested.sum(dim=0))
-    state.accepted_at[:drafted].add_((column < accepted[:, None]).sum(dim=0))
-    if plan.policy is not None:
-        fade = torch.where(live, plan.policy.fading, 1.0)
-        state.accepted_history.mul_(fade).add_(accepted)
-        state.tested_history.mul_(fade).add_(tested)
-        chosen = plan.policy.draft_lens(state.accepted_history, state.tested_history)
-        state.draft_lens.copy_(torch.where(live, chosen, state.draft_lens))
-
-
 def _record_trace(
+    trace: TraceBuffers,
     state: RoundState,
-    plan: RoundPlan,
-    verdict: Verdict,
-    draft_lens: Tensor,
-    tokens: Tensor,
-    counts: Tensor,
-    large: Tensor,
-    tuned: list[Tensor],
-    base: Tensor,
+    report: Tensor,
+    accepted_lens: Tensor,
+    is_replaced: Tensor,
+    logits: Sequence[Tensor],
+    vocab_size: int,
 ) -> None:
-    assert state.trace is not None
-    columns = _columns(state, tokens, counts)
+    """Note the tokens of a round that has been committed; `logits` are those of the buffers, in order."""
+    counts, tokens = report[:, :1], report[:, 2:]
     column = torch.arange(tokens.shape[1], device=tokens.device)
-    replacement = torch.where(verdict.accepted_lens < draft_lens, SOURCE_RESIDUAL, SOURCE_BONUS)
-    source = torch.where(column < verdict.accepted_lens[:, None], SOURCE_DRAFT, replacement[:, None])
-    state.trace.source.scatter_(1, columns, source)
-    logits = [large, base, verdict.target_log_law, *tuned]
-    buffers = [state.trace.large, state.trace.base, state.trace.target, *state.trace.tuned]
+    start = state.generated[:, None] - counts
+    columns = torch.where(column < counts, start + column, trace.source.shape[1] - 1)
+    replacement = torch.where(is_replaced, SOURCE_RESIDUAL, SOURCE_BONUS)
+    source = torch.where(column < accepted_lens[:, None], SOURCE_DRAFT, replacement[:, None])
+    trace.source.scatter_(1, columns, source)
+    buffers = [trace.large, trace.base, trace.target, *trace.tuned]
     for rows, buffer in zip(logits, buffers, strict=True):
-        law = rows[..., : plan.vocab_size].to(torch.float32)
+        law = rows[..., :vocab_size].to(torch.float32)
         chosen = law.gather(-1, tokens[..., None])[..., 0]
         buffer.scatter_(1, columns, chosen - law.logsumexp(dim=-1))

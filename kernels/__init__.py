@@ -1,19 +1,25 @@
 """Pure tensor operations: the mix, its filters, the noise, and the verification of drafts."""
 
-from .commit import committed_tokens
+from .backend import Backend, backend
+from .commit import DraftLengthRule, RoundState, commit, committed_tokens
 from .draft import draft_step
 from .filters import Sampling, warp
 from .mix import Coefficients, draft_logits, target_logits
-from .noise import Stream, derive_seeds, exponential_noise, gumbel_noise, uniform_noise
-from .verify import AcceptanceRule, NoiseKey, Verdict, verify
+from .noise import NoiseKey, Stream, derive_seeds, exponential_noise, gumbel_noise, uniform_noise
+from .verify import AcceptanceRule, Verdict, verify
 
 __all__ = [
     "AcceptanceRule",
+    "Backend",
     "Coefficients",
+    "DraftLengthRule",
     "NoiseKey",
+    "RoundState",
     "Sampling",
     "Stream",
     "Verdict",
+    "backend",
+    "commit",
     "committed_tokens",
     "derive_seeds",
     "draft_logits",

@@ -1,11 +1,156 @@
-"""Commit: what a verified round adds to each sequence, cut at end-of-sequence tokens and length limits."""
+"""Commit: what a verified round changes in each sequence's state, all of it in place."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["committed_tokens"]
+from .backend import backend
+
+__all__ = ["DraftLengthRule", "RoundState", "commit", "committed_tokens"]
+
+
+@dataclass
+class RoundState:
+    """Everything a round reads and writes, in place: the same storage from round to round.
+
+    Attributes:
+        last_token: int64 [batch], the last committed token, in no cache yet.
+        seeds: int64 [batch].
+        rounds: int64 [batch], rounds begun.
+        positions: int64 [batch], tokens of prompt and output committed so far.
+        generated: int64 [batch], tokens of output committed so far.
+        limits: int64 [batch], most tokens of output.
+        done: bool [batch].
+        draft_lens: int64 [batch], tokens the next round drafts.
+        output: int64 [batch, capacity]; the last column takes what is not committed.
+        accepted_history, tested_history: float32 [batch], fading counts for the draft-length rule.
+        drafted, tested, accepted: int64 [batch], totals; tested counts the drafted tokens up to and
+            including the first one not accepted.
+        expected: float32 [batch], total of sum min(p, q) over the tested tokens.
+        tested_at, accepted_at: int64 [largest draft length], totals by position in the draft.
+    """
+
+    last_token: Tensor
+    seeds: Tensor
+    rounds: Tensor
+    positions: Tensor
+    generated: Tensor
+    limits: Tensor
+    done: Tensor
+    draft_lens: Tensor
+    output: Tensor
+    accepted_history: Tensor
+    tested_history: Tensor
+    drafted: Tensor
+    tested: Tensor
+    accepted: Tensor
+    expected: Tensor
+    tested_at: Tensor
+    accepted_at: Tensor
+
+
+@dataclass(frozen=True)
+class DraftLengthRule:
+    """How a sequence's next draft length follows from its fading counts of accepted and tested tokens.
+
+    With a = (accepted + prior_accepted) / (tested + prior_tested) it is 1 plus the number of `thresholds`
+    that a reaches.
+
+    Attributes:
+        thresholds: float32 [longest - 1], ascending.
+        fading: weight a past round keeps with each new one.
+        prior_accepted, prior_tested: what is assumed to have happened before the first round.
+    """
+
+    thresholds: Tensor
+    fading: float
+    prior_accepted: float
+    prior_tested: float
+
+    def draft_lens(self, accepted: Tensor, tested: Tensor) -> Tensor:
+        """Draft lengths int64 [batch] from counts float32 [batch]."""
+        acceptance = (accepted + self.prior_accepted) / (tested + self.prior_tested)
+        return (acceptance[:, None] >= self.thresholds).sum(dim=1) + 1
+
+
+def commit(
+    state: RoundState,
+    draft_tokens: Tensor,
+    accepted_lens: Tensor,
+    next_token: Tensor,
+    expected_acceptance: Tensor,
+    eos_token_ids: Tensor,
+    rule: DraftLengthRule | None,
+    caches: Sequence[tuple[Tensor, bool]],
+) -> Tensor:
+    """Commit a round's tokens, count them, choose the next draft lengths, and roll the caches back.
+
+    Args:
+        draft_tokens: int64 [batch, drafted].
+        accepted_lens, next_token: int64 [batch], the verdict on them.
+        expected_acceptance: float32 [batch, drafted].
+        eos_token_ids: int64 [count], possibly empty; the first to be committed ends its sequence.
+        rule: chooses `state.draft_lens`; None keeps them.
+        caches: for each model its lengths, int64 [batch], and whether it has stepped `drafted + 1` tokens
+            already, which are then taken back but for the committed ones.
+
+    Returns:
+        int64 [batch, 2 + drafted + 1]: the count of tokens committed, the next draft length (-1 when
+        done), and the tokens, of which the first are committed.
+    """
+    if backend(state.output.device) == "numba":
+        from .cpu.commit import commit as compiled
+
+        return compiled(
+            state, draft_tokens, accepted_lens, next_token, expected_acceptance, eos_token_ids, rule, caches
+        )
+    live = ~state.done
+    tokens, counts, done = committed_tokens(
+        draft_tokens,
+        accepted_lens,
+        next_token,
+        state.done,
+        state.limits - state.generated,
+        eos_token_ids,
+    )
+    drafted = draft_tokens.shape[1]
+    column = torch.arange(drafted + 1, device=tokens.device)
+    accepted = torch.where(live, accepted_lens, 0)
+    lens = torch.where(live, state.draft_lens, 0)
+    tested = torch.minimum(accepted + 1, lens)
+    is_tested = column[:drafted] < tested[:, None]
+    state.drafted.add_(lens)
+    state.tested.add_(tested)
+    state.accepted.add_(accepted)
+    state.expected.add_((expected_acceptance * is_tested).sum(dim=1))
+    state.tested_at[:drafted].add_(is_tested.sum(dim=0))
+    state.accepted_at[:drafted].add_((column[:drafted] < accepted[:, None]).sum(dim=0))
+    if rule is not None:
+        fade = torch.where(live, rule.fading, 1.0)
+        state.accepted_history.mul_(fade).add_(accepted)
+        state.tested_history.mul_(fade).add_(tested)
+        chosen = rule.draft_lens(state.accepted_history, state.tested_history)
+        state.draft_lens.copy_(torch.where(live, chosen, state.draft_lens))
+
+    spare = state.output.shape[1] - 1
+    columns = torch.where(column < counts[:, None], state.generated[:, None] + column, spare)
+    state.output.scatter_(1, columns, tokens)
+    last = tokens.gather(1, (counts - 1).clamp(min=0)[:, None])[:, 0]
+    state.last_token.copy_(torch.where(counts > 0, last, state.last_token))
+    for lengths, stepped in caches:
+        lengths.add_(counts - (drafted + 1) if stepped else counts)
+    state.generated.add_(counts)
+    state.positions.add_(counts)
+    state.rounds.add_(live)
+    state.done.copy_(done)
+    # What is drafted beyond the length limit, or for a sequence that is done, could not be committed.
+    useful = torch.where(done, 0, (state.limits - state.generated - 1).clamp(min=0))
+    state.draft_lens.copy_(torch.minimum(state.draft_lens, useful))
+    return torch.cat([counts[:, None], torch.where(done, -1, state.draft_lens)[:, None], tokens], dim=1)
 
 
 def committed_tokens(

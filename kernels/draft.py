@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .backend import backend
 from .filters import Sampling, warp
 from .mix import Coefficients, draft_logits
+from .noise import NoiseKey, Stream
 
 __all__ = ["draft_step"]
 
@@ -18,7 +20,9 @@ def draft_step(
     base: Tensor | None,
     coefficients: Coefficients,
     sampling: Sampling,
-    noise: Tensor | None,
+    noise: NoiseKey,
+    stream: Stream,
+    row: int,
     vocab_size: int,
 ) -> Tensor:
     """Draw one token a sequence from the draft law, or take its argmax at temperature 0.
@@ -29,20 +33,36 @@ def draft_step(
     Args:
         tuned: one [batch, >= vocab_size] logits tensor a tuned model.
         base: the small base's logits, read only where the draft law includes it.
-        noise: float32 [batch, vocab_size] Gumbel draws; None when all sequences are greedy.
+        noise, stream, row: the draw is that of this row of the round's noise.
 
     Returns:
         int64 [batch].
     """
-    logits = draft_logits(
+    if not sampling.filtered and backend(tuned[0].device) == "numba":
+        from .cpu import sampler
+
+        logits = [*tuned] if base is None else [*tuned, base]
+        shared = stream is Stream.SHARED
+        return sampler.draft(
+            [rows[:, None] for rows in logits],
+            coefficients.draft_weights[:, 1 : 1 + len(logits)],
+            sampling.temperature,
+            noise.seeds,
+            noise.positions + row if shared else noise.rounds,
+            0 if shared else row,
+            int(stream),
+            vocab_size,
+        )
+    mixed = draft_logits(
         [rows[:, None] for rows in tuned], None if base is None else base[:, None], coefficients, vocab_size
     )
-    if noise is None:
-        return logits[:, 0].argmax(dim=-1)
+    if sampling.all_greedy:
+        return mixed[:, 0].argmax(dim=-1)
+    gumbel = noise.gumbel(stream, torch.full((1,), row, device=mixed.device), vocab_size)[:, 0]
     if not sampling.filtered:
         # Scaling the noise instead of the logits makes temperature 0 the argmax without a branch.
-        return torch.addcmul(logits[:, 0], noise, sampling.temperature[:, None]).argmax(dim=-1)
-    tokens = (warp(logits, sampling)[:, 0] + noise).argmax(dim=-1)
+        return torch.addcmul(mixed[:, 0], gumbel, sampling.temperature[:, None]).argmax(dim=-1)
+    tokens = (warp(mixed, sampling)[:, 0] + gumbel).argmax(dim=-1)
     if sampling.any_greedy:
-        tokens = torch.where(sampling.temperature == 0, logits[:, 0].argmax(dim=-1), tokens)
+        tokens = torch.where(sampling.temperature == 0, mixed[:, 0].argmax(dim=-1), tokens)
     return tokens

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -43,6 +44,26 @@ class Coefficients:
     draft_base: Tensor | None
     conservative_top_p: Tensor | None = None
     some_weight_is_zero: bool = True
+
+    @property
+    def filtered(self) -> bool:
+        """Whether the conservative filter is in use."""
+        return self.conservative_top_p is not None
+
+    @cached_property
+    def target_weights(self) -> Tensor:
+        """float32 [batch, models]: weights of the large base, the tuned models and the small base in the
+        target's logits, where there is no filter.
+        """
+        base = 1 - self.alpha.sum(dim=1) - self.beta
+        return torch.cat([self.beta[:, None], self.alpha, base[:, None]], dim=1)
+
+    @cached_property
+    def draft_weights(self) -> Tensor:
+        """float32 [batch, models]: the same for the draft law's logits."""
+        nothing = torch.zeros_like(self.beta)
+        base = nothing if self.draft_base is None else self.draft_base
+        return torch.cat([nothing[:, None], self.draft_alpha, base[:, None]], dim=1)
 
 
 def _weighted_sum(

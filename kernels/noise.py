@@ -8,6 +8,7 @@ words of one Philox block serve four neighbouring vocabulary ids.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, TypeVar
 
@@ -15,7 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Stream", "derive_seeds", "exponential_noise", "gumbel_noise", "philox_rounds", "uniform_noise"]
+__all__ = [
+    "NoiseKey", "Stream", "derive_seeds", "exponential_noise", "gumbel_noise", "philox_rounds",
+    "uniform_noise",
+]  # fmt: skip
 
 _MULTIPLIER_0 = 0xD2511F53
 _MULTIPLIER_1 = 0xCD9E8D57
@@ -151,3 +155,28 @@ def derive_seeds(seed: int, count: int) -> Tensor:
     zeros = torch.zeros_like(index)
     high, low, *_ = _philox_blocks(torch.tensor([seed]), index[None], zeros, Stream.SEED, 1)
     return ((high << 32) | low)[0, :, 0]
+
+
+@dataclass(frozen=True)
+class NoiseKey:
+    """Where a round's noise lies.
+
+    Attributes:
+        seeds: int64 [batch].
+        rounds: int64 [batch], rounds this sequence has begun: the counter of every stream but `SHARED`.
+            Keying by position instead would let a row that is examined again meet the noise that
+            rejected it, which biases the law.
+        positions: int64 [batch], absolute position of the first token this round may emit: the counter
+            of `SHARED`.
+    """
+
+    seeds: Tensor
+    rounds: Tensor
+    positions: Tensor
+
+    def gumbel(self, stream: Stream, rows: Tensor, vocab_size: int) -> Tensor:
+        """Gumbel draws of rows [rows] int64 of this round: float32 [batch, rows, vocab_size]."""
+        counters = self.rounds[:, None].expand(-1, rows.shape[0])
+        if stream is Stream.SHARED:
+            counters, rows = self.positions[:, None] + rows, torch.zeros_like(rows)
+        return gumbel_noise(self.seeds, counters, rows, stream, vocab_size)

@@ -22,40 +22,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .backend import backend
 from .filters import Sampling, warp
 from .mix import Coefficients, draft_logits, target_logits
-from .noise import Stream, exponential_noise, gumbel_noise, uniform_noise
+from .noise import NoiseKey, Stream, exponential_noise, uniform_noise
 
-__all__ = ["AcceptanceRule", "NoiseKey", "Verdict", "verify"]
+__all__ = ["AcceptanceRule", "Verdict", "verify"]
 
 AcceptanceRule = Literal["block", "token", "shared_seed"]
 
-
-@dataclass(frozen=True)
-class NoiseKey:
-    """Where a round's noise lies.
-
-    Attributes:
-        seeds: int64 [batch].
-        rounds: int64 [batch], rounds this sequence has begun: the counter of every stream but `SHARED`.
-            Keying by position instead would let a row that is examined again meet the noise that
-            rejected it, which biases the law.
-        positions: int64 [batch], absolute position of the first token this round may emit: the counter
-            of `SHARED`.
-    """
-
-    seeds: Tensor
-    rounds: Tensor
-    positions: Tensor
-
-    def gumbel(self, stream: Stream, rows: Tensor, vocab_size: int) -> Tensor:
-        """Gumbel draws of rows [rows] int64 of this round: float32 [batch, rows, vocab_size]."""
-        if stream is Stream.SHARED:
-            return gumbel_noise(
-                self.seeds, self.positions[:, None] + rows, torch.zeros_like(rows), stream, vocab_size
-            )
-        counters = self.rounds[:, None].expand(-1, rows.shape[0])
-        return gumbel_noise(self.seeds, counters, rows, stream, vocab_size)
+_ACCEPT, _RESIDUAL, _SHARED = Stream.ACCEPT, Stream.RESIDUAL, Stream.SHARED
 
 
 @dataclass(frozen=True)
@@ -106,6 +82,27 @@ def verify(
     Returns:
         A `Verdict`; with `drafted` 0 it is plain sampling from the target.
     """
+    unfiltered = not (sampling.filtered or draft_sampling.filtered or coefficients.filtered)
+    if unfiltered and backend(large.device) == "numba":
+        from .cpu import sampler
+
+        return Verdict(
+            *sampler.verify(
+                [large, *tuned, base],
+                coefficients.target_weights,
+                coefficients.draft_weights,
+                draft_tokens,
+                draft_lens,
+                sampling.temperature,
+                draft_sampling.temperature,
+                noise.seeds,
+                noise.rounds,
+                noise.positions,
+                (_ACCEPT, _RESIDUAL, _SHARED),
+                sampler.RULES[rule],
+                vocab_size,
+            )
+        )
     drafted = draft_tokens.shape[1]
     logits = target_logits(large, tuned, base, coefficients, vocab_size)
     rows = torch.arange(drafted + 1, device=logits.device)
@@ -121,12 +118,12 @@ def verify(
     )
     draft = log_draft.exp()
     if rule == "shared_seed":
-        winners = (log_target + noise.gumbel(Stream.SHARED, rows, vocab_size)).argmax(dim=-1)
+        winners = (log_target + noise.gumbel(_SHARED, rows, vocab_size)).argmax(dim=-1)
         accepted, next_token = _accept_equal(winners, draft_tokens, submitted)
     else:
         log_ratio = _log_ratio(log_target, log_draft, draft_tokens)
         uniform = uniform_noise(
-            noise.seeds, noise.rounds[:, None].expand(-1, drafted), rows[:drafted], Stream.ACCEPT
+            noise.seeds, noise.rounds[:, None].expand(-1, drafted), rows[:drafted], _ACCEPT
         )
         if rule == "token":
             accepted = ((uniform < log_ratio.exp()) & submitted).cumprod(dim=1).sum(dim=1)
@@ -212,7 +209,5 @@ def _draw_replacement(
         # Rounding can empty the residual of two laws that are equal but for rounding: draw from p.
         usable = rejected & (residual.sum(dim=-1, keepdim=True) > 0)
         weights = torch.where(usable, residual, weights)
-    race = exponential_noise(
-        noise.seeds, noise.rounds[:, None], accepted[:, None], Stream.RESIDUAL, vocab_size
-    )
+    race = exponential_noise(noise.seeds, noise.rounds[:, None], accepted[:, None], _RESIDUAL, vocab_size)
     return (weights / race[:, 0]).argmax(dim=-1)

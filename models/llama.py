@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 from .attention import attend, ragged_bias
 from .bodies import Block
 from .configs import changes_with_length, layer_windows
-from .projection import Projection, is_plain
 from .slot_cache import SlotCache
 
 # By name: importing four modelling modules to recognise one costs seconds.
@@ -28,17 +27,26 @@ _DECODERS = {
 }
 
 
+# Weight [out, in] and bias [out].
+Linear: TypeAlias = tuple[nn.Parameter, "nn.Parameter | None"]
+
+
 @dataclass
-class _Layer:
+class Layer:
+    """The weights of one decoder layer, and what else tells it from the others."""
+
     kind: str
     attention_norm: nn.Parameter
-    query_key_value: Projection
+    query: Linear
+    key: Linear
+    value: Linear
     query_norm: nn.Parameter | None
     key_norm: nn.Parameter | None
-    output: Projection
+    output: Linear
     mlp_norm: nn.Parameter
-    gate_up: Projection
-    down: Projection
+    gate: Linear
+    up: Linear
+    down: Linear
     activation: Callable[[Tensor], Tensor]
 
 
@@ -60,8 +68,8 @@ class LlamaBody:
             map(is_plain, decoder.modules())
         )
 
-    def __init__(self, decoder: Any, packed: bool) -> None:
-        """Read the layers of a `decoder` that `fits`; `packed` is for its projections."""
+    def __init__(self, decoder: Any) -> None:
+        """Take a `decoder` that `fits`."""
         config = decoder.config
         self.decoder = decoder
         self.eps = config.rms_norm_eps
@@ -70,24 +78,21 @@ class LlamaBody:
         self.groups = self.heads // self.kv_heads
         self.dim = decoder.layers[0].self_attn.head_dim
         self.windows = layer_windows(config)
-        kinds = config.layer_types if len(self.windows) > 1 else list(self.windows) * config.num_hidden_layers
-        self.layers = [_read(layer, kind, packed) for layer, kind in zip(decoder.layers, kinds, strict=True)]
-        self.packed = packed
-        self.floor = torch.empty(0)
+        uniform = list(self.windows) * config.num_hidden_layers
+        self.kinds = config.layer_types if len(self.windows) > 1 else uniform
+        self.layers: list[Layer] = []
         self.rotations = torch.empty(0)
 
     def prepare(self, cache: SlotCache) -> None:
-        """Read the weights again and make a rotation for every position of `cache`."""
-        for layer in self.layers:
-            for projection in (layer.query_key_value, layer.output, layer.gate_up, layer.down):
-                projection.refresh()
+        """Find the weights again and make a rotation for every position of `cache`."""
+        layers = zip(self.decoder.layers, self.kinds, strict=True)
+        self.layers = [_read(layer, kind) for layer, kind in layers]
         # The sines' first half changes sign: rotating halves is then a roll, times these.
         weight = self.decoder.embed_tokens.weight
         positions = torch.arange(cache.capacity, device=weight.device)
         cos, sin = self.decoder.rotary_emb(weight, positions[None])
         first, second = sin[0].chunk(2, -1)
         self.rotations = torch.cat((cos[0], -first, second), -1)
-        self.floor = weight.new_full((1, 1, 1), self.eps)
 
     def __call__(self, block: Block, cache: SlotCache) -> Tensor:
         batch, length = block.tokens.shape
@@ -102,7 +107,8 @@ class LlamaBody:
         cos, sin = rotation[..., :dim], rotation[..., dim:]
 
         for index, layer in enumerate(self.layers):
-            query, key, value = layer.query_key_value(self._norm(hidden, layer.attention_norm))
+            inputs = self._norm(hidden, layer.attention_norm)
+            query, key, value = (F.linear(inputs, *part) for part in (layer.query, layer.key, layer.value))
             query, key = query.view(count, heads, dim), key.view(count, self.kv_heads, dim)
             if layer.query_norm is not None and layer.key_norm is not None:
                 query, key = self._norm(query, layer.query_norm), self._norm(key, layer.key_norm)
@@ -112,33 +118,40 @@ class LlamaBody:
             keys, values = cache.write(index, both[:, :, heads:], value)
             query = both[:, :, :heads].transpose(1, 2)
             mixed = attend(query, keys, values, biases[layer.kind]).reshape(count, heads * dim)
-            hidden = layer.output.add_to(hidden, mixed)
-            gate, up = layer.gate_up(self._norm(hidden, layer.mlp_norm))
-            hidden = layer.down.add_to(hidden, layer.activation(gate) * up)
+            hidden = hidden + F.linear(mixed, *layer.output)
+            inputs = self._norm(hidden, layer.mlp_norm)
+            gated = layer.activation(F.linear(inputs, *layer.gate)) * F.linear(inputs, *layer.up)
+            hidden = hidden + F.linear(gated, *layer.down)
 
         return self._norm(hidden, self.decoder.norm.weight).view(batch, length, -1)
 
     def _norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        width = hidden.shape[-1]
-        if not self.packed or hidden.dim() > 2:
-            return F.rms_norm(hidden, (width,), weight, self.eps)
-        # On a CPU rms_norm is six small operations, this is four.
-        rows = hidden.unsqueeze(1)
-        scale = torch.baddbmm(self.floor, rows, rows.mT, alpha=1 / width).rsqrt_()
-        return (hidden * scale.squeeze(2)).mul_(weight)
+        return F.rms_norm(hidden, (hidden.shape[-1],), weight, self.eps)
 
 
-def _read(layer: Any, kind: str, packed: bool) -> _Layer:
+def is_plain(module: nn.Module) -> bool:
+    """Whether calling `module` does what its class says: no hook, no wrapper, no replaced forward."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def _read(layer: Any, kind: str) -> Layer:
     attention, mlp = layer.self_attn, layer.mlp
-    return _Layer(
+    return Layer(
         kind=kind,
         attention_norm=layer.input_layernorm.weight,
-        query_key_value=Projection(attention.q_proj, attention.k_proj, attention.v_proj, packed=packed),
+        query=_linear(attention.q_proj),
+        key=_linear(attention.k_proj),
+        value=_linear(attention.v_proj),
         query_norm=attention.q_norm.weight if hasattr(attention, "q_norm") else None,
         key_norm=attention.k_norm.weight if hasattr(attention, "k_norm") else None,
-        output=Projection(attention.o_proj, packed=packed),
+        output=_linear(attention.o_proj),
         mlp_norm=layer.post_attention_layernorm.weight,
-        gate_up=Projection(mlp.gate_proj, mlp.up_proj, packed=packed),
-        down=Projection(mlp.down_proj, packed=packed),
+        gate=_linear(mlp.gate_proj),
+        up=_linear(mlp.up_proj),
+        down=_linear(mlp.down_proj),
         activation=F.silu if mlp.config.hidden_act == "silu" else mlp.act_fn,
     )
+
+
+def _linear(module: Any) -> Linear:
+    return module.weight, module.bias

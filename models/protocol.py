@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from speculative_eft.kernels import Coefficients, NoiseKey, Sampling, Stream
+
 
 class Runner(Protocol):
     """A network with a cache of its own, seen from the decoder.
@@ -37,6 +39,21 @@ class Runner(Protocol):
         """Run int64 `tokens` [batch, q] and return their logits [batch, q, vocab_size].
 
         `span` is a host integer, at least `max(lengths) + q`.
+        """
+
+    def draft(
+        self,
+        token: Tensor,
+        drafted: int,
+        coefficients: Coefficients,
+        sampling: Sampling,
+        noise: NoiseKey,
+        stream: Stream,
+        vocab_size: int,
+    ) -> tuple[Tensor, Tensor] | None:
+        """Draft from this network alone in one call: tokens [batch, drafted], logits with one row more.
+
+        None where the network cannot: it is then run step by step.
         """
 
     def prefill(self, tokens: Tensor, prompt_lengths: Tensor, chunk: int = 512) -> None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
+
+from speculative_eft.kernels import Coefficients, NoiseKey, Sampling, Stream, backend
 
 from .attention import ATTENTION
 from .bodies import Block, Body, FalconAlibiBody, TransformersBody
 from .configs import position_limit, text_config
 from .describe import vocabulary_rows
 from .llama import LlamaBody
-from .projection import Projection, is_plain, worth_packing
 from .slot_cache import SlotCache, round_up
+
+if TYPE_CHECKING:
+    from .llama_cpu import CompiledLlama
 
 TESTED_FAMILIES = frozenset({
     "falcon", "gemma2", "gemma3", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "olmo2",
@@ -47,13 +51,11 @@ class ModelRunner:
         self.vocab_size = vocabulary_rows(model)
         self._body = _choose_body(model)
         self._head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        if type(self._head) is nn.Linear and is_plain(self._head) and worth_packing(model):
-            self._packed_head: Projection | None = Projection(self._head, packed=True)
-        else:
-            self._packed_head = None
         self._softcap = getattr(config, "final_logit_softcapping", None)
         # Cohere multiplies its logits, Granite divides them.
         self._scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+        logits_change = self._scale != 1.0 or self._softcap is not None
+        self._compiled = None if logits_change else _compile_for_cpu(self._body, self._head)
         self.cache = SlotCache(0, 0, self.device)
         if config.model_type not in TESTED_FAMILIES:
             self._compare_with_model()
@@ -73,27 +75,56 @@ class ModelRunner:
             self.cache = SlotCache(batch, length, self.device)
         self.cache.restart(batch)
         self._body.prepare(self.cache)
-        if self._packed_head is not None:
-            self._packed_head.refresh()
+        if self._compiled is not None:
+            self._compiled.prepare(self.cache)
 
-    @torch.inference_mode()
     def forward(self, tokens: Tensor, span: int) -> Tensor:
         """Run int64 `tokens` [batch, q] and return their logits [batch, q, vocab_size] in the model's dtype.
 
         Token `j` of sequence `b` stands at `lengths[b] + j`; its keys and values are written there and it
         sees everything up to there. `lengths` stay as they are. `span` is a host integer, at least
-        `max(lengths) + q`. The logits are an inference tensor.
+        `max(lengths) + q`. The logits need no gradient.
         """
-        hidden = self._run(tokens, span)
-        if self._packed_head is None:
-            logits = cast(Tensor, self._head(hidden))
-        else:
-            logits = self._packed_head(hidden.flatten(0, 1))[0].view(*tokens.shape, -1)
+        if self._compiled is not None and tokens.numel() <= self._compiled.most_rows:
+            return self._compiled(tokens, self.cache)
+        return self._forward(tokens, span)
+
+    @torch.inference_mode()
+    def _forward(self, tokens: Tensor, span: int) -> Tensor:
+        logits = cast(Tensor, self._head(self._run(tokens, span)))
         if self._scale != 1.0:
             logits = logits * self._scale
         if self._softcap is not None:
             logits = torch.tanh(logits / self._softcap) * self._softcap
         return logits
+
+    def draft(
+        self,
+        token: Tensor,
+        drafted: int,
+        coefficients: Coefficients,
+        sampling: Sampling,
+        noise: NoiseKey,
+        stream: Stream,
+        vocab_size: int,
+    ) -> tuple[Tensor, Tensor] | None:
+        """The whole loop of a draft from this model alone, where one compiled call can run it, else None.
+
+        Args:
+            token: int64 [batch], the last committed token.
+            drafted: how many tokens to draw. `drafted + 1` steps run, and `lengths` move along.
+            coefficients, sampling: of the draft law, in which this is the only tuned model.
+
+        Returns:
+            The tokens int64 [batch, drafted] and their logits float32 [batch, drafted + 1, vocab_size].
+        """
+        compiled = self._compiled
+        if compiled is None or sampling.filtered or token.shape[0] > compiled.most_rows:
+            return None
+        weights = coefficients.draft_weights[:, 1:2]
+        return compiled.draft(
+            token, drafted, self.cache, weights, sampling.temperature, noise, stream, vocab_size
+        )
 
     @torch.inference_mode()
     def prefill(self, tokens: Tensor, prompt_lengths: Tensor, chunk: int = 512) -> None:
@@ -148,8 +179,16 @@ class ModelRunner:
 def _choose_body(model: PreTrainedModel) -> Body:
     decoder: PreTrainedModel = model.get_decoder()  # type: ignore[no-untyped-call]
     if LlamaBody.fits(decoder):
-        return LlamaBody(decoder, packed=worth_packing(model))
+        return LlamaBody(decoder)
     if decoder.config.model_type == "falcon" and decoder.config.alibi:
         return FalconAlibiBody(decoder)
     # Models that do not ask transformers for their attention function know `sdpa` by name.
     return TransformersBody(decoder, ATTENTION if model._supports_attention_backend else "sdpa")
+
+
+def _compile_for_cpu(body: Body, head: Any) -> CompiledLlama | None:
+    if not isinstance(body, LlamaBody) or backend(body.decoder.device) != "numba":
+        return None
+    from .llama_cpu import CompiledLlama
+
+    return CompiledLlama(body, head) if CompiledLlama.fits(body, head) else None

@@ -89,6 +89,14 @@ class SlotCache(Cache):
         layer.value_rows.index_copy_(0, rows, values.reshape(-1, values.shape[-1]))
         return layer.visible
 
+    def layer_storage(self, layer_idx: int, heads: int, dim: int) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values [slots, heads, capacity, dim] in float32, allocated if they were not."""
+        layer = self._slots.get(layer_idx)
+        if layer is None:
+            vectors = torch.empty(0, 0, heads, dim, device=self.device)
+            layer = self._slots[layer_idx] = self._allocate(vectors, vectors)
+        return layer.keys, layer.values
+
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,15 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(params=["torch", "numba"])
+def each_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs a test with every implementation of the kernels that a CPU has."""
+    if request.param == "numba":
+        pytest.importorskip("numba", reason="the extra [cpu] is not installed")
+    monkeypatch.setenv("SPECULATIVE_EFT_BACKEND", request.param)
+    return str(request.param)
+
+
 @pytest.fixture
 def record_chi_square(record_property: Callable[[str, object], None]) -> Callable[[float, float], None]:
     """Keeps a passed comparison's statistic and its degrees of freedom for the summary."""

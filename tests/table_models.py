@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +36,9 @@ class TableRunner:
         self.tokens.scatter_(1, columns, tokens)
         before = self.tokens.gather(1, columns - 1)
         return self.table[before, tokens]
+
+    def draft(self, *_: Any) -> None:
+        return None
 
     def prefill(self, tokens: Tensor, prompt_lengths: Tensor, chunk: int = 512) -> None:
         self.tokens[:, 1 : 1 + tokens.shape[1]] = tokens

@@ -34,7 +34,7 @@ SCHEDULES = {
         tokens=6e6, minutes=6, muon_rate=5e-3, adam_rate=5e-4, warmup_tokens=5e4, decay=0.9, keep_best=True
     ),
     "large_tuned": Schedule(
-        tokens=6e6, minutes=12, muon_rate=5e-3, adam_rate=5e-4, warmup_tokens=5e4, decay=0.9, keep_best=True
+        tokens=6e6, minutes=50, muon_rate=5e-3, adam_rate=5e-4, warmup_tokens=5e4, decay=0.9, keep_best=True
     ),
 }
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from speculative_eft.decoding import EFTConfig, EFTDecoder
 from speculative_eft.decoding.request import read_options, read_prompts, read_seeds
-from speculative_eft.decoding.round import PhaseTimer, RoundState, speculative_round
+from speculative_eft.decoding.round import PhaseTimer, new_trace_buffers, speculative_round
+from speculative_eft.kernels import RoundState
 from speculative_eft.kernels import noise as noise_module
 
 from ..sync_guard import HostSyncError, no_host_sync
@@ -51,6 +52,7 @@ def test_no_host_synchronisation(
     batch: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("SPECULATIVE_EFT_BACKEND", "torch")
     # Noise as it is made on a device; its bits are those of the host's path (tests/kernels).
     monkeypatch.setattr(noise_module, "_in_host_memory", lambda tensor: False)
     decoder = EFTDecoder(
@@ -60,12 +62,13 @@ def test_no_host_synchronisation(
     prompts = read_prompts(given["input_ids"], given["attention_mask"], decoder.vocab_size)
     resolved = read_options(None, {"max_new_tokens": 20, "return_dict_in_generate": True, **options}, [], 11)
     with torch.inference_mode():
-        state, plan = decoder._start(prompts, prompts, resolved, read_seeds(0, batch), tuned_traced=1)
+        state, plan = decoder._start(prompts, prompts, resolved, read_seeds(0, batch))
+        trace = new_trace_buffers(state, 1)
         before = list(storages(state))
         for index in range(3):
             with no_host_sync():
                 speculative_round(
-                    decoder.runners, state, plan, 3, prompts.longest + 4 * (index + 1), PhaseTimer()
+                    decoder.runners, state, plan, 3, prompts.longest + 4 * (index + 1), PhaseTimer(), trace
                 )
         assert list(storages(state)) == before
     assert (state.generated > 0).all()

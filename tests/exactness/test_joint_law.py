@@ -9,6 +9,8 @@ from speculative_eft.decoding import EFTConfig, NaiveEFTDecoder
 from ..table_models import random_tables
 from .sampling import Record, assert_exact, compare_with_law
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 RULES = ("block", "token", "shared_seed")
 COPIES = 6_000
 

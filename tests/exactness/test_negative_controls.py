@@ -45,6 +45,7 @@ def passes(config: EFTConfig, tables: Tables) -> bool:
     return all(result.accepts for result in compare_with_law(tables, config, {}, 10, 12_000))
 
 
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("rule", ["block", "token"])
 @pytest.mark.parametrize("tables", [sharp_tables(), random_tables(5, 4)], ids=["sharp", "random"])
 def test_the_right_sampler_passes(rule: AcceptanceRule, tables: Tables) -> None:
@@ -52,6 +53,8 @@ def test_the_right_sampler_passes(rule: AcceptanceRule, tables: Tables) -> None:
 
 
 def test_accepting_by_the_large_models_ratio_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The mistake is made inside the reference.
+    monkeypatch.setenv("SPECULATIVE_EFT_BACKEND", "torch")
     real = round_module.verify
 
     def wrong(large: Tensor, tuned: Any, base: Tensor, draft_tokens: Tensor, *rest: Any) -> Any:
@@ -68,6 +71,7 @@ def test_accepting_by_the_large_models_ratio_alone(monkeypatch: pytest.MonkeyPat
     assert not passes(EFTConfig(acceptance="token", draft_tokens=3), sharp_tables())
 
 
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("rule", ["block", "token"])
 def test_draft_law_at_the_wrong_temperature(rule: AcceptanceRule, monkeypatch: pytest.MonkeyPatch) -> None:
     real = round_module.draft_step
@@ -80,19 +84,19 @@ def test_draft_law_at_the_wrong_temperature(rule: AcceptanceRule, monkeypatch: p
     assert not passes(EFTConfig(acceptance=rule, draft_tokens=3), sharp_tables())
 
 
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("rule", ["block", "token"])
 def test_residual_noise_shared_with_draft_noise(
     rule: AcceptanceRule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wrong(seeds: Tensor, counters: Tensor, rows: Tensor, stream: Stream, vocab_size: int) -> Tensor:
-        stream = Stream.DRAFT if stream is Stream.RESIDUAL else stream
-        return noise_module.exponential_noise(seeds, counters, rows, stream, vocab_size)
-
-    monkeypatch.setattr(verify_module, "exponential_noise", wrong)
+    monkeypatch.setattr(verify_module, "_RESIDUAL", Stream.DRAFT)
     assert not passes(EFTConfig(acceptance=rule, draft_tokens=3), sharp_tables())
 
 
 def test_block_rule_keyed_by_position(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The mistake is made inside the reference.
+    monkeypatch.setenv("SPECULATIVE_EFT_BACKEND", "torch")
+
     def keyed_by_position(seeds: Tensor, rounds: Tensor, positions: Tensor) -> NoiseKey:
         return NoiseKey(seeds=seeds, rounds=positions, positions=positions)
 
@@ -103,20 +107,32 @@ def test_block_rule_keyed_by_position(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
     monkeypatch.setattr(round_module, "NoiseKey", keyed_by_position)
-    for name in ("uniform_noise", "exponential_noise", "gumbel_noise"):
-        monkeypatch.setattr(verify_module, name, at_position(name))
+    for module, name in (
+        (verify_module, "uniform_noise"),
+        (verify_module, "exponential_noise"),
+        (noise_module, "gumbel_noise"),
+    ):
+        monkeypatch.setattr(module, name, at_position(name))
     assert not passes(EFTConfig(acceptance="block", draft_tokens=3), random_tables(5, 4))
 
 
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("rule", ["block", "token"])
 def test_redrawing_a_low_confidence_token(rule: AcceptanceRule, monkeypatch: pytest.MonkeyPatch) -> None:
     real = round_module.draft_step
 
     def wrong(
-        tuned: Any, base: Any, coefficients: Any, sampling: Any, noise: Tensor, vocab_size: int
+        tuned: Any,
+        base: Any,
+        coefficients: Any,
+        sampling: Any,
+        noise: NoiseKey,
+        stream: Stream,
+        row: int,
+        vocab_size: int,
     ) -> Tensor:
-        first = real(tuned, base, coefficients, sampling, noise, vocab_size)
-        second = real(tuned, base, coefficients, sampling, noise.roll(1, 0), vocab_size)
+        first = real(tuned, base, coefficients, sampling, noise, stream, row, vocab_size)
+        second = real(tuned, base, coefficients, sampling, noise, stream, row + 100, vocab_size)
         confidence = tuned[0].softmax(-1).gather(-1, first[:, None])[:, 0]
         return torch.where(confidence < 0.2, second, first)
 

@@ -35,6 +35,7 @@ def enumerate_law(models: EFTModels, prompt: list[int], alpha: float, beta: floa
     return target.gather(-1, paths[..., None])[..., 0].sum(1).exp().numpy()
 
 
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("rule", ["block", "token", "shared_seed"])
 @pytest.mark.parametrize(("family", "alpha", "beta"), [("llama", 1.0, 1.0), ("gpt2", 0.7, 1.2)])
 def test_joint_law(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 import torch
 from torch import Tensor
@@ -21,6 +23,8 @@ from speculative_eft.kernels import (
 
 SAMPLES = 100_000
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 
 def verify_fixed_laws(draft: list[float], target: list[float], drafted: int, rule: AcceptanceRule) -> Verdict:
     """Draft from one law and verify against another, both the same in every row, for many seeds."""
@@ -31,13 +35,12 @@ def verify_fixed_laws(draft: list[float], target: list[float], drafted: int, rul
     noise = NoiseKey(derive_seeds(1, SAMPLES), zeros, zeros)
     vocab_size = len(draft)
     stream = Stream.SHARED if rule == "shared_seed" else Stream.DRAFT
-    gumbel = noise.gumbel(stream, torch.arange(drafted), vocab_size)
     rows = torch.tensor(draft).log().expand(SAMPLES, drafted + 1, -1)
     base = torch.zeros_like(rows)
     large = torch.tensor(target).log() - torch.tensor(draft).log() + base
     tokens = torch.stack(
         [
-            draft_step([rows[:, step]], None, mix, sampling, gumbel[:, step], vocab_size)
+            draft_step([rows[:, step]], None, mix, sampling, noise, stream, step, vocab_size)
             for step in range(drafted)
         ],
         dim=1,
@@ -96,7 +99,7 @@ def take_rows(value: object, index: int) -> object:
     if isinstance(value, list):
         return [take_rows(item, index) for item in value]
     if isinstance(value, Coefficients | NoiseKey):
-        return type(value)(*(take_rows(item, index) for item in vars(value).values()))
+        return type(value)(*(take_rows(getattr(value, field.name), index) for field in fields(value)))
     if isinstance(value, Sampling):
         greedy = bool(value.temperature[index] == 0)
         return Sampling(value.temperature[index : index + 1], any_greedy=greedy, all_greedy=greedy)

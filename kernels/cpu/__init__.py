@@ -1,0 +1,1 @@
+"""The operations compiled for a CPU. Importing from here needs Numba, the extra `[cpu]`."""

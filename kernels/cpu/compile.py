@@ -1,0 +1,163 @@
+"""How functions for a CPU are compiled by Numba, and what they all use: types, pointers, exp and log."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+__all__ = [
+    "FLOAT", "MATRIX", "TABLE", "VECTOR", "array_at", "compiled", "entry", "exp", "in_parallel", "log",
+    "stay_a_function", "strictly_compiled", "use_threads", "without_nan_compiled",
+]  # fmt: skip
+
+FLOAT = np.float32
+
+# Sums may be reordered, so that they are taken in vectors; what is not a number stays so.
+_FAST = {"reassoc", "contract", "nsz", "arcp"}
+
+_INTERNAL: dict[str, Any] = {"no_cfunc_wrapper": True, "no_cpython_wrapper": True}
+# Only loops over prange run in parallel: to look for more is most of the time that compiling takes.
+_PRANGE = dict.fromkeys(
+    ("comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion"), False
+) | {"prange": True}
+
+# Numba knows numbers that its callers do not: types are its business, in the strings.
+Function: TypeAlias = Callable[..., Any]
+
+
+def _decorator(types_: str, **options: Any) -> Callable[[Function], Function]:
+    # With types given, a function is compiled once, and not again for every constant it is called with.
+    decorator: Callable[[Function], Function] = numba.njit(types_, cache=True, error_model="numpy", **options)
+    return decorator
+
+
+def entry(types_: str) -> Callable[[Function], Function]:
+    """Compiles what Python calls, for the types given."""
+    return _decorator(types_, fastmath=_FAST, no_cfunc_wrapper=True)
+
+
+def compiled(types_: str) -> Callable[[Function], Function]:
+    """Compiles what compiled functions call, for the types given."""
+    return _decorator(types_, fastmath=_FAST, **_INTERNAL)
+
+
+def strictly_compiled(types_: str) -> Callable[[Function], Function]:
+    """The same for functions whose operations must be done in the order they are written in."""
+    return _decorator(types_, fastmath={"contract"}, **_INTERNAL)
+
+
+def without_nan_compiled(types_: str) -> Callable[[Function], Function]:
+    """The same for functions that never meet what is not a number: they find the largest in vectors."""
+    return _decorator(types_, fastmath=_FAST | {"nnan"}, **_INTERNAL)
+
+
+def in_parallel(types_: str) -> Callable[[Function], Function]:
+    """Compiles a loop over prange, which is best left to call one function."""
+    return _decorator(types_, fastmath=_FAST, parallel=_PRANGE, **_INTERNAL)
+
+
+MATRIX, VECTOR, TABLE = "float32[:, ::1]", "float32[::1]", "int64[::1]"
+"""Types of contiguous arrays."""
+
+
+def _launch_threads() -> None:
+    # Numba starts them with its first question, and where it shares torch's OpenMP that makes torch forget
+    # how many it was told to use.
+    threads = torch.get_num_threads()
+    numba.get_num_threads()
+    torch.set_num_threads(threads)
+
+
+_launch_threads()
+
+
+def use_threads() -> int:
+    """Let parallel loops use as many threads as torch does, and return how many."""
+    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+    if threads != numba.get_num_threads():
+        numba.set_num_threads(threads)
+    return int(threads)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _float_pointer(typing_context: Any, address: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.float32)(types.int64), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _float_of_bits(typing_context: Any, bits: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.int32), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def stay_a_function(typing_context: Any) -> Any:
+    """In a function: it is called, not copied to every place that calls it, which takes long to compile."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        builder.function.attributes.add("noinline")
+
+    return types.void(), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _bits_of_float(typing_context: Any, value: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.int32(types.float32), codegen
+
+
+@numba.njit(cache=True, **_INTERNAL)  # type: ignore[untyped-decorator]
+def array_at(address: int, shape: Any) -> Any:
+    """The float32 array of `shape` that begins at `address`."""
+    return numba.carray(_float_pointer(address), shape)
+
+
+@strictly_compiled("float32(float32)")
+def exp(x: Any) -> Any:
+    """exp of a float32 within 1e-7 relative, 0 below -87; without a jump, so that loops are vectorised."""
+    clamped = min(max(x, FLOAT(-87)), FLOAT(88))
+    power = np.floor(clamped * FLOAT(1.4426950408889634) + FLOAT(0.5))
+    # ln 2 in two parts, the first of few bits, so that the remainder is exact.
+    rest = (clamped - power * FLOAT(0.693359375)) - power * FLOAT(-2.12194440e-4)
+    series = FLOAT(1.9875691500e-4)
+    series = series * rest + FLOAT(1.3981999507e-3)
+    series = series * rest + FLOAT(8.3334519073e-3)
+    series = series * rest + FLOAT(4.1665795894e-2)
+    series = series * rest + FLOAT(1.6666665459e-1)
+    series = series * rest + FLOAT(5.0000001201e-1)
+    series = series * rest * rest + rest + FLOAT(1)
+    value = series * _float_of_bits((np.int32(power) + np.int32(127)) << np.int32(23))
+    return value if x >= FLOAT(-87) else FLOAT(0)
+
+
+@strictly_compiled("float32(float32)")
+def log(x: Any) -> Any:
+    """log of a positive, normal float32 within 1e-7 relative; without a jump."""
+    bits = _bits_of_float(x)
+    # x = mantissa * 2 ** power with mantissa in [sqrt(1/2), sqrt(2)).
+    power = (bits - np.int32(0x3F3504F3)) >> np.int32(23)
+    rest = _float_of_bits(bits - (power << np.int32(23))) - FLOAT(1)
+    square = rest * rest
+    series = FLOAT(7.0376836292e-2)
+    for coefficient in (
+        -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1, -1.6668057665e-1,
+        2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1,
+    ):  # fmt: skip
+        series = series * rest + FLOAT(coefficient)
+    scale = FLOAT(power)
+    series = series * rest * square + scale * FLOAT(-2.12194440e-4) - FLOAT(0.5) * square
+    return rest + series + scale * FLOAT(0.693359375)

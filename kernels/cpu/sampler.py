@@ -1,0 +1,489 @@
+"""Drafting and verification compiled for a CPU, for laws without filters.
+
+A row's logits are read once and stay in a core's cache until its law is known. The formulas are those of
+`kernels/draft.py` and `kernels/verify.py`, which are the specification; rows are shared among threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numba import prange
+from torch import Tensor
+
+from .compile import (
+    FLOAT,
+    MATRIX,
+    TABLE,
+    VECTOR,
+    array_at,
+    compiled,
+    entry,
+    exp,
+    in_parallel,
+    log,
+    use_threads,
+    without_nan_compiled,
+)
+from .noise import exponentials, uniform
+
+__all__ = ["RULES", "draft", "draft_rows", "verify"]
+
+RULES = {"token": 0, "block": 1, "shared_seed": 2}
+_TOKEN, _BLOCK, _SHARED_SEED = range(3)
+
+_CUBE = "float32[:, :, ::1]"
+_TABLES = "int64[:, ::1]"
+_FLAGS = "boolean[::1]"
+
+
+def _addresses(logits: Sequence[Tensor]) -> tuple[list[Tensor], np.ndarray[Any, Any]]:
+    """Float32 logits [batch, rows, vocab], and for each where it begins and its two strides, in elements."""
+    rows = [part if part.dtype == torch.float32 else part.float() for part in logits]
+    rows = [part if part.stride(2) == 1 else part.contiguous() for part in rows]
+    return rows, np.array([[part.data_ptr(), part.stride(0), part.stride(1)] for part in rows])
+
+
+def draft(
+    logits: Sequence[Tensor],
+    weights: Tensor,
+    temperature: Tensor,
+    seeds: Tensor,
+    counters: Tensor,
+    row: int,
+    stream: int,
+    vocab_size: int,
+) -> Tensor:
+    """One token a sequence from the law of the weighted `logits`, each [batch, 1, >= vocab_size].
+
+    `weights` is float32 [batch, models]; the draw is that of `exponential_noise` at (seeds, counters, row).
+    Returns int64 [batch].
+    """
+    batch = weights.shape[0]
+    _kept, table = _addresses(logits)
+    tokens = torch.empty(batch, dtype=torch.int64)
+    use_threads()
+    _draft(
+        table, weights.contiguous().numpy(), temperature.contiguous().numpy(), seeds.contiguous().numpy(),
+        counters.contiguous().numpy(), row, stream, vocab_size, tokens.numpy(),
+    )  # fmt: skip
+    return tokens
+
+
+def verify(
+    logits: Sequence[Tensor],
+    target_weights: Tensor,
+    draft_weights: Tensor,
+    draft_tokens: Tensor,
+    draft_lens: Tensor,
+    temperature: Tensor,
+    draft_temperature: Tensor,
+    seeds: Tensor,
+    counters: Tensor,
+    positions: Tensor,
+    streams: tuple[int, int, int],
+    rule: int,
+    vocab_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The fields of a `Verdict` for `logits`, each [batch, drafted + 1, >= vocab_size].
+
+    `target_weights` and `draft_weights` are float32 [batch, models], the models' weights in either law;
+    `streams` are those of acceptance, of replacement and of shared noise.
+    """
+    batch, drafted = draft_tokens.shape
+    _kept, table = _addresses(logits)
+    accepted = torch.empty(batch, dtype=torch.int64)
+    next_tokens = torch.empty(batch, dtype=torch.int64)
+    expected = torch.empty(batch, drafted)
+    log_target = torch.empty(batch, drafted + 1, vocab_size)
+    use_threads()
+    _verify(
+        table, target_weights.contiguous().numpy(), draft_weights.contiguous().numpy(),
+        draft_tokens.contiguous().numpy(), draft_lens.contiguous().numpy(), temperature.contiguous().numpy(),
+        draft_temperature.contiguous().numpy(), seeds.contiguous().numpy(), counters.contiguous().numpy(),
+        positions.contiguous().numpy(), np.array(streams), rule, accepted.numpy(), next_tokens.numpy(),
+        expected.numpy(), log_target.numpy(),
+    )  # fmt: skip
+    return accepted, next_tokens, expected, log_target
+
+
+@compiled(f"void({_TABLES}, {VECTOR}, int64, int64, {VECTOR})")
+def _mix(table: Any, weights: Any, sequence: int, row: int, out: Any) -> None:
+    """Sum of weight times logits of one row; -inf where a model that is consulted has no finite logit."""
+    size = out.shape[0]
+    for token in range(size):
+        out[token] = FLOAT(0)
+    for model in range(weights.shape[0]):
+        weight = weights[model]
+        if weight != FLOAT(0):
+            offset = sequence * table[model, 1] + row * table[model, 2]
+            logits = array_at(table[model, 0] + 4 * offset, (size,))
+            for token in range(size):
+                out[token] += weight * logits[token]
+    for token in range(size):
+        out[token] = out[token] if abs(out[token]) <= FLOAT(3.4028235e38) else FLOAT(-np.inf)
+
+
+@without_nan_compiled(f"float32({VECTOR})")
+def _highest(values: Any) -> Any:
+    highest = values[0]
+    for token in range(values.shape[0]):
+        highest = max(highest, values[token])
+    return highest
+
+
+@compiled(f"int64({VECTOR})")
+def _argmax(values: Any) -> int:
+    """The first id of the largest value."""
+    highest = _highest(values)
+    for token in range(values.shape[0]):
+        if values[token] == highest:
+            return token
+    return 0
+
+
+@compiled(f"void({VECTOR}, float32, {VECTOR})")
+def _normalise(logits: Any, temperature: float, law: Any) -> None:
+    """Turn `logits` into log-probabilities and write the probabilities to `law`.
+
+    A row of only -inf, which is no law, becomes the point mass on id 0.
+    """
+    size = logits.shape[0]
+    for token in range(size):
+        logits[token] /= temperature
+    highest = _highest(logits)
+    if highest == FLOAT(-np.inf):
+        logits[0] = highest = FLOAT(0)
+    total = FLOAT(0)
+    for token in range(size):
+        law[token] = exp(logits[token] - highest)
+        total += law[token]
+    scale, shift = FLOAT(1) / total, highest + log(total)
+    for token in range(size):
+        law[token] *= scale
+        logits[token] -= shift
+
+
+@compiled(f"void({_TABLES}, {MATRIX}, {VECTOR}, {TABLE}, {TABLE}, int64, int64, int64, {TABLE}, int64)")
+def _draft_share(
+    table: Any,
+    weights: Any,
+    temperature: Any,
+    seeds: Any,
+    counters: Any,
+    row: int,
+    stream: int,
+    vocab_size: int,
+    tokens: Any,
+    sequence: int,
+) -> None:
+    values = np.empty(vocab_size, FLOAT)
+    _mix(table, weights[sequence], sequence, 0, values)
+    scale = temperature[sequence]
+    if scale > FLOAT(0):
+        noise = np.empty(vocab_size, FLOAT)
+        exponentials(seeds[sequence], counters[sequence], row, stream, noise)
+        for token in range(vocab_size):
+            values[token] -= scale * log(noise[token])
+    tokens[sequence] = _argmax(values)
+
+
+@in_parallel(f"void({_TABLES}, {MATRIX}, {VECTOR}, {TABLE}, {TABLE}, int64, int64, int64, {TABLE})")
+def _draft_together(
+    table: Any,
+    weights: Any,
+    temperature: Any,
+    seeds: Any,
+    counters: Any,
+    row: int,
+    stream: int,
+    vocab_size: int,
+    tokens: Any,
+) -> None:
+    for share in prange(tokens.shape[0]):
+        _draft_share(
+            table, weights, temperature, seeds, counters, row, stream, vocab_size, tokens, np.int64(share)
+        )
+
+
+@compiled(f"void({_TABLES}, {MATRIX}, {VECTOR}, {TABLE}, {TABLE}, int64, int64, int64, {TABLE})")
+def draft_rows(
+    table: Any,
+    weights: Any,
+    temperature: Any,
+    seeds: Any,
+    counters: Any,
+    row: int,
+    stream: int,
+    vocab_size: int,
+    tokens: Any,
+) -> None:
+    """Draw one token a sequence into int64 `tokens` [batch]; `table` as `_addresses` makes it."""
+    if tokens.shape[0] > 1:
+        _draft_together(table, weights, temperature, seeds, counters, row, stream, vocab_size, tokens)
+    else:
+        _draft_share(table, weights, temperature, seeds, counters, row, stream, vocab_size, tokens, 0)
+
+
+@entry(f"void({_TABLES}, {MATRIX}, {VECTOR}, {TABLE}, {TABLE}, int64, int64, int64, {TABLE})")
+def _draft(
+    table: Any,
+    weights: Any,
+    temperature: Any,
+    seeds: Any,
+    counters: Any,
+    row: int,
+    stream: int,
+    vocab_size: int,
+    tokens: Any,
+) -> None:
+    draft_rows(table, weights, temperature, seeds, counters, row, stream, vocab_size, tokens)
+
+
+@compiled(
+    f"void({_TABLES}, {MATRIX}, {MATRIX}, {_TABLES}, {VECTOR}, {VECTOR}, {TABLE}, {TABLE}, int64, int64, "
+    f"{_CUBE}, {_CUBE}, {_CUBE}, {MATRIX}, {_TABLES}, int64)"
+)
+def _laws_share(
+    table: Any,
+    target_weights: Any,
+    draft_weights: Any,
+    draft_tokens: Any,
+    temperature: Any,
+    draft_temperature: Any,
+    seeds: Any,
+    positions: Any,
+    shared_stream: int,
+    rule: int,
+    log_target: Any,
+    target: Any,
+    draft: Any,
+    log_ratio: Any,
+    winners: Any,
+    share: int,
+) -> None:
+    """One row's laws, and what compares them at the drafted token or races for the winner.
+
+    For a greedy sequence `target` and `draft` stay unset, and `log_ratio` is unused.
+    """
+    rows = log_target.shape[1]
+    sequence, row = share // rows, share % rows
+    logits, law = log_target[sequence, row], target[sequence, row]
+    size = logits.shape[0]
+    _mix(table, target_weights[sequence], sequence, row, logits)
+    if temperature[sequence] == FLOAT(0):
+        winners[sequence, row] = _argmax(logits)
+        return
+    _normalise(logits, temperature[sequence], law)
+    if rule == _SHARED_SEED:
+        race = np.empty(size, FLOAT)
+        exponentials(seeds[sequence], positions[sequence] + row, 0, shared_stream, race)
+        for token in range(size):
+            race[token] = logits[token] - log(race[token])
+        winners[sequence, row] = _argmax(race)
+    if row < rows - 1:
+        small = np.empty(size, FLOAT)
+        _mix(table, draft_weights[sequence], sequence, row, small)
+        _normalise(small, draft_temperature[sequence], draft[sequence, row])
+        token = draft_tokens[sequence, row]
+        log_ratio[sequence, row] = logits[token] - small[token]
+
+
+@in_parallel(
+    f"void({_TABLES}, {MATRIX}, {MATRIX}, {_TABLES}, {VECTOR}, {VECTOR}, {TABLE}, {TABLE}, int64, int64, "
+    f"{_CUBE}, {_CUBE}, {_CUBE}, {MATRIX}, {_TABLES})"
+)
+def _laws(
+    table: Any,
+    target_weights: Any,
+    draft_weights: Any,
+    draft_tokens: Any,
+    temperature: Any,
+    draft_temperature: Any,
+    seeds: Any,
+    positions: Any,
+    shared_stream: int,
+    rule: int,
+    log_target: Any,
+    target: Any,
+    draft: Any,
+    log_ratio: Any,
+    winners: Any,
+) -> None:
+    for share in prange(log_target.shape[0] * log_target.shape[1]):
+        _laws_share(
+            table, target_weights, draft_weights, draft_tokens, temperature, draft_temperature, seeds,
+            positions, shared_stream, rule, log_target, target, draft, log_ratio, winners, np.int64(share),
+        )  # fmt: skip
+
+
+@compiled(f"int64({VECTOR}, int64, int64, int64, int64)")
+def _accept_token(log_ratio: Any, length: int, seed: int, counter: int, stream: int) -> int:
+    for row in range(length):
+        if not uniform(seed, counter, row, stream) < exp(log_ratio[row]):
+            return row
+    return length
+
+
+@compiled(f"Tuple((int64, float32))({MATRIX}, {MATRIX}, {VECTOR}, int64, int64, int64, int64)")
+def _accept_block(
+    target: Any, draft: Any, log_ratio: Any, length: int, seed: int, counter: int, stream: int
+) -> Any:
+    """The accepted length tau and the prefix probability p_tau."""
+    accepted, scale = 0, FLOAT(1)
+    walk = peak = FLOAT(0)
+    for row in range(length):
+        walk += log_ratio[row]
+        peak = max(peak, walk)
+        prefix = exp(walk - peak)
+        chance = prefix
+        if row + 1 < length:
+            excess = FLOAT(0)
+            law, small = target[row + 1], draft[row + 1]
+            for token in range(law.shape[0]):
+                excess += max(prefix * law[token] - small[token], FLOAT(0))
+            slack = excess + FLOAT(1) - prefix
+            # Without slack the prefix is surely kept, as the limit says.
+            chance = excess / slack if slack > FLOAT(0) else FLOAT(1)
+        if uniform(seed, counter, row, stream) < chance:
+            accepted, scale = row + 1, prefix
+    return accepted, scale
+
+
+@compiled(f"int64({MATRIX}, {MATRIX}, int64, int64, float32, int64, int64, int64)")
+def _replacement(
+    target: Any, draft: Any, accepted: int, length: int, scale: float, seed: int, counter: int, stream: int
+) -> Any:
+    """Race (scale p - q)_+ at the first row not accepted, or p at the bonus row."""
+    law = target[accepted]
+    weights = np.empty(law.shape[0], FLOAT)
+    total = FLOAT(0)
+    if accepted < length:
+        small = draft[accepted]
+        for token in range(law.shape[0]):
+            weights[token] = max(scale * law[token] - small[token], FLOAT(0))
+            total += weights[token]
+    # Rounding can empty the residual of two laws that are equal but for rounding: draw from p.
+    if not total > FLOAT(0):
+        for token in range(law.shape[0]):
+            weights[token] = law[token]
+    race = np.empty(law.shape[0], FLOAT)
+    exponentials(seed, counter, accepted, stream, race)
+    for token in range(law.shape[0]):
+        race[token] = weights[token] / race[token]
+    return _argmax(race)
+
+
+@compiled(
+    f"void({_TABLES}, {TABLE}, {VECTOR}, {TABLE}, {TABLE}, {TABLE}, int64, {_CUBE}, {_CUBE}, {MATRIX}, "
+    f"{_TABLES}, {TABLE}, {TABLE}, {MATRIX}, int64)"
+)
+def _decide_share(
+    draft_tokens: Any,
+    draft_lens: Any,
+    temperature: Any,
+    seeds: Any,
+    counters: Any,
+    streams: Any,
+    rule: int,
+    target: Any,
+    draft: Any,
+    log_ratio: Any,
+    winners: Any,
+    accepted: Any,
+    next_tokens: Any,
+    expected: Any,
+    sequence: int,
+) -> None:
+    drafted, length = draft_tokens.shape[1], draft_lens[sequence]
+    greedy = temperature[sequence] == FLOAT(0)
+    for row in range(drafted):
+        overlap = FLOAT(0)
+        if greedy:
+            overlap = FLOAT(winners[sequence, row] == draft_tokens[sequence, row])
+        else:
+            law, small = target[sequence, row], draft[sequence, row]
+            for token in range(law.shape[0]):
+                overlap += min(law[token], small[token])
+        expected[sequence, row] = overlap
+    if greedy or rule == _SHARED_SEED:
+        count = 0
+        while count < length and winners[sequence, count] == draft_tokens[sequence, count]:
+            count += 1
+        accepted[sequence], next_tokens[sequence] = count, winners[sequence, count]
+        return
+    laws, smalls, ratios = target[sequence], draft[sequence], log_ratio[sequence]
+    seed, counter, scale = seeds[sequence], counters[sequence], FLOAT(1)
+    if rule == _TOKEN:
+        count = _accept_token(ratios, length, seed, counter, streams[0])
+    else:
+        count, scale = _accept_block(laws, smalls, ratios, length, seed, counter, streams[0])
+    accepted[sequence] = count
+    next_tokens[sequence] = _replacement(laws, smalls, count, length, scale, seed, counter, streams[1])
+
+
+@in_parallel(
+    f"void({_TABLES}, {TABLE}, {VECTOR}, {TABLE}, {TABLE}, {TABLE}, int64, {_CUBE}, {_CUBE}, {MATRIX}, "
+    f"{_TABLES}, {TABLE}, {TABLE}, {MATRIX})"
+)
+def _decide(
+    draft_tokens: Any,
+    draft_lens: Any,
+    temperature: Any,
+    seeds: Any,
+    counters: Any,
+    streams: Any,
+    rule: int,
+    target: Any,
+    draft: Any,
+    log_ratio: Any,
+    winners: Any,
+    accepted: Any,
+    next_tokens: Any,
+    expected: Any,
+) -> None:
+    for share in prange(draft_lens.shape[0]):
+        _decide_share(
+            draft_tokens, draft_lens, temperature, seeds, counters, streams, rule, target, draft, log_ratio,
+            winners, accepted, next_tokens, expected, np.int64(share),
+        )  # fmt: skip
+
+
+@entry(
+    f"void({_TABLES}, {MATRIX}, {MATRIX}, {_TABLES}, {TABLE}, {VECTOR}, {VECTOR}, {TABLE}, {TABLE}, {TABLE}, "
+    f"{TABLE}, int64, {TABLE}, {TABLE}, {MATRIX}, {_CUBE})"
+)
+def _verify(
+    table: Any,
+    target_weights: Any,
+    draft_weights: Any,
+    draft_tokens: Any,
+    draft_lens: Any,
+    temperature: Any,
+    draft_temperature: Any,
+    seeds: Any,
+    counters: Any,
+    positions: Any,
+    streams: Any,
+    rule: int,
+    accepted: Any,
+    next_tokens: Any,
+    expected: Any,
+    log_target: Any,
+) -> None:
+    batch, rows, vocab_size = log_target.shape
+    target = np.empty((batch, rows, vocab_size), FLOAT)
+    draft = np.empty((batch, rows, vocab_size), FLOAT)
+    log_ratio = np.empty((batch, rows), FLOAT)
+    winners = np.empty((batch, rows), np.int64)
+    _laws(
+        table, target_weights, draft_weights, draft_tokens, temperature, draft_temperature, seeds, positions,
+        streams[2], rule, log_target, target, draft, log_ratio, winners,
+    )  # fmt: skip
+    _decide(
+        draft_tokens, draft_lens, temperature, seeds, counters, streams, rule, target, draft, log_ratio,
+        winners, accepted, next_tokens, expected,
+    )  # fmt: skip

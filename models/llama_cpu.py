@@ -1,0 +1,534 @@
+"""Decoding steps of Llama-like models on a CPU, compiled by Numba: what a step costs is reading its weights.
+
+A step of a small model is a few hundred kilobytes to a few tens of megabytes of weights, read in less time
+than torch needs to dispatch its operations. Here one call runs the whole network, its products are made for
+few rows, and two parallel regions follow each other within two microseconds.
+
+Importing this module needs Numba, the extra `[cpu]`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numba import prange
+from torch import Tensor, nn
+
+from speculative_eft.kernels import NoiseKey, Stream
+from speculative_eft.kernels.cpu.compile import (
+    FLOAT,
+    MATRIX,
+    TABLE,
+    VECTOR,
+    array_at,
+    compiled,
+    entry,
+    exp,
+    in_parallel,
+    use_threads,
+    without_nan_compiled,
+)  # fmt: skip
+from speculative_eft.kernels.cpu.products import dot_products
+from speculative_eft.kernels.cpu.sampler import draft_rows
+
+from .llama import LlamaBody, is_plain
+from .slot_cache import SlotCache
+
+
+class CompiledLlama:
+    """Runs the blocks of few rows for a `LlamaBody`, from its weights and its cache as they are.
+
+    Weights are read where the model has them: nothing is copied, and what is done to them in place is seen.
+    """
+
+    most_rows = 32
+    """Rows of all sequences beyond which torch's matrix products are faster."""
+
+    @staticmethod
+    def fits(body: LlamaBody, head: object) -> bool:
+        """Whether `body` with output layer `head` is a float32 model on a CPU that these functions know."""
+        if type(head) is not nn.Linear or not is_plain(head):
+            return False
+        parameters = [*body.decoder.parameters(), *head.parameters()]
+        return (
+            all(p.dtype == torch.float32 and p.device.type == "cpu" and p.is_contiguous() for p in parameters)
+            and body.decoder.config.hidden_act == "silu"
+            and body.dim % 2 == 0
+        )
+
+    def __init__(self, body: LlamaBody, head: nn.Linear) -> None:
+        """Take a `body` and a `head` that fit."""
+        self.body = body
+        self.head = head
+        self.vocab_size = head.out_features
+        config = body.decoder.config
+        widths = (config.hidden_size, config.intermediate_size, head.out_features)
+        self._sizes = np.array([body.heads, body.kv_heads, body.dim, *widths])
+        windows = [body.windows[kind] for kind in body.kinds]
+        self._windows = np.array([0 if window is None else window for window in windows])
+        self._weights = np.zeros((len(windows), _WEIGHTS), dtype=np.int64)
+        self._ends = np.zeros(_ENDS, dtype=np.int64)
+        self._network: tuple[Any, ...] = ()
+
+    def prepare(self, cache: SlotCache) -> None:
+        """Find the weights and the storage of `cache`, after the body has prepared for it."""
+        body = self.body
+        for row, layer in zip(self._weights, body.layers, strict=True):
+            norms = (layer.attention_norm, layer.query_norm, layer.key_norm, layer.mlp_norm)
+            linears = (
+                layer.query, layer.key, layer.value, layer.output, layer.gate, layer.up, layer.down,
+            )  # fmt: skip
+            row[:] = _addresses(*norms, *(part for linear in linears for part in linear))
+        decoder = body.decoder
+        self._ends[:] = _addresses(
+            decoder.embed_tokens.weight, decoder.norm.weight, self.head.weight, self.head.bias
+        )
+        stores = [cache.layer_storage(index, body.kv_heads, body.dim) for index in range(len(body.layers))]
+        stores_at = np.array([[keys.data_ptr(), values.data_ptr()] for keys, values in stores])
+        self._network = (
+            self._sizes, body.eps, self._windows, self._ends, self._weights, stores_at,
+            body.rotations.numpy(),
+        )  # fmt: skip
+
+    def __call__(self, tokens: Tensor, cache: SlotCache) -> Tensor:
+        """Logits [batch, q, vocab_size] of int64 `tokens` [batch, q], which stand at `cache.lengths`."""
+        batch, length = tokens.shape
+        logits = torch.empty(batch * length, self.vocab_size)
+        _run(tokens.numpy(), cache.lengths.numpy(), *self._network, logits.numpy(), use_threads())
+        return logits.view(batch, length, -1)
+
+    def draft(
+        self,
+        token: Tensor,
+        drafted: int,
+        cache: SlotCache,
+        weights: Tensor,
+        temperature: Tensor,
+        noise: NoiseKey,
+        stream: Stream,
+        vocab_size: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Draft from this model: `drafted + 1` steps, and the draws of `draft_step` after all but the last.
+
+        Args:
+            token: int64 [batch], the last committed token; it stands at `cache.lengths`, which move by
+                `drafted + 1`.
+            weights: float32 [batch, 1], the model's weight in the draft law's logits.
+            temperature: float32 [batch].
+
+        Returns:
+            The tokens int64 [batch, drafted] and the logits float32 [batch, drafted + 1, vocab_size].
+        """
+        batch = token.shape[0]
+        tokens = torch.empty(batch, drafted, dtype=torch.int64)
+        logits = torch.empty(batch, drafted + 1, self.vocab_size)
+        shared = stream is Stream.SHARED
+        _draft(
+            token.numpy(), cache.lengths.numpy(), *self._network, logits.numpy(), logits.data_ptr(),
+            use_threads(), weights.contiguous().numpy(), temperature.contiguous().numpy(),
+            noise.seeds.numpy(), (noise.positions if shared else noise.rounds).numpy(), shared, int(stream),
+            vocab_size, tokens.numpy(),
+        )  # fmt: skip
+        return tokens, logits
+
+
+def _addresses(*weights: Tensor | None) -> list[int]:
+    return [0 if weight is None else weight.data_ptr() for weight in weights]
+
+
+# Columns of the table of addresses; a bias follows its matrix, and 0 stands for what a layer does not have.
+_ATTENTION_NORM, _QUERY_NORM, _KEY_NORM, _MLP_NORM = range(4)
+_QUERY, _KEY, _VALUE, _OUTPUT, _GATE, _UP, _DOWN = range(4, 18, 2)
+_WEIGHTS = 18
+_EMBEDDING, _FINAL_NORM, _HEAD = range(3)
+_ENDS = 4
+
+
+# What the threads do between two meetings: every stage of a layer, then the last one.
+_PROJECT, _ATTEND, _JOIN, _GATE_UP, _CLOSE, _READ_OUT = range(6)
+
+
+@compiled(f"{MATRIX}({MATRIX}, int64, float64)")
+def _normalised(hidden: Any, address: int, eps: float) -> Any:
+    """RMS norm of the rows of `hidden`, times the weight at `address`, in new memory."""
+    rows, width = hidden.shape
+    weight = array_at(address, (width,))
+    out = np.empty((rows, width), FLOAT)
+    for r in range(rows):
+        total = FLOAT(0)
+        for k in range(width):
+            total += hidden[r, k] * hidden[r, k]
+        scale = FLOAT(1) / np.sqrt(total / FLOAT(width) + FLOAT(eps))
+        for k in range(width):
+            out[r, k] = hidden[r, k] * scale * weight[k]
+    return out
+
+
+@compiled(f"void({MATRIX}, {TABLE}, int64, int64, {MATRIX}, int64, int64, int64, boolean)")
+def _product(
+    inputs: Any,
+    table: Any,
+    matrix: int,
+    size: int,
+    out: Any,
+    column: int,
+    share: int,
+    threads: int,
+    add: bool,
+) -> None:
+    """One thread's share of the `size` outputs of a linear layer, put in `out` from `column` on."""
+    first, last = share * size // threads, (share + 1) * size // threads
+    if table[matrix + 1] != 0:
+        bias = array_at(table[matrix + 1], (size,))
+        for r in range(inputs.shape[0]):
+            for n in range(first, last):
+                out[r, column + n] = bias[n] + (out[r, column + n] if add else FLOAT(0))
+        add = True
+    dot_products(inputs, array_at(table[matrix], (size, inputs.shape[1])), first, last, out, column, add)
+
+
+@compiled(f"void({VECTOR}, int64, int64, float64, {VECTOR}, {MATRIX}, int64)")
+def _rotate(row: Any, at: int, norm: int, eps: float, turn: Any, out: Any, index: int) -> None:
+    """Put the head that begins at `row[at]`, normalised if there is a weight for it, and turned, in `out`."""
+    dim = out.shape[1]
+    half = dim // 2
+    # Views, since an index that is a sum might be negative, and a loop that must look is not vectorised.
+    first, second = row[at : at + half], row[at + half : at + dim]
+    turned_first, turned_second = out[index, :half], out[index, half:]
+    scale = FLOAT(1)
+    if norm != 0:
+        total = FLOAT(0)
+        for k in range(half):
+            total += first[k] * first[k] + second[k] * second[k]
+        scale /= np.sqrt(total / FLOAT(dim) + FLOAT(eps))
+        weight = array_at(norm, (dim,))
+        for k in range(half):
+            first[k] *= scale * weight[k]
+            second[k] *= scale * weight[half + k]
+    cos_first, cos_second, sin_first, sin_second = (
+        turn[:half], turn[half:dim], turn[dim : dim + half], turn[dim + half :],
+    )  # fmt: skip
+    for k in range(half):
+        left, right = first[k], second[k]
+        turned_first[k] = left * cos_first[k] + right * sin_first[k]
+        turned_second[k] = right * cos_second[k] + left * sin_second[k]
+
+
+@compiled(f"void({MATRIX}, {MATRIX}, int64, int64, {MATRIX})")
+def _weighted_sums(weights: Any, values: Any, first: int, last: int, out: Any) -> None:
+    """out[r] = sum of weights[r, n] * values[n] for n in first..last-1."""
+    rows, dim = out.shape
+    for row in range(0, rows // 3 * 3, 3):
+        row_0, row_1, row_2 = weights[row], weights[row + 1], weights[row + 2]
+        out_0, out_1, out_2 = out[row], out[row + 1], out[row + 2]
+        for k in range(dim):
+            out_0[k] = out_1[k] = out_2[k] = FLOAT(0)
+        for n in range(first, last - 3, 4):
+            a_0, a_1, a_2, a_3 = (
+                weights[row, n],
+                weights[row, n + 1],
+                weights[row, n + 2],
+                weights[row, n + 3],
+            )
+            row_1 = weights[row + 1]
+            b_0, b_1, b_2, b_3 = row_1[n], row_1[n + 1], row_1[n + 2], row_1[n + 3]
+            row_2 = weights[row + 2]
+            c_0, c_1, c_2, c_3 = row_2[n], row_2[n + 1], row_2[n + 2], row_2[n + 3]
+            value_0, value_1, value_2, value_3 = values[n], values[n + 1], values[n + 2], values[n + 3]
+            for k in range(dim):
+                v_0, v_1, v_2, v_3 = value_0[k], value_1[k], value_2[k], value_3[k]
+                out_0[k] += a_0 * v_0 + a_1 * v_1 + a_2 * v_2 + a_3 * v_3
+                out_1[k] += b_0 * v_0 + b_1 * v_1 + b_2 * v_2 + b_3 * v_3
+                out_2[k] += c_0 * v_0 + c_1 * v_1 + c_2 * v_2 + c_3 * v_3
+        for n in range(last - (last - first) % 4, last):
+            value = values[n]
+            for k in range(dim):
+                out_0[k] += row_0[n] * value[k]
+                out_1[k] += row_1[n] * value[k]
+                out_2[k] += row_2[n] * value[k]
+    for row in range(rows // 3 * 3, rows):
+        out_0 = out[row]
+        for k in range(dim):
+            out_0[k] = FLOAT(0)
+        for n in range(first, last):
+            weight, value = weights[row, n], values[n]
+            for k in range(dim):
+                out_0[k] += weight * value[k]
+
+
+@without_nan_compiled("float32(float32[:])")
+def _largest(values: Any) -> Any:
+    largest = values[0]
+    for k in range(values.shape[0]):
+        largest = max(largest, values[k])
+    return largest
+
+
+@compiled(f"void({VECTOR}, int64, int64, int64, float32)")
+def _softmax(scores: Any, first: int, begin: int, end: int, scale: float) -> None:
+    """Softmax of scores[begin:end] times `scale`; the other scores from `first` on become 0."""
+    seen = scores[begin:end]
+    largest = _largest(seen)
+    total = FLOAT(0)
+    for k in range(seen.shape[0]):
+        seen[k] = exp((seen[k] - largest) * scale)
+        total += seen[k]
+    for k in range(seen.shape[0]):
+        seen[k] /= total
+    for column in range(first, begin):
+        scores[column] = FLOAT(0)
+    for column in range(end, scores.shape[0]):
+        scores[column] = FLOAT(0)
+
+
+@compiled(f"void({MATRIX}, {TABLE}, {TABLE}, float64, int64, {MATRIX}, {TABLE}, int64, {MATRIX}, int64)")
+def _attend(
+    projected: Any,
+    lengths: Any,
+    table: Any,
+    eps: float,
+    window: int,
+    rotation: Any,
+    stores: Any,
+    kv_heads: int,
+    mixed: Any,
+    share: int,
+) -> None:
+    """Write the new keys and values of one sequence's group of heads; attend to them and the past."""
+    capacity, dim = rotation.shape[0], rotation.shape[1] // 2
+    length = projected.shape[0] // lengths.shape[0]
+    heads = mixed.shape[1] // dim
+    groups = heads // kv_heads
+    sequence, kv_head = share // kv_heads, share % kv_heads
+    offset = share * capacity * dim * 4
+    keys = array_at(stores[0] + offset, (capacity, dim))
+    values = array_at(stores[1] + offset, (capacity, dim))
+    queries = np.empty((length * groups, dim), FLOAT)
+    last = capacity - 1
+    start = lengths[sequence]
+    for step in range(length):
+        position = min(start + step, last)
+        turn = rotation[position]
+        row = projected[sequence * length + step]
+        _rotate(row, (heads + kv_head) * dim, table[_KEY_NORM], eps, turn, keys, position)
+        value_at = (heads + kv_heads + kv_head) * dim
+        value, stored = row[value_at : value_at + dim], values[position]
+        for k in range(dim):
+            stored[k] = value[k]
+        for group in range(groups):
+            query_at = (kv_head * groups + group) * dim
+            _rotate(row, query_at, table[_QUERY_NORM], eps, turn, queries, step * groups + group)
+
+    rows, span = length * groups, min(start + length, capacity)
+    first = 0 if window == 0 else max(0, start - window + 1)
+    scores = np.empty((rows, span), FLOAT)
+    dot_products(queries, keys, first, span, scores, 0, False)
+    scale = FLOAT(1) / np.sqrt(FLOAT(dim))
+    for index in range(rows):
+        end = min(start + index // groups, last) + 1
+        begin = first if window == 0 else max(0, end - window)
+        _softmax(scores[index], first, begin, end, scale)
+    sums = np.empty((rows, dim), FLOAT)
+    _weighted_sums(scores, values, first, span, sums)
+    for index in range(rows):
+        at = (kv_head * groups + index % groups) * dim
+        out = mixed[sequence * length + index // groups, at : at + dim]
+        for k in range(dim):
+            out[k] = sums[index, k]
+
+
+_BUFFERS = ", ".join([MATRIX] * 6)
+_LAYER = f"{TABLE}, {TABLE}, float64, {TABLE}, int64, {MATRIX}, {TABLE}, int64"
+
+
+@compiled(f"void(int64, int64, int64, {_BUFFERS}, {_LAYER})")
+def _share(
+    stage: int,
+    threads: int,
+    share: int,
+    hidden: Any,
+    projected: Any,
+    mixed: Any,
+    gated: Any,
+    up: Any,
+    logits: Any,
+    table: Any,
+    ends: Any,
+    eps: float,
+    lengths: Any,
+    window: int,
+    rotation: Any,
+    stores: Any,
+    kv_heads: int,
+) -> None:
+    """What one thread does of one stage."""
+    if stage == _PROJECT:
+        inputs = _normalised(hidden, table[_ATTENTION_NORM], eps)
+        key_size = kv_heads * rotation.shape[1] // 2
+        query_size = projected.shape[1] - 2 * key_size
+        _product(inputs, table, _QUERY, query_size, projected, 0, share, threads, False)
+        _product(inputs, table, _KEY, key_size, projected, query_size, share, threads, False)
+        _product(inputs, table, _VALUE, key_size, projected, query_size + key_size, share, threads, False)
+    elif stage == _ATTEND:
+        _attend(projected, lengths, table, eps, window, rotation, stores, kv_heads, mixed, share)
+    elif stage == _JOIN:
+        _product(mixed, table, _OUTPUT, hidden.shape[1], hidden, 0, share, threads, True)
+    elif stage == _GATE_UP:
+        inputs = _normalised(hidden, table[_MLP_NORM], eps)
+        rows, inner = gated.shape
+        _product(inputs, table, _GATE, inner, gated, 0, share, threads, False)
+        _product(inputs, table, _UP, inner, up, 0, share, threads, False)
+        for row in range(rows):
+            for n in range(share * inner // threads, (share + 1) * inner // threads):
+                gated[row, n] = gated[row, n] / (FLOAT(1) + exp(-gated[row, n])) * up[row, n]
+    elif stage == _CLOSE:
+        _product(gated, table, _DOWN, hidden.shape[1], hidden, 0, share, threads, True)
+    else:
+        inputs = _normalised(hidden, ends[_FINAL_NORM], eps)
+        _product(inputs, ends, _HEAD, logits.shape[1], logits, 0, share, threads, False)
+
+
+@in_parallel(f"void(int64, int64, int64, {_BUFFERS}, {_LAYER})")
+def _together(
+    stage: int,
+    threads: int,
+    shares: int,
+    hidden: Any,
+    projected: Any,
+    mixed: Any,
+    gated: Any,
+    up: Any,
+    logits: Any,
+    table: Any,
+    ends: Any,
+    eps: float,
+    lengths: Any,
+    window: int,
+    rotation: Any,
+    stores: Any,
+    kv_heads: int,
+) -> None:
+    for share in prange(shares):
+        _share(
+            stage, threads, np.int64(share), hidden, projected, mixed, gated, up, logits,
+            table, ends, eps, lengths, window, rotation, stores, kv_heads,
+        )  # fmt: skip
+
+
+_NETWORK = f"{TABLE}, float64, {TABLE}, {TABLE}, int64[:, ::1], int64[:, ::1], {MATRIX}"
+
+
+@compiled(f"void(int64[:, ::1], {TABLE}, {_NETWORK}, {MATRIX}, int64)")
+def _forward(
+    tokens: Any,
+    lengths: Any,
+    sizes: Any,
+    eps: float,
+    windows: Any,
+    ends: Any,
+    weights: Any,
+    stores: Any,
+    rotation: Any,
+    logits: Any,
+    threads: int,
+) -> None:
+    heads, kv_heads, dim, width, inner, vocabulary = sizes
+    batch, length = tokens.shape
+    rows = batch * length
+    embedding = array_at(ends[_EMBEDDING], (vocabulary, width))
+    hidden = np.empty((rows, width), FLOAT)
+    for row in range(rows):
+        token = tokens[row // length, row % length]
+        for k in range(width):
+            hidden[row, k] = embedding[token, k]
+    projected = np.empty((rows, (heads + 2 * kv_heads) * dim), FLOAT)
+    mixed = np.empty((rows, heads * dim), FLOAT)
+    gated = np.empty((rows, inner), FLOAT)
+    up = np.empty((rows, inner), FLOAT)
+    layers = weights.shape[0]
+    for step in range(_READ_OUT * layers + 1):
+        layer, stage = step // _READ_OUT, step % _READ_OUT
+        if layer == layers:
+            layer, stage = 0, _READ_OUT
+        _together(
+            stage, threads, batch * kv_heads if stage == _ATTEND else threads,
+            hidden, projected, mixed, gated, up, logits,
+            weights[layer], ends, eps, lengths, windows[layer], rotation, stores[layer], kv_heads,
+        )  # fmt: skip
+
+
+@entry(f"void(int64[:, :], {TABLE}, {_NETWORK}, {MATRIX}, int64)")
+def _run(
+    tokens: Any,
+    lengths: Any,
+    sizes: Any,
+    eps: float,
+    windows: Any,
+    ends: Any,
+    weights: Any,
+    stores: Any,
+    rotation: Any,
+    logits: Any,
+    threads: int,
+) -> None:
+    _forward(tokens.copy(), lengths, sizes, eps, windows, ends, weights, stores, rotation, logits, threads)
+
+
+@entry(
+    f"void({TABLE}, {TABLE}, {_NETWORK}, float32[:, :, ::1], int64, int64, {MATRIX}, {VECTOR}, {TABLE}, "
+    f"{TABLE}, boolean, int64, int64, int64[:, ::1])"
+)
+def _draft(
+    token: Any,
+    lengths: Any,
+    sizes: Any,
+    eps: float,
+    windows: Any,
+    ends: Any,
+    weights: Any,
+    stores: Any,
+    rotation: Any,
+    logits: Any,
+    address: int,
+    threads: int,
+    law_weights: Any,
+    temperature: Any,
+    seeds: Any,
+    counters: Any,
+    shared: bool,
+    stream: int,
+    vocab_size: int,
+    tokens: Any,
+) -> None:
+    batch, steps, columns = logits.shape
+    rows = np.empty((batch, columns), FLOAT)
+    current = np.empty((batch, 1), np.int64)
+    drawn = token.copy()
+    counter = counters.copy()
+    table = np.array([[address, steps * columns, columns]])
+    for step in range(steps):
+        for sequence in range(batch):
+            current[sequence, 0] = drawn[sequence]
+        _forward(current, lengths, sizes, eps, windows, ends, weights, stores, rotation, rows, threads)
+        for sequence in range(batch):
+            lengths[sequence] += 1
+            for column in range(columns):
+                logits[sequence, step, column] = rows[sequence, column]
+        if step < steps - 1:
+            draft_rows(
+                table,
+                law_weights,
+                temperature,
+                seeds,
+                counter,
+                0 if shared else step,
+                stream,
+                vocab_size,
+                drawn,
+            )
+            table[0, 0] += 4 * columns
+            for sequence in range(batch):
+                tokens[sequence, step] = drawn[sequence]
+                counter[sequence] += 1 if shared else 0

@@ -1,0 +1,258 @@
+"""The kernels compiled for a CPU against their torch references: same tokens, same counts, same laws."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from speculative_eft.kernels import (
+    AcceptanceRule,
+    Coefficients,
+    DraftLengthRule,
+    NoiseKey,
+    RoundState,
+    Sampling,
+    Stream,
+    Verdict,
+    backend,
+    commit,
+    derive_seeds,
+    draft_step,
+    exponential_noise,
+    uniform_noise,
+    verify,
+)
+
+numba = pytest.importorskip("numba", reason="the extra [cpu] is not installed")
+
+VOCABULARIES = [7, 100, 4_096, 8_193, 32_000, 128_256]
+INFINITY = float("inf")
+
+
+@pytest.fixture
+def both(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], tuple[Any, Any]]:
+    """Runs a function with torch's kernels and with the compiled ones."""
+
+    def run(function: Callable[[], Any]) -> tuple[Any, Any]:
+        results = []
+        for name in ("torch", "numba"):
+            monkeypatch.setenv("SPECULATIVE_EFT_BACKEND", name)
+            results.append(function())
+        return results[0], results[1]
+
+    return run
+
+
+@dataclasses.dataclass
+class Case:
+    """The arguments of one verification; models' logits have a column more than the vocabulary."""
+
+    large: Tensor
+    tuned: list[Tensor]
+    base: Tensor
+    draft_tokens: Tensor
+    draft_lens: Tensor
+    coefficients: Coefficients
+    sampling: Sampling
+    noise: NoiseKey
+    vocab_size: int
+
+    def verify(self, rule: AcceptanceRule) -> Verdict:
+        return verify(
+            self.large, self.tuned, self.base, self.draft_tokens, self.draft_lens, self.coefficients,
+            self.sampling, self.sampling, self.noise, rule, self.vocab_size,
+        )  # fmt: skip
+
+    def draft(self, row: int, stream: Stream) -> Tensor:
+        return draft_step(
+            [logits[:, row] for logits in self.tuned], self.base[:, row], self.coefficients, self.sampling,
+            self.noise, stream, row, self.vocab_size,
+        )  # fmt: skip
+
+
+def random_case(vocab_size: int, dtype: torch.dtype = torch.float32, experts: int = 1) -> Case:
+    generator = torch.Generator().manual_seed(vocab_size)
+    batch, drafted = 3, 3
+    # Every other row of a larger tensor: rows are not contiguous.
+    base = 3 * torch.randn(batch, 2 * (drafted + 1), vocab_size + 1, generator=generator)[:, ::2]
+    large = base + 0.7 * torch.randn(base.shape, generator=generator)
+    tuned = [base + 0.7 * torch.randn(base.shape, generator=generator) for _ in range(experts)]
+    temperature = torch.tensor([1.0, 0.0, 0.7])
+    alpha = torch.rand(batch, experts, generator=generator)
+    noise = NoiseKey(derive_seeds(5, batch), torch.tensor([0, 3, 2**31]), torch.tensor([9, 0, 4]))
+    return Case(
+        large=large.to(dtype),
+        tuned=[logits.to(dtype) for logits in tuned],
+        base=base.to(dtype),
+        draft_tokens=tuned[0][:, :drafted, :vocab_size].argmax(-1),
+        draft_lens=torch.tensor([3, 2, 0]),
+        coefficients=Coefficients(alpha, torch.rand(batch, generator=generator), alpha, 1 - alpha.sum(1)),
+        sampling=Sampling(temperature, any_greedy=True),
+        noise=noise,
+        vocab_size=vocab_size,
+    )
+
+
+def assert_same(expected: Verdict, verdict: Verdict) -> None:
+    assert torch.equal(verdict.accepted_lens, expected.accepted_lens)
+    assert torch.equal(verdict.next_token, expected.next_token)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(verdict.expected_acceptance, expected.expected_acceptance, **tolerance)
+    torch.testing.assert_close(verdict.target_log_law, expected.target_log_law, **tolerance)
+
+
+@pytest.mark.parametrize("rule", ["block", "token", "shared_seed"])
+@pytest.mark.parametrize("vocab_size", VOCABULARIES)
+def test_verify(vocab_size: int, rule: AcceptanceRule, both: Any) -> None:
+    case = random_case(vocab_size)
+    assert_same(*both(lambda: case.verify(rule)))
+
+
+@pytest.mark.parametrize("rule", ["block", "token", "shared_seed"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_verify_reads_half_precision(dtype: torch.dtype, rule: AcceptanceRule, both: Any) -> None:
+    case = random_case(1000, dtype, experts=2)
+    assert_same(*both(lambda: case.verify(rule)))
+
+
+@pytest.mark.parametrize("rule", ["block", "token", "shared_seed"])
+def test_verify_where_logits_are_extreme(rule: AcceptanceRule, both: Any) -> None:
+    case = random_case(100)
+    case.large[0, 0, 5:60] = -INFINITY
+    case.base[0, 1, 3:90] = -INFINITY
+    case.tuned[0][0, 1, 50:] = torch.nan
+    case.large[0, 2] = -INFINITY
+    case.base[1, 0] = -INFINITY
+    case.large[2] *= 1e4
+    case.large[1, 1] = case.base[1, 1] = 0.0
+    case.tuned[0][1, 1] = 2.0
+    # Verification is of tokens that the draft law gives.
+    case.draft_tokens = torch.stack([case.draft(row, Stream.DRAFT) for row in range(3)], dim=1)
+    assert_same(*both(lambda: case.verify(rule)))
+
+
+def test_a_model_of_no_weight_is_not_consulted(both: Any) -> None:
+    case = random_case(50)
+    case.large[:] = torch.nan
+    case.coefficients = dataclasses.replace(case.coefficients, beta=torch.zeros(3))
+    expected, verdict = both(lambda: case.verify("block"))
+    assert_same(expected, verdict)
+    assert verdict.target_log_law[0].isfinite().all()
+
+
+@pytest.mark.parametrize("stream", [Stream.DRAFT, Stream.SHARED])
+@pytest.mark.parametrize("vocab_size", VOCABULARIES)
+def test_draft_step(vocab_size: int, stream: Stream, both: Any) -> None:
+    case = random_case(vocab_size, experts=2)
+    for row in range(3):
+        expected, tokens = both(lambda row=row: case.draft(row, stream))
+        assert torch.equal(tokens, expected)
+
+
+def test_noise_has_the_references_bits() -> None:
+    from speculative_eft.kernels.cpu.noise import exponentials, uniform
+
+    @numba.njit
+    def draw(seed: int, counter: int, row: int, stream: int, out: Any) -> Any:
+        exponentials(seed, counter, row, stream, out)
+        return uniform(seed, counter, row, stream)
+
+    for seed in (3, -5, 2**63 - 1, -(2**63)):
+        for size in (7, 4099):
+            out = np.empty(size, np.float32)
+            first = draw(seed, 2**32 - 1, 2, int(Stream.ACCEPT), out)
+            where = (torch.tensor([seed]), torch.tensor([[2**32 - 1]]), torch.tensor([2]), Stream.ACCEPT)
+            assert first == uniform_noise(*where).item()
+            wanted = exponential_noise(*where, size)[0, 0]
+            torch.testing.assert_close(torch.from_numpy(out), wanted, rtol=4e-7, atol=0)
+
+
+def random_state(batch: int, longest: int, generator: torch.Generator) -> RoundState:
+    def counts(low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape or (batch,), generator=generator)
+
+    generated = counts(0, 20)
+    return RoundState(
+        last_token=counts(0, 50),
+        seeds=counts(0, 50),
+        rounds=counts(0, 9),
+        positions=generated + 7,
+        generated=generated,
+        limits=generated + counts(1, 12),
+        done=counts(0, 4) == 0,
+        draft_lens=counts(0, longest + 1),
+        output=counts(0, 50, batch, 40),
+        accepted_history=torch.rand(batch, generator=generator) * 5,
+        tested_history=torch.rand(batch, generator=generator) * 5 + 5,
+        drafted=counts(0, 9),
+        tested=counts(0, 9),
+        accepted=counts(0, 9),
+        expected=torch.rand(batch, generator=generator),
+        tested_at=counts(0, 9, longest),
+        accepted_at=counts(0, 9, longest),
+    )
+
+
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_commit(adaptive: bool, both: Any) -> None:
+    generator = torch.Generator().manual_seed(2)
+    batch, longest = 200, 6
+    rule = DraftLengthRule(torch.tensor([0.3, 0.5, 0.6, 0.8, INFINITY]), 0.9, 3.0, 4.0)
+    state = random_state(batch, longest, generator)
+    drafted = torch.randint(0, 50, (batch, longest), generator=generator)
+    accepted = (torch.rand(batch, generator=generator) * (state.draft_lens + 1)).long()
+    following = torch.randint(0, 50, (batch,), generator=generator)
+    overlap = torch.rand(batch, longest, generator=generator)
+    lengths = [torch.full((batch,), 30), torch.full((batch,), 40)]
+
+    def run() -> list[Tensor]:
+        own = RoundState(*(getattr(state, field.name).clone() for field in dataclasses.fields(state)))
+        caches = [(lengths[0].clone(), False), (lengths[1].clone(), True)]
+        report = commit(
+            own,
+            drafted,
+            accepted,
+            following,
+            overlap,
+            torch.tensor([4, 9]),
+            rule if adaptive else None,
+            caches,
+        )
+        own.output[:, -1] = 0
+        # Of what is not committed the report says nothing.
+        report[:, 2:].masked_fill_(torch.arange(longest + 1) >= report[:, :1], 0)
+        return [report, *(cache for cache, _ in caches), *vars(own).values()]
+
+    for expected, result in zip(*both(run), strict=True):
+        torch.testing.assert_close(result, expected)
+
+
+def test_the_backend_is_named_or_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SPECULATIVE_EFT_BACKEND", raising=False)
+    assert backend(torch.device("cpu")) == "numba"
+    assert backend(torch.device("cuda")) == "torch"
+    monkeypatch.setenv("SPECULATIVE_EFT_BACKEND", "torch")
+    assert backend(torch.device("cpu")) == "torch"
+    monkeypatch.setenv("SPECULATIVE_EFT_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="must be one of torch, numba, got 'cuda'"):
+        backend(torch.device("cpu"))
+    monkeypatch.setenv("SPECULATIVE_EFT_BACKEND", "numba")
+    with pytest.raises(ValueError, match="needs tensors on a CPU"):
+        backend(torch.device("cuda"))
+
+
+def test_torch_keeps_its_number_of_threads() -> None:
+    code = (
+        "import torch; torch.set_num_threads(1); "
+        "from speculative_eft.kernels.cpu.compile import use_threads; "
+        "assert use_threads() == torch.get_num_threads() == 1"
+    )
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)
