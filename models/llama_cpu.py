@@ -43,8 +43,8 @@ class CompiledLlama:
     Weights are read where the model has them: nothing is copied, and what is done to them in place is seen.
     """
 
-    most_rows = 32
-    """Rows of all sequences beyond which torch's matrix products are faster."""
+    most_rows = 128
+    """Rows of all sequences beyond which torch's matrix products are as fast."""
 
     @staticmethod
     def fits(body: LlamaBody, head: object) -> bool:
@@ -98,6 +98,11 @@ class CompiledLlama:
         logits = torch.empty(batch * length, self.vocab_size)
         _run(tokens.numpy(), cache.lengths.numpy(), *self._network, logits.numpy(), use_threads())
         return logits.view(batch, length, -1)
+
+    def fill(self, tokens: Tensor, cache: SlotCache) -> None:
+        """Run int64 `tokens` [batch, q] for their keys and values alone."""
+        nothing = np.empty((0, self.vocab_size), np.float32)
+        _run(tokens.numpy(), cache.lengths.numpy(), *self._network, nothing, use_threads())
 
     def draft(
         self,
@@ -448,7 +453,8 @@ def _forward(
     gated = np.empty((rows, inner), FLOAT)
     up = np.empty((rows, inner), FLOAT)
     layers = weights.shape[0]
-    for step in range(_READ_OUT * layers + 1):
+    # Without room for logits none are made.
+    for step in range(_READ_OUT * layers + (logits.shape[0] > 0)):
         layer, stage = step // _READ_OUT, step % _READ_OUT
         if layer == layers:
             layer, stage = 0, _READ_OUT

@@ -140,7 +140,10 @@ class ModelRunner:
         self.lengths.zero_()
         for start in range(0, total, chunk):
             part = tokens[:, start : start + chunk]
-            self._run(part, start + part.shape[1])
+            if self._compiled is not None and part.numel() <= self._compiled.most_rows:
+                self._compiled.fill(part, self.cache)
+            else:
+                self._run(part, start + part.shape[1])
             self.lengths.add_(part.shape[1])
         self.lengths.copy_(prompt_lengths)
 
