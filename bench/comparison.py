@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from speculative_eft.decoding import EFTStats
+from speculative_eft.kernels import backend
 
 __all__ = [
     "PHASES",
@@ -136,6 +137,7 @@ class Environment:
         cores: logical processors this process may run on.
         threads: threads of one torch operation.
         accelerators: names of the GPUs that torch sees.
+        backend: the implementation of the kernels for tensors in the host's memory.
     """
 
     cpu: str
@@ -146,6 +148,7 @@ class Environment:
     python: str
     torch: str
     transformers: str
+    backend: str
 
 
 @dataclass(frozen=True)
@@ -261,7 +264,13 @@ def environment() -> Environment:
         python=platform.python_version(),
         torch=version("torch"),
         transformers=version("transformers"),
+        backend=_backend_and_version(),
     )
+
+
+def _backend_and_version() -> str:
+    chosen = backend(torch.device("cpu"))
+    return chosen if chosen == "torch" else f"{chosen} {version(chosen)}"
 
 
 def _cpu_name() -> str:

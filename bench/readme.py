@@ -16,7 +16,7 @@ def measurements_markdown(result: dict[str, Any]) -> str:
     machine = result["environment"]
     lines = [
         f"{machine['cpu']}, {machine['threads']} threads, float32, batch 1; torch {machine['torch']}, "
-        f"transformers {machine['transformers']}.",
+        f"transformers {machine['transformers']}, kernels by {machine['backend']}.",
     ]
     for label, comparison in result["comparisons"].items():
         runs = comparison["prompts"] * comparison["repeats"]

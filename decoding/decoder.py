@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from speculative_eft.kernels import Coefficients, RoundState
+from speculative_eft.kernels import Coefficients, RoundState, warm_up
 from speculative_eft.models import EFTModels, EFTRunners
 
 from .config import EFTConfig
@@ -63,6 +63,7 @@ class EFTDecoder:
         if len(self.config.alphas) not in (1, experts):
             raise ValueError(f"alpha has {len(self.config.alphas)} values for {experts} tuned models")
         self.vocab_size = min(runner.vocab_size for runner in self._all_runners())
+        warm_up(self.runners.large.device)
         self.policy = self._policy()
 
     def _all_runners(self) -> list[Any]:

@@ -1,6 +1,6 @@
 """Pure tensor operations: the mix, its filters, the noise, and the verification of drafts."""
 
-from .backend import Backend, backend
+from .backend import Backend, backend, warm_up
 from .commit import DraftLengthRule, RoundState, commit, committed_tokens
 from .draft import draft_step
 from .filters import Sampling, warp
@@ -29,5 +29,6 @@ __all__ = [
     "target_logits",
     "uniform_noise",
     "verify",
+    "warm_up",
     "warp",
 ]

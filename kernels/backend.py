@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Literal, cast, get_args
 
 import torch
 
-__all__ = ["Backend", "backend"]
+__all__ = ["Backend", "backend", "warm_up"]
 
 Backend = Literal["torch", "numba"]
 
@@ -40,3 +41,13 @@ def backend(device: torch.device) -> Backend:
             f"{_VARIABLE}=numba needs tensors on a CPU and Numba: pip install speculative-eft[cpu]"
         )
     return cast(Backend, chosen)
+
+
+def warm_up(device: torch.device) -> None:
+    """Compile the kernels for `device` now, where there is something to compile, and not in the first round.
+
+    Numba keeps what it compiled, beside the source or in the user's cache: once a machine is enough.
+    """
+    if backend(device) == "numba":
+        for name in ("sampler", "commit"):
+            import_module(f"{__package__}.cpu.{name}")

@@ -450,7 +450,8 @@ def _load(
     find_sources(large, tuned, base)
     local = all(Path(name).expanduser().is_dir() for name in (large, *tuned, base))
     # The Hub's own bars tell more about downloads.
-    with err.status("Loading the models") if local else nullcontext():
+    loading = "Loading the models (and compiling them for this processor, the first time: half a minute)"
+    with err.status(loading) if local else nullcontext():
         from transformers.utils import logging
 
         from .models import EFTModels

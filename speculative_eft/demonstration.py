@@ -82,8 +82,10 @@ def show_demo(
     machine = environment()
     out.print(
         f"{machine.cpu}, {machine.threads} of {machine.cores} cores; torch {machine.torch}, "
-        f"transformers {machine.transformers}, Python {machine.python}."
+        f"transformers {machine.transformers}, Python {machine.python}, kernels by {machine.backend}."
     )
+    if machine.backend == "torch" and not machine.accelerators:
+        out.print("Without Numba (pip install 'speculative-eft[cpu]') all of this runs several times slower.")
     out.print(tables.verdict(comparisons, chosen, _NAIVE, _ALONE), style="bold", soft_wrap=True)
     return {
         "environment": asdict(machine),
