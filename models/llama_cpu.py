@@ -222,24 +222,21 @@ def _rotate(row: Any, at: int, norm: int, eps: float, turn: Any, out: Any, index
 
 
 @compiled(f"void({MATRIX}, {MATRIX}, int64, int64, {MATRIX})")
-def _weighted_sums(weights: Any, values: Any, first: int, last: int, out: Any) -> None:
-    """out[r] = sum of weights[r, n] * values[n] for n in first..last-1."""
+def _weighted_sums(weights: Any, all_values: Any, first: int, last: int, out: Any) -> None:
+    """out[r] = sum of weights[r, n] * all_values[n] for n in first..last-1."""
     rows, dim = out.shape
+    values = all_values[first:last]
+    count = values.shape[0]
     for row in range(0, rows // 3 * 3, 3):
-        row_0, row_1, row_2 = weights[row], weights[row + 1], weights[row + 2]
+        row_0, row_1, row_2 = (
+            weights[row, first:last], weights[row + 1, first:last], weights[row + 2, first:last],
+        )  # fmt: skip
         out_0, out_1, out_2 = out[row], out[row + 1], out[row + 2]
         for k in range(dim):
             out_0[k] = out_1[k] = out_2[k] = FLOAT(0)
-        for n in range(first, last - 3, 4):
-            a_0, a_1, a_2, a_3 = (
-                weights[row, n],
-                weights[row, n + 1],
-                weights[row, n + 2],
-                weights[row, n + 3],
-            )
-            row_1 = weights[row + 1]
+        for n in range(0, count // 4 * 4, 4):
+            a_0, a_1, a_2, a_3 = row_0[n], row_0[n + 1], row_0[n + 2], row_0[n + 3]
             b_0, b_1, b_2, b_3 = row_1[n], row_1[n + 1], row_1[n + 2], row_1[n + 3]
-            row_2 = weights[row + 2]
             c_0, c_1, c_2, c_3 = row_2[n], row_2[n + 1], row_2[n + 2], row_2[n + 3]
             value_0, value_1, value_2, value_3 = values[n], values[n + 1], values[n + 2], values[n + 3]
             for k in range(dim):
@@ -247,7 +244,7 @@ def _weighted_sums(weights: Any, values: Any, first: int, last: int, out: Any) -
                 out_0[k] += a_0 * v_0 + a_1 * v_1 + a_2 * v_2 + a_3 * v_3
                 out_1[k] += b_0 * v_0 + b_1 * v_1 + b_2 * v_2 + b_3 * v_3
                 out_2[k] += c_0 * v_0 + c_1 * v_1 + c_2 * v_2 + c_3 * v_3
-        for n in range(last - (last - first) % 4, last):
+        for n in range(count // 4 * 4, count):
             value = values[n]
             for k in range(dim):
                 out_0[k] += row_0[n] * value[k]
@@ -257,8 +254,8 @@ def _weighted_sums(weights: Any, values: Any, first: int, last: int, out: Any) -
         out_0 = out[row]
         for k in range(dim):
             out_0[k] = FLOAT(0)
-        for n in range(first, last):
-            weight, value = weights[row, n], values[n]
+        for n in range(count):
+            weight, value = weights[row, first + n], values[n]
             for k in range(dim):
                 out_0[k] += weight * value[k]
 
@@ -385,9 +382,11 @@ def _share(
         rows, inner = gated.shape
         _product(inputs, table, _GATE, inner, gated, 0, share, threads, False)
         _product(inputs, table, _UP, inner, up, 0, share, threads, False)
+        first, last = share * inner // threads, (share + 1) * inner // threads
         for row in range(rows):
-            for n in range(share * inner // threads, (share + 1) * inner // threads):
-                gated[row, n] = gated[row, n] / (FLOAT(1) + exp(-gated[row, n])) * up[row, n]
+            gate, factor = gated[row, first:last], up[row, first:last]
+            for k in range(gate.shape[0]):
+                gate[k] = gate[k] / (FLOAT(1) + exp(-gate[k])) * factor[k]
     elif stage == _CLOSE:
         _product(gated, table, _DOWN, hidden.shape[1], hidden, 0, share, threads, True)
     else:

@@ -179,8 +179,11 @@ def _root(
 
 @app.command()
 def demo(
-    prompts: Annotated[int, _option("Held-out prompts to continue.", "N", min=1)] = 4,
-    repeats: Annotated[int, _option("Measured runs of each decoder on each prompt.", "N", min=1)] = 3,
+    shown: Annotated[int, _option("Held-out prompts whose continuations are shown.", "N", min=0)] = 4,
+    prompts: Annotated[
+        int | None, _option("Held-out prompts to measure on; all of them by default.", "N", min=1)
+    ] = None,
+    repeats: Annotated[int, _option("Measured runs of each decoder on each prompt.", "N", min=1)] = 1,
     json_file: Annotated[
         Path | None,
         typer.Option(
@@ -197,7 +200,7 @@ def demo(
     from .models.demo import held_out_prompts
 
     texts = held_out_prompts()
-    if prompts > len(texts):
+    if prompts is not None and prompts > len(texts):
         raise typer.BadParameter(f"there are {len(texts)} held-out prompts.", param_hint="'--prompts'")
     out, err = Console(highlight=False), Console(stderr=True, highlight=False)
     models = _load(None, [], None, "auto", None, err)
@@ -206,6 +209,7 @@ def demo(
 
     report = show_demo(
         models,
+        texts[:shown],
         texts[:prompts],
         EFTConfig(acceptance=acceptance, draft_tokens=draft_tokens),
         max_new_tokens=max_new_tokens,

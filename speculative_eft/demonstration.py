@@ -34,7 +34,8 @@ _MEANINGS = {
 
 def show_demo(
     models: EFTModels,
-    prompts: Sequence[str],
+    shown: Sequence[str],
+    measured: Sequence[str],
     config: EFTConfig,
     *,
     max_new_tokens: int,
@@ -47,11 +48,18 @@ def show_demo(
     """Print continuations and measurements to `out`, progress to `err`; return all of it for JSON.
 
     Args:
+        shown: prompts whose continuations are printed.
+        measured: prompts on which the decoders are compared.
         config: of the speculative decoder; the table has the other rules of acceptance beside its own.
         temperature: of the continuations and the first table; a second table is greedy.
     """
     tokenizer: Any = models.tokenizer
-    inputs: list[Tensor] = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in prompts]
+
+    def ids(prompt: str) -> Tensor:
+        found: Tensor = tokenizer(prompt, return_tensors="pt").input_ids
+        return found
+
+    inputs = [ids(prompt) for prompt in measured]
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "top_k": 0}
     rules = dict.fromkeys((config.acceptance, *_COMPARED_RULES))
     speculative = {
@@ -61,9 +69,9 @@ def show_demo(
 
     _introduce(models, out)
     continuations = []
-    for index, (prompt, input_ids) in enumerate(zip(prompts, inputs, strict=True)):
+    for index, prompt in enumerate(shown):
         continuation = continue_prompt(
-            speculative[chosen], tokenizer, input_ids, seed + index, temperature, **options
+            speculative[chosen], tokenizer, ids(prompt), seed + index, temperature, **options
         )
         _print_continuation(out, prompt, continuation)
         continuations.append({"prompt": prompt, "seed": seed + index, **continuation.to_dict()})
@@ -76,7 +84,8 @@ def show_demo(
     }
     comparisons = _measure(turns, inputs, repeats, seed, options, err)
     for label, comparison in comparisons.items():
-        title = f"{label}: {len(inputs)} prompts, {repeats} runs each; medians over quartiles"
+        runs = "1 run" if repeats == 1 else f"{repeats} runs"
+        title = f"{label}: {len(inputs)} prompts, {runs} each; medians over quartiles"
         out.print(tables.comparison_table(comparison, title))
         out.print(tables.phases_table(comparison))
     machine = environment()
