@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -51,16 +52,22 @@ class DraftLengthPolicy:
 
         More acceptance never makes the best draft shorter, so a threshold a length says it all.
         """
-        acceptance = torch.linspace(0, _HIGHEST_ACCEPTANCE, 10_000, dtype=torch.float64)
-        lens = torch.arange(1, self.longest + 1)
-        cost = (lens + 2) * self.cost_ratio + 1 + lens * self.row_cost
-        best = (tokens_per_round(acceptance[:, None], lens) / cost).argmax(dim=1) + 1
-        first = torch.searchsorted(best, lens[1:])
-        reached = first < len(acceptance)
-        thresholds = torch.where(reached, acceptance[first.clamp(max=len(acceptance) - 1)], torch.inf)
         return DraftLengthRule(
-            thresholds=thresholds.to(device, torch.float32),
+            thresholds=_thresholds(self).to(device),
             fading=_FADING,
             prior_accepted=_PRIOR_TESTED * _PRIOR_ACCEPTANCE,
             prior_tested=_PRIOR_TESTED,
         )
+
+
+@cache
+def _thresholds(policy: DraftLengthPolicy) -> Tensor:
+    """The least acceptance at which each length but the first is the best: float32 [longest - 1]."""
+    acceptance = torch.linspace(0, _HIGHEST_ACCEPTANCE, 10_000, dtype=torch.float64)
+    lens = torch.arange(1, policy.longest + 1)
+    cost = (lens + 2) * policy.cost_ratio + 1 + lens * policy.row_cost
+    best = (tokens_per_round(acceptance[:, None], lens) / cost).argmax(dim=1) + 1
+    first = torch.searchsorted(best, lens[1:])
+    reached = first < len(acceptance)
+    thresholds = torch.where(reached, acceptance[first.clamp(max=len(acceptance) - 1)], torch.inf)
+    return thresholds.to(torch.float32)

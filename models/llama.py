@@ -87,6 +87,8 @@ class LlamaBody:
         """Find the weights again and make a rotation for every position of `cache`."""
         layers = zip(self.decoder.layers, self.kinds, strict=True)
         self.layers = [_read(layer, kind) for layer, kind in layers]
+        if self.rotations.shape[0] == cache.capacity:
+            return
         # The sines' first half changes sign: rotating halves is then a roll, times these.
         weight = self.decoder.embed_tokens.weight
         positions = torch.arange(cache.capacity, device=weight.device)
