@@ -34,6 +34,8 @@ class EFTConfig:
             small pair's law (the EFT paper's filter of up-scaling weights).
         cost_ratio: one small step over one large step, read by `draft_tokens="auto"`; None for the ratio
             of the models' sizes.
+        remembered: log-ratios log L - log B that each sequence keeps to correct its drafts by, float32
+            [vocabulary] each; 0 for none.
 
     Raises:
         ValueError: naming the argument that is out of range.
@@ -47,6 +49,7 @@ class EFTConfig:
     draft_temperature: float | None = None
     conservative_top_p: float | None = None
     cost_ratio: float | None = None
+    remembered: int = 64
 
     def __post_init__(self) -> None:
         for name, value in [("alpha", value) for value in self.alphas] + [("beta", self.beta)]:
@@ -69,6 +72,8 @@ class EFTConfig:
         for name, scale in (("draft_temperature", self.draft_temperature), ("cost_ratio", self.cost_ratio)):
             if scale is not None and not (_is_number(scale) and math.isfinite(scale) and scale > 0):
                 raise ValueError(f"{name} must be a finite number above 0 or None, got {scale!r}")
+        if not isinstance(self.remembered, int) or isinstance(self.remembered, bool) or self.remembered < 0:
+            raise ValueError(f"remembered must be an integer of at least 0, got {self.remembered!r}")
         top_p = self.conservative_top_p
         if top_p is not None and not (_is_number(top_p) and 0 < top_p <= 1):
             raise ValueError(f"conservative_top_p must lie in (0, 1] or be None, got {top_p!r}")

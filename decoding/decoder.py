@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from speculative_eft.kernels import Coefficients, RoundState, warm_up
+from speculative_eft.kernels import Coefficients, DraftMemory, RoundState, new_draft_memory, warm_up
 from speculative_eft.models import EFTModels, EFTRunners
 
 from .config import EFTConfig
@@ -214,6 +214,12 @@ class EFTDecoder:
         nothing = torch.zeros(batch, device=device)
         return self.policy.rule(device).draft_lens(nothing, nothing)
 
+    def _new_memory(self, batch: int, longest_draft: int, device: torch.device) -> DraftMemory | None:
+        if self.config.remembered == 0:
+            return None
+        slots = max(self.config.remembered, longest_draft + 1)
+        return new_draft_memory(batch, slots, self.vocab_size, device)
+
     def _start(
         self,
         prompts: Prompts,
@@ -239,6 +245,7 @@ class EFTDecoder:
             draft_lens=draft_lens,
             longest_draft=longest_draft,
             pad_token_id=options.pad_token_id,
+            memory=self._new_memory(batch, longest_draft, device),
         )
         temperature = options.temperature
         draft_temperature = self.config.draft_temperature if temperature > 0 else None
@@ -327,7 +334,8 @@ class NaiveEFTDecoder(EFTDecoder):
 
     def __init__(self, models: EFTModels | EFTRunners, config: EFTConfig | None = None) -> None:
         config = config or EFTConfig()
-        super().__init__(models, dataclasses.replace(config, acceptance="shared_seed", draft_tokens=1))
+        plain = dataclasses.replace(config, acceptance="shared_seed", draft_tokens=1, remembered=0)
+        super().__init__(models, plain)
 
     def _first_draft_lens(self, batch: int, device: torch.device) -> Tensor:
         return torch.zeros(batch, dtype=torch.int64, device=device)

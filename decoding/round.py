@@ -13,12 +13,15 @@ from speculative_eft.kernels import (
     AcceptanceRule,
     Coefficients,
     DraftLengthRule,
+    DraftMemory,
     NoiseKey,
     RoundState,
     Sampling,
     Stream,
     commit,
     draft_step,
+    recall,
+    remember,
     verify,
 )
 from speculative_eft.models import EFTRunners
@@ -81,6 +84,7 @@ def new_round_state(
     draft_lens: Tensor,
     longest_draft: int,
     pad_token_id: int,
+    memory: DraftMemory | None,
 ) -> RoundState:
     """State of a batch that has been prefilled up to its last prompt token.
 
@@ -114,6 +118,7 @@ def new_round_state(
         expected=reals(),
         tested_at=torch.zeros(longest_draft, dtype=torch.int64, device=device),
         accepted_at=torch.zeros(longest_draft, dtype=torch.int64, device=device),
+        memory=memory,
     )
 
 
@@ -169,7 +174,7 @@ def speculative_round(
         The report of `commit`, which is all the host needs to read.
     """
     noise = NoiseKey(seeds=state.seeds, rounds=state.rounds, positions=state.positions)
-    draft_tokens, tuned, paired_base = _draft(runners, state, plan, noise, drafted, span)
+    draft_tokens, tuned, paired_base, correction = _draft(runners, state, plan, noise, drafted, span)
     timer.mark("draft")
     block = torch.cat([state.last_token[:, None], draft_tokens], dim=1)
     large = runners.large.forward(block, span)
@@ -188,7 +193,10 @@ def speculative_round(
         noise,
         plan.acceptance,
         plan.vocab_size,
+        correction,
     )
+    if state.memory is not None:
+        remember(state.memory, large, base, block, verdict.accepted_lens, state.done)
     timer.mark("verify")
     is_replaced = None if trace is None else verdict.accepted_lens < state.draft_lens
     stepped = [True] * len(runners.tuned) + [plan.drafts_as_pair]
@@ -212,20 +220,31 @@ def speculative_round(
 
 def _draft(
     runners: EFTRunners, state: RoundState, plan: RoundPlan, noise: NoiseKey, drafted: int, span: int
-) -> tuple[Tensor, list[Tensor], Tensor | None]:
-    """Draft tokens [batch, drafted], the tuned logits and, for a pair, the base's, with drafted + 1 rows."""
+) -> tuple[Tensor, list[Tensor], Tensor | None, Tensor | None]:
+    """Draft tokens [batch, drafted], the tuned logits and, for a pair, the base's, with drafted + 1 rows.
+
+    Last comes the correction of the draft's logits, [batch, drafted, vocabulary], if there is a memory.
+    """
     stream = Stream.SHARED if plan.acceptance == "shared_seed" else Stream.DRAFT
     if len(runners.tuned) == 1 and not plan.drafts_as_pair:
         whole = runners.tuned[0].draft(
-            state.last_token, drafted, plan.coefficients, plan.draft_sampling, noise, stream, plan.vocab_size
+            state.last_token,
+            drafted,
+            plan.coefficients,
+            plan.draft_sampling,
+            noise,
+            stream,
+            plan.vocab_size,
+            state.memory,
         )
         if whole is not None:
-            draft_tokens, logits = whole
-            return draft_tokens, [logits], None
+            draft_tokens, logits, correction = whole
+            return draft_tokens, [logits], None, correction
     token = state.last_token
     tokens: list[Tensor] = []
     tuned_rows: list[list[Tensor]] = [[] for _ in runners.tuned]
     base_rows: list[Tensor] = []
+    corrections: list[Tensor] = []
     # One step more than tokens: its logits are the law of the bonus token.
     for step in range(drafted + 1):
         for runner, rows in zip(runners.tuned, tuned_rows, strict=True):
@@ -235,6 +254,8 @@ def _draft(
             base_rows.append(runners.base.forward(token[:, None], span)[:, 0])
             runners.base.lengths.add_(1)
         if step < drafted:
+            if state.memory is not None:
+                corrections.append(recall(state.memory, token, plan.coefficients.beta))
             token = draft_step(
                 [rows[-1] for rows in tuned_rows],
                 base_rows[-1] if base_rows else None,
@@ -244,11 +265,13 @@ def _draft(
                 stream,
                 step,
                 plan.vocab_size,
+                corrections[-1] if corrections else None,
             )
             tokens.append(token)
     draft_tokens = torch.stack(tokens, dim=1) if tokens else state.last_token.new_empty(token.shape[0], 0)
     tuned = [torch.stack(rows, dim=1) for rows in tuned_rows]
-    return draft_tokens, tuned, torch.stack(base_rows, dim=1) if base_rows else None
+    paired_base = torch.stack(base_rows, dim=1) if base_rows else None
+    return draft_tokens, tuned, paired_base, torch.stack(corrections, dim=1) if corrections else None
 
 
 def _record_trace(

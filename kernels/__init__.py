@@ -4,6 +4,7 @@ from .backend import Backend, backend, warm_up
 from .commit import DraftLengthRule, RoundState, commit, committed_tokens
 from .draft import draft_step
 from .filters import Sampling, warp
+from .memory import DraftMemory, new_draft_memory, recall, remember
 from .mix import Coefficients, draft_logits, target_logits
 from .noise import NoiseKey, Stream, derive_seeds, exponential_noise, gumbel_noise, uniform_noise
 from .verify import AcceptanceRule, Verdict, verify
@@ -13,6 +14,7 @@ __all__ = [
     "Backend",
     "Coefficients",
     "DraftLengthRule",
+    "DraftMemory",
     "NoiseKey",
     "RoundState",
     "Sampling",
@@ -26,6 +28,9 @@ __all__ = [
     "draft_step",
     "exponential_noise",
     "gumbel_noise",
+    "new_draft_memory",
+    "recall",
+    "remember",
     "target_logits",
     "uniform_noise",
     "verify",

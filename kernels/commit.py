@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .backend import backend
+from .memory import DraftMemory
 
 __all__ = ["DraftLengthRule", "RoundState", "commit", "committed_tokens"]
 
@@ -32,6 +33,7 @@ class RoundState:
             including the first one not accepted.
         expected: float32 [batch], total of sum min(p, q) over the tested tokens.
         tested_at, accepted_at: int64 [largest draft length], totals by position in the draft.
+        memory: what drafts are corrected by, or None.
     """
 
     last_token: Tensor
@@ -51,6 +53,7 @@ class RoundState:
     expected: Tensor
     tested_at: Tensor
     accepted_at: Tensor
+    memory: DraftMemory | None = None
 
 
 @dataclass(frozen=True)

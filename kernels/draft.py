@@ -24,6 +24,7 @@ def draft_step(
     stream: Stream,
     row: int,
     vocab_size: int,
+    correction: Tensor | None = None,
 ) -> Tensor:
     """Draw one token a sequence from the draft law, or take its argmax at temperature 0.
 
@@ -34,6 +35,7 @@ def draft_step(
         tuned: one [batch, >= vocab_size] logits tensor a tuned model.
         base: the small base's logits, read only where the draft law includes it.
         noise, stream, row: the draw is that of this row of the round's noise.
+        correction: finite float32 [batch, vocab_size], added to the draft law's logits.
 
     Returns:
         int64 [batch].
@@ -41,7 +43,8 @@ def draft_step(
     if not sampling.filtered and backend(tuned[0].device) == "numba":
         from .cpu import sampler
 
-        logits = [*tuned] if base is None else [*tuned, base]
+        logits = [*tuned, tuned[0] if base is None else base]
+        logits += [] if correction is None else [correction]
         shared = stream is Stream.SHARED
         return sampler.draft(
             [rows[:, None] for rows in logits],
@@ -54,7 +57,11 @@ def draft_step(
             vocab_size,
         )
     mixed = draft_logits(
-        [rows[:, None] for rows in tuned], None if base is None else base[:, None], coefficients, vocab_size
+        [rows[:, None] for rows in tuned],
+        None if base is None else base[:, None],
+        coefficients,
+        vocab_size,
+        None if correction is None else correction[:, None],
     )
     if sampling.all_greedy:
         return mixed[:, 0].argmax(dim=-1)

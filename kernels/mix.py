@@ -52,18 +52,20 @@ class Coefficients:
 
     @cached_property
     def target_weights(self) -> Tensor:
-        """float32 [batch, models]: weights of the large base, the tuned models and the small base in the
-        target's logits, where there is no filter.
+        """float32 [batch, models + 1]: weights in the target's logits, where there is no filter, of the large
+        base, the tuned models, the small base, and a correction of the draft.
         """
         base = 1 - self.alpha.sum(dim=1) - self.beta
-        return torch.cat([self.beta[:, None], self.alpha, base[:, None]], dim=1)
+        nothing = torch.zeros_like(base)
+        return torch.cat([self.beta[:, None], self.alpha, base[:, None], nothing[:, None]], dim=1)
 
     @cached_property
     def draft_weights(self) -> Tensor:
-        """float32 [batch, models]: the same for the draft law's logits."""
+        """float32 [batch, models + 1]: the same for the draft law's logits."""
         nothing = torch.zeros_like(self.beta)
         base = nothing if self.draft_base is None else self.draft_base
-        return torch.cat([nothing[:, None], self.draft_alpha, base[:, None]], dim=1)
+        whole = torch.ones_like(base)
+        return torch.cat([nothing[:, None], self.draft_alpha, base[:, None], whole[:, None]], dim=1)
 
 
 def _weighted_sum(
@@ -109,7 +111,11 @@ def top_p_set(log_law: Tensor, top_p: Tensor) -> Tensor:
 
 
 def draft_logits(
-    tuned: Sequence[Tensor], base: Tensor | None, coefficients: Coefficients, vocab_size: int
+    tuned: Sequence[Tensor],
+    base: Tensor | None,
+    coefficients: Coefficients,
+    vocab_size: int,
+    correction: Tensor | None = None,
 ) -> Tensor:
     """The draft law's unnormalised log-probabilities before temperature and filters.
 
@@ -117,6 +123,7 @@ def draft_logits(
         tuned: one [batch, rows, >= vocab_size] tensor a tuned model, float32, bfloat16 or float16.
         base: the small base's logits, same shape; not read where `coefficients.draft_base` is None.
         vocab_size: ids at or above it are never produced.
+        correction: finite float32 [batch, rows, vocab_size], added to the logits.
 
     Returns:
         float32 [batch, rows, vocab_size].
@@ -127,7 +134,8 @@ def draft_logits(
         assert base is not None
         weights.append(coefficients.draft_base)
         logits.append(base)
-    return _weighted_sum(weights, logits, vocab_size, coefficients.some_weight_is_zero)
+    mixed = _weighted_sum(weights, logits, vocab_size, coefficients.some_weight_is_zero)
+    return mixed if correction is None else mixed + correction
 
 
 def target_logits(

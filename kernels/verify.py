@@ -65,6 +65,7 @@ def verify(
     noise: NoiseKey,
     rule: AcceptanceRule,
     vocab_size: int,
+    correction: Tensor | None = None,
 ) -> Verdict:
     """Accept a prefix of each sequence's draft and draw the token that follows it.
 
@@ -78,6 +79,7 @@ def verify(
         draft_lens: int64 [batch], in 0..drafted.
         sampling: of the target; draft_sampling: of the draft.
         noise: seeds and counters of the round.
+        correction: finite float32 [batch, drafted, vocab_size], added to the logits the draft was drawn from.
 
     Returns:
         A `Verdict`; with `drafted` 0 it is plain sampling from the target.
@@ -88,7 +90,7 @@ def verify(
 
         return Verdict(
             *sampler.verify(
-                [large, *tuned, base],
+                [large, *tuned, base] if correction is None else [large, *tuned, base, correction],
                 coefficients.target_weights,
                 coefficients.draft_weights,
                 draft_tokens,
@@ -113,7 +115,9 @@ def verify(
     log_target = warp(logits, sampling)
     target = log_target.exp()
     log_draft = warp(
-        draft_logits([row[:, :drafted] for row in tuned], base[:, :drafted], coefficients, vocab_size),
+        draft_logits(
+            [row[:, :drafted] for row in tuned], base[:, :drafted], coefficients, vocab_size, correction
+        ),
         draft_sampling,
     )
     draft = log_draft.exp()

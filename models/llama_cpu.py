@@ -16,7 +16,7 @@ import torch
 from numba import prange
 from torch import Tensor, nn
 
-from speculative_eft.kernels import NoiseKey, Stream
+from speculative_eft.kernels import Coefficients, DraftMemory, NoiseKey, Stream
 from speculative_eft.kernels.cpu.compile import (
     FLOAT,
     MATRIX,
@@ -30,6 +30,7 @@ from speculative_eft.kernels.cpu.compile import (
     use_threads,
     without_nan_compiled,
 )  # fmt: skip
+from speculative_eft.kernels.cpu.memory import MEMORY, NO_MEMORY, arrays, recall
 from speculative_eft.kernels.cpu.products import dot_products
 from speculative_eft.kernels.cpu.sampler import draft_rows
 
@@ -109,34 +110,41 @@ class CompiledLlama:
         token: Tensor,
         drafted: int,
         cache: SlotCache,
-        weights: Tensor,
+        coefficients: Coefficients,
         temperature: Tensor,
         noise: NoiseKey,
         stream: Stream,
         vocab_size: int,
-    ) -> tuple[Tensor, Tensor]:
+        memory: DraftMemory | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Draft from this model: `drafted + 1` steps, and the draws of `draft_step` after all but the last.
 
         Args:
             token: int64 [batch], the last committed token; it stands at `cache.lengths`, which move by
                 `drafted + 1`.
-            weights: float32 [batch, 1], the model's weight in the draft law's logits.
+            coefficients: of the draft law, in which this is the only tuned model.
             temperature: float32 [batch].
+            memory: what the draft law is corrected by.
 
         Returns:
-            The tokens int64 [batch, drafted] and the logits float32 [batch, drafted + 1, vocab_size].
+            The tokens int64 [batch, drafted], the logits float32 [batch, drafted + 1, vocab_size], and the
+            corrections float32 [batch, drafted, vocab_size] if there is a memory.
         """
         batch = token.shape[0]
         tokens = torch.empty(batch, drafted, dtype=torch.int64)
         logits = torch.empty(batch, drafted + 1, self.vocab_size)
+        correction = torch.empty(batch, 0 if memory is None else drafted, vocab_size)
+        # Of the large base, this model, the small base and the correction.
+        weights = coefficients.draft_weights[:, 1 : 2 if memory is None else 4 : 2].contiguous()
         shared = stream is Stream.SHARED
         _draft(
             token.numpy(), cache.lengths.numpy(), *self._network, logits.numpy(), logits.data_ptr(),
-            use_threads(), weights.contiguous().numpy(), temperature.contiguous().numpy(),
+            use_threads(), weights.numpy(), temperature.contiguous().numpy(),
             noise.seeds.numpy(), (noise.positions if shared else noise.rounds).numpy(), shared, int(stream),
-            vocab_size, tokens.numpy(),
+            vocab_size, tokens.numpy(), *(NO_MEMORY if memory is None else arrays(memory)),
+            coefficients.beta.contiguous().numpy(), correction.numpy(), correction.data_ptr(),
         )  # fmt: skip
-        return tokens, logits
+        return tokens, logits, None if memory is None else correction
 
 
 def _addresses(*weights: Tensor | None) -> list[int]:
@@ -483,7 +491,7 @@ def _run(
 
 @entry(
     f"void({TABLE}, {TABLE}, {_NETWORK}, float32[:, :, ::1], int64, int64, {MATRIX}, {VECTOR}, {TABLE}, "
-    f"{TABLE}, boolean, int64, int64, int64[:, ::1])"
+    f"{TABLE}, boolean, int64, int64, int64[:, ::1], {MEMORY}, {VECTOR}, float32[:, :, ::1], int64)"
 )
 def _draft(
     token: Any,
@@ -506,13 +514,25 @@ def _draft(
     stream: int,
     vocab_size: int,
     tokens: Any,
+    ratios: Any,
+    remembered: Any,
+    mean: Any,
+    count: Any,
+    beta: Any,
+    correction: Any,
+    correction_address: int,
 ) -> None:
     batch, steps, columns = logits.shape
     rows = np.empty((batch, columns), FLOAT)
     current = np.empty((batch, 1), np.int64)
     drawn = token.copy()
     counter = counters.copy()
-    table = np.array([[address, steps * columns, columns]])
+    table = np.array(
+        [
+            [address, steps * columns, columns],
+            [correction_address, correction.shape[1] * vocab_size, vocab_size],
+        ]
+    )
     for step in range(steps):
         for sequence in range(batch):
             current[sequence, 0] = drawn[sequence]
@@ -522,6 +542,11 @@ def _draft(
             for column in range(columns):
                 logits[sequence, step, column] = rows[sequence, column]
         if step < steps - 1:
+            for sequence in range(batch if correction.shape[1] else 0):
+                recall(
+                    ratios, remembered, mean, count, sequence, current[sequence, 0], beta[sequence],
+                    correction[sequence, step],
+                )  # fmt: skip
             draft_rows(
                 table,
                 law_weights,
@@ -534,6 +559,7 @@ def _draft(
                 drawn,
             )
             table[0, 0] += 4 * columns
+            table[1, 0] += 4 * vocab_size
             for sequence in range(batch):
                 tokens[sequence, step] = drawn[sequence]
                 counter[sequence] += 1 if shared else 0

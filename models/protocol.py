@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from speculative_eft.kernels import Coefficients, NoiseKey, Sampling, Stream
+from speculative_eft.kernels import Coefficients, DraftMemory, NoiseKey, Sampling, Stream
 
 
 class Runner(Protocol):
@@ -50,8 +50,11 @@ class Runner(Protocol):
         noise: NoiseKey,
         stream: Stream,
         vocab_size: int,
-    ) -> tuple[Tensor, Tensor] | None:
+        memory: DraftMemory | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """Draft from this network alone in one call: tokens [batch, drafted], logits with one row more.
+
+        Last comes the correction of the logits that `memory` gave.
 
         None where the network cannot: it is then run step by step.
         """

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from speculative_eft.kernels import Coefficients, NoiseKey, Sampling, Stream, backend
+from speculative_eft.kernels import Coefficients, DraftMemory, NoiseKey, Sampling, Stream, backend
 
 from .attention import ATTENTION
 from .bodies import Block, Body, FalconAlibiBody, TransformersBody
@@ -107,23 +107,25 @@ class ModelRunner:
         noise: NoiseKey,
         stream: Stream,
         vocab_size: int,
-    ) -> tuple[Tensor, Tensor] | None:
+        memory: DraftMemory | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """The whole loop of a draft from this model alone, where one compiled call can run it, else None.
 
         Args:
             token: int64 [batch], the last committed token.
             drafted: how many tokens to draw. `drafted + 1` steps run, and `lengths` move along.
             coefficients, sampling: of the draft law, in which this is the only tuned model.
+            memory: what the draft law is corrected by.
 
         Returns:
-            The tokens int64 [batch, drafted] and their logits float32 [batch, drafted + 1, vocab_size].
+            The tokens int64 [batch, drafted], their logits float32 [batch, drafted + 1, vocab_size], and
+            the corrections float32 [batch, drafted, vocab_size] if there is a memory.
         """
         compiled = self._compiled
         if compiled is None or sampling.filtered or token.shape[0] > compiled.most_rows:
             return None
-        weights = coefficients.draft_weights[:, 1:2]
         return compiled.draft(
-            token, drafted, self.cache, weights, sampling.temperature, noise, stream, vocab_size
+            token, drafted, self.cache, coefficients, sampling.temperature, noise, stream, vocab_size, memory
         )
 
     @torch.inference_mode()

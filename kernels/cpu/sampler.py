@@ -90,7 +90,8 @@ def verify(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The fields of a `Verdict` for `logits`, each [batch, drafted + 1, >= vocab_size].
 
-    `target_weights` and `draft_weights` are float32 [batch, models], the models' weights in either law;
+    A correction of the draft, with a row less, comes last. `target_weights` and `draft_weights` are float32
+    [batch, models], the weights of each in either law;
     `streams` are those of acceptance, of replacement and of shared noise.
     """
     batch, drafted = draft_tokens.shape
@@ -101,7 +102,8 @@ def verify(
     log_target = torch.empty(batch, drafted + 1, vocab_size)
     use_threads()
     _verify(
-        table, target_weights.contiguous().numpy(), draft_weights.contiguous().numpy(),
+        table, target_weights[:, : len(logits)].contiguous().numpy(),
+        draft_weights[:, : len(logits)].contiguous().numpy(),
         draft_tokens.contiguous().numpy(), draft_lens.contiguous().numpy(), temperature.contiguous().numpy(),
         draft_temperature.contiguous().numpy(), seeds.contiguous().numpy(), counters.contiguous().numpy(),
         positions.contiguous().numpy(), np.array(streams), rule, accepted.numpy(), next_tokens.numpy(),

@@ -129,10 +129,10 @@ def test_redrawing_a_low_confidence_token(rule: AcceptanceRule, monkeypatch: pyt
         noise: NoiseKey,
         stream: Stream,
         row: int,
-        vocab_size: int,
+        *rest: Any,
     ) -> Tensor:
-        first = real(tuned, base, coefficients, sampling, noise, stream, row, vocab_size)
-        second = real(tuned, base, coefficients, sampling, noise, stream, row + 100, vocab_size)
+        first = real(tuned, base, coefficients, sampling, noise, stream, row, *rest)
+        second = real(tuned, base, coefficients, sampling, noise, stream, row + 100, *rest)
         confidence = tuned[0].softmax(-1).gather(-1, first[:, None])[:, 0]
         return torch.where(confidence < 0.2, second, first)
 

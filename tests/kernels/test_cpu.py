@@ -27,6 +27,9 @@ from speculative_eft.kernels import (
     derive_seeds,
     draft_step,
     exponential_noise,
+    new_draft_memory,
+    recall,
+    remember,
     uniform_noise,
     verify,
 )
@@ -214,7 +217,7 @@ def test_commit(adaptive: bool, both: Any) -> None:
     lengths = [torch.full((batch,), 30), torch.full((batch,), 40)]
 
     def run() -> list[Tensor]:
-        own = RoundState(*(getattr(state, field.name).clone() for field in dataclasses.fields(state)))
+        own = RoundState(**{name: value.clone() for name, value in vars(state).items() if value is not None})
         caches = [(lengths[0].clone(), False), (lengths[1].clone(), True)]
         report = commit(
             own,
@@ -229,7 +232,7 @@ def test_commit(adaptive: bool, both: Any) -> None:
         own.output[:, -1] = 0
         # Of what is not committed the report says nothing.
         report[:, 2:].masked_fill_(torch.arange(longest + 1) >= report[:, :1], 0)
-        return [report, *(cache for cache, _ in caches), *vars(own).values()]
+        return [report, *(cache for cache, _ in caches), *(v for v in vars(own).values() if v is not None)]
 
     for expected, result in zip(*both(run), strict=True):
         torch.testing.assert_close(result, expected)
@@ -256,3 +259,27 @@ def test_torch_keeps_its_number_of_threads() -> None:
         "assert use_threads() == torch.get_num_threads() == 1"
     )
     subprocess.run([sys.executable, "-P", "-c", code], check=True)
+
+
+def test_memory(both: Any) -> None:
+    batch, slots, vocab_size, rows = 5, 7, 30, 4
+
+    def run() -> list[Tensor]:
+        generator = torch.Generator().manual_seed(3)
+        memory = new_draft_memory(batch, slots, vocab_size, torch.device("cpu"))
+        seen = []
+        for turn in range(6):
+            large, base = (torch.randn(batch, rows, vocab_size + 2, generator=generator) for _ in range(2))
+            large[0, :, 3] = -INFINITY
+            base[1, 2] = torch.nan
+            block = torch.randint(0, 4, (batch, rows), generator=generator)
+            accepted = torch.randint(0, rows, (batch,), generator=generator)
+            done = torch.arange(batch) == turn
+            remember(memory, large, base, block, accepted, done)
+            for token in range(4):
+                seen.append(recall(memory, torch.full((batch,), token), torch.linspace(0.5, 2, batch)))
+        return [*seen, *vars(memory).values()]
+
+    for expected, result in zip(*both(run), strict=True):
+        assert result.isfinite().all()
+        torch.testing.assert_close(result, expected)
