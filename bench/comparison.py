@@ -31,6 +31,7 @@ __all__ = [
     "Spread",
     "compare",
     "environment",
+    "speeds",
 ]
 
 PHASES = ("draft", "large", "base", "verify", "other")
@@ -222,14 +223,14 @@ def _measurement(name: str, runs: list[_Run], reference: list[_Run]) -> Measurem
     tested = sum(stats.tested_tokens for stats in all_stats)
     accepted = sum(stats.accepted_tokens for stats in all_stats)
     expected = sum(stats.expected_acceptance * stats.tested_tokens for stats in all_stats)
-    speeds = [len(run.tokens) / run.seconds for run in runs]
+    own = [len(run.tokens) / run.seconds for run in runs]
     return Measurement(
         name=name,
         run_tokens=tuple(len(run.tokens) for run in runs),
         run_seconds=tuple(run.seconds for run in runs),
         same_output=sum(run.tokens == other.tokens for run, other in zip(runs, reference, strict=True)),
-        tokens_per_second=Spread.of(speeds),
-        ratio=_ratio(speeds, [len(run.tokens) / run.seconds for run in reference]),
+        tokens_per_second=Spread.of(own),
+        ratio=_ratio(own, [len(run.tokens) / run.seconds for run in reference]),
         tokens_per_round=emitted / rounds,
         tested_tokens=tested,
         acceptance_rate=accepted / tested if tested else None,
@@ -242,13 +243,17 @@ def _measurement(name: str, runs: list[_Run], reference: list[_Run]) -> Measurem
     )
 
 
+def speeds(run_tokens: Sequence[int], run_seconds: Sequence[float]) -> list[float]:
+    """Tokens a second of each run."""
+    return [tokens / seconds for tokens, seconds in zip(run_tokens, run_seconds, strict=True)]
+
+
 def _speeds(measurement: Measurement) -> list[float]:
-    pairs = zip(measurement.run_tokens, measurement.run_seconds, strict=True)
-    return [tokens / seconds for tokens, seconds in pairs]
+    return speeds(measurement.run_tokens, measurement.run_seconds)
 
 
-def _ratio(speeds: Sequence[float], reference: Sequence[float]) -> Spread:
-    return Spread.of([speed / other for speed, other in zip(speeds, reference, strict=True)])
+def _ratio(own: Sequence[float], reference: Sequence[float]) -> Spread:
+    return Spread.of([speed / other for speed, other in zip(own, reference, strict=True)])
 
 
 def environment() -> Environment:

@@ -7,6 +7,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from .comparison import speeds
+
 BEGIN, END = "<!-- measurements: begin -->", "<!-- measurements: end -->"
 RESULT = "demo-cpu.json"
 
@@ -39,19 +41,15 @@ def measurements_markdown(result: dict[str, Any]) -> str:
             )
     lines += ["", "Against the large model alone, medians over pairs:"]
     for label, comparison in result["comparisons"].items():
-        speeds = {row["name"]: _speeds(row) for row in comparison["measurements"]}
-        for name, own in speeds.items():
+        rows = comparison["measurements"]
+        by_name = {row["name"]: speeds(row["run_tokens"], row["run_seconds"]) for row in rows}
+        for name, own in by_name.items():
             if name.startswith("EFT"):
-                pairs = zip(own, speeds["large alone"], strict=True)
+                pairs = zip(own, by_name["large alone"], strict=True)
                 ratio = statistics.median(speed / other for speed, other in pairs)
                 lines.append(f"{name} at {label} {ratio:.2f} times its speed;")
     lines[-1] = lines[-1].replace(";", ".")
     return "\n".join(lines)
-
-
-def _speeds(measurement: dict[str, Any]) -> list[float]:
-    pairs = zip(measurement["run_tokens"], measurement["run_seconds"], strict=True)
-    return [tokens / seconds for tokens, seconds in pairs]
 
 
 def _share(value: float | None) -> str:
