@@ -29,11 +29,6 @@ from .round import (
 __all__ = ["EFTDecoder", "NaiveEFTDecoder", "Streamer"]
 
 
-# A GPU reads the large model's weights once for all rows of a draft; a CPU also has to multiply. Of 0.1, 0.05
-# and 0.02 large steps a row, 0.02 gave the bundled trio most tokens a second on two cores, by a few per cent.
-_ROW_COST = 0.02
-
-
 class Streamer(Protocol):
     """What receives tokens as they are committed; transformers' streamers fit."""
 
@@ -72,9 +67,8 @@ class EFTDecoder:
     def _policy(self) -> DraftLengthPolicy | None:
         if self.config.draft_tokens != "auto":
             return None
-        row_cost = _ROW_COST if self.runners.large.device.type == "cpu" else 0.0
         if self.config.cost_ratio is not None:
-            return DraftLengthPolicy(self.config.cost_ratio, row_cost)
+            return DraftLengthPolicy(self.config.cost_ratio)
         if self.models is None:
             raise ValueError('draft_tokens="auto" with bare runners needs cost_ratio')
         sizes = [
@@ -82,7 +76,7 @@ class EFTDecoder:
             for model in (self.models.large_base, *self.models.small_tuned, self.models.small_base)
         ]
         stepping = sum(sizes[1:]) if self._drafts_as_pair() else sum(sizes[1:-1])
-        return DraftLengthPolicy(stepping / sizes[0], row_cost)
+        return DraftLengthPolicy(stepping / sizes[0])
 
     def _alphas(self) -> tuple[float, ...]:
         alphas = self.config.alphas

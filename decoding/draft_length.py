@@ -33,18 +33,16 @@ def tokens_per_round(acceptance: Tensor, draft_lens: Tensor) -> Tensor:
 class DraftLengthPolicy:
     """Chooses the draft length with the most expected tokens per unit of cost.
 
-    A round of K drafted tokens costs (K + 1) c + 1 + K r + c large steps, c being `cost_ratio` and r
-    `row_cost`. The choice is made before the tokens are drawn and depends on the sequence's own past alone,
-    so it is lossless and a seed reproduces its output in any batch.
+    A round of K drafted tokens costs (K + 1) c + 1 + c large steps, c being `cost_ratio`. The choice is made
+    before the tokens are drawn and depends on the sequence's own past alone, so it is lossless and a seed
+    reproduces its output in any batch.
 
     Attributes:
         cost_ratio: one small step over one large step.
-        row_cost: what each further row adds to the large model's pass, over one large step.
         longest: the longest draft considered.
     """
 
     cost_ratio: float
-    row_cost: float = 0.0
     longest: int = _LONGEST_DRAFT
 
     def rule(self, device: torch.device) -> DraftLengthRule:
@@ -65,7 +63,7 @@ def _thresholds(policy: DraftLengthPolicy) -> Tensor:
     """The least acceptance at which each length but the first is the best: float32 [longest - 1]."""
     acceptance = torch.linspace(0, _HIGHEST_ACCEPTANCE, 10_000, dtype=torch.float64)
     lens = torch.arange(1, policy.longest + 1)
-    cost = (lens + 2) * policy.cost_ratio + 1 + lens * policy.row_cost
+    cost = (lens + 2) * policy.cost_ratio + 1
     best = (tokens_per_round(acceptance[:, None], lens) / cost).argmax(dim=1) + 1
     first = torch.searchsorted(best, lens[1:])
     reached = first < len(acceptance)
