@@ -18,18 +18,20 @@ from torch import Tensor, nn
 
 from speculative_eft.kernels import Coefficients, DraftMemory, NoiseKey, Stream
 from speculative_eft.kernels.cpu.compile import (
+    CUBE,
     FLOAT,
     MATRIX,
     TABLE,
+    TABLES,
     VECTOR,
     array_at,
     compiled,
     entry,
     exp,
     in_parallel,
+    largest,
     use_threads,
-    without_nan_compiled,
-)  # fmt: skip
+)
 from speculative_eft.kernels.cpu.memory import MEMORY, NO_MEMORY, arrays, recall
 from speculative_eft.kernels.cpu.products import dot_products
 from speculative_eft.kernels.cpu.sampler import draft_rows
@@ -97,13 +99,15 @@ class CompiledLlama:
         """Logits [batch, q, vocab_size] of int64 `tokens` [batch, q], which stand at `cache.lengths`."""
         batch, length = tokens.shape
         logits = torch.empty(batch * length, self.vocab_size)
-        _run(tokens.numpy(), cache.lengths.numpy(), *self._network, logits.numpy(), use_threads())
+        _forward(
+            tokens.contiguous().numpy(), cache.lengths.numpy(), *self._network, logits.numpy(), use_threads()
+        )
         return logits.view(batch, length, -1)
 
     def fill(self, tokens: Tensor, cache: SlotCache) -> None:
         """Run int64 `tokens` [batch, q] for their keys and values alone."""
         nothing = np.empty((0, self.vocab_size), np.float32)
-        _run(tokens.numpy(), cache.lengths.numpy(), *self._network, nothing, use_threads())
+        _forward(tokens.contiguous().numpy(), cache.lengths.numpy(), *self._network, nothing, use_threads())
 
     def draft(
         self,
@@ -268,22 +272,14 @@ def _weighted_sums(weights: Any, all_values: Any, first: int, last: int, out: An
                 out_0[k] += weight * value[k]
 
 
-@without_nan_compiled("float32(float32[:])")
-def _largest(values: Any) -> Any:
-    largest = values[0]
-    for k in range(values.shape[0]):
-        largest = max(largest, values[k])
-    return largest
-
-
 @compiled(f"void({VECTOR}, int64, int64, int64, float32)")
 def _softmax(scores: Any, first: int, begin: int, end: int, scale: float) -> None:
     """Softmax of scores[begin:end] times `scale`; the other scores from `first` on become 0."""
     seen = scores[begin:end]
-    largest = _largest(seen)
+    highest = largest(seen)
     total = FLOAT(0)
     for k in range(seen.shape[0]):
-        seen[k] = exp((seen[k] - largest) * scale)
+        seen[k] = exp((seen[k] - highest) * scale)
         total += seen[k]
     for k in range(seen.shape[0]):
         seen[k] /= total
@@ -429,10 +425,10 @@ def _together(
         )  # fmt: skip
 
 
-_NETWORK = f"{TABLE}, float64, {TABLE}, {TABLE}, int64[:, ::1], int64[:, ::1], {MATRIX}"
+_NETWORK = f"{TABLE}, float64, {TABLE}, {TABLE}, {TABLES}, {TABLES}, {MATRIX}"
 
 
-@compiled(f"void(int64[:, ::1], {TABLE}, {_NETWORK}, {MATRIX}, int64)")
+@entry(f"void({TABLES}, {TABLE}, {_NETWORK}, {MATRIX}, int64)")
 def _forward(
     tokens: Any,
     lengths: Any,
@@ -472,26 +468,9 @@ def _forward(
         )  # fmt: skip
 
 
-@entry(f"void(int64[:, :], {TABLE}, {_NETWORK}, {MATRIX}, int64)")
-def _run(
-    tokens: Any,
-    lengths: Any,
-    sizes: Any,
-    eps: float,
-    windows: Any,
-    ends: Any,
-    weights: Any,
-    stores: Any,
-    rotation: Any,
-    logits: Any,
-    threads: int,
-) -> None:
-    _forward(tokens.copy(), lengths, sizes, eps, windows, ends, weights, stores, rotation, logits, threads)
-
-
 @entry(
-    f"void({TABLE}, {TABLE}, {_NETWORK}, float32[:, :, ::1], int64, int64, {MATRIX}, {VECTOR}, {TABLE}, "
-    f"{TABLE}, boolean, int64, int64, int64[:, ::1], {MEMORY}, {VECTOR}, float32[:, :, ::1], int64)"
+    f"void({TABLE}, {TABLE}, {_NETWORK}, {CUBE}, int64, int64, {MATRIX}, {VECTOR}, {TABLE}, "
+    f"{TABLE}, boolean, int64, int64, {TABLES}, {MEMORY}, {VECTOR}, {CUBE}, int64)"
 )
 def _draft(
     token: Any,

@@ -30,7 +30,8 @@ TESTED_FAMILIES = frozenset({
 class ModelRunner:
     """Runs a causal language model of transformers with a `SlotCache`: a `Runner`.
 
-    One code path for every batch size and block length. Shapes depend on host integers only, and a pass
+    One code path for every batch size and block length, but that few rows of a Llama-like model on a CPU
+    run compiled, where Numba is installed. Shapes depend on host integers only, and a pass
     reads nothing from the device. Sequences start at position 0 and never see each other, whatever their
     lengths and whatever padding stands behind them. The model itself is left as it was, but for `eval()`.
     """
@@ -85,9 +86,12 @@ class ModelRunner:
         sees everything up to there. `lengths` stay as they are. `span` is a host integer, at least
         `max(lengths) + q`. The logits need no gradient.
         """
-        if self._compiled is not None and tokens.numel() <= self._compiled.most_rows:
-            return self._compiled(tokens, self.cache)
-        return self._forward(tokens, span)
+        compiled = self._compiled_for(tokens.numel())
+        return self._forward(tokens, span) if compiled is None else compiled(tokens, self.cache)
+
+    def _compiled_for(self, rows: int) -> CompiledLlama | None:
+        """The compiled model, where there is one and torch's products are not faster for so many rows."""
+        return self._compiled if self._compiled is not None and rows <= self._compiled.most_rows else None
 
     @torch.inference_mode()
     def _forward(self, tokens: Tensor, span: int) -> Tensor:
@@ -121,8 +125,8 @@ class ModelRunner:
             The tokens int64 [batch, drafted], their logits float32 [batch, drafted + 1, vocab_size], and
             the corrections float32 [batch, drafted, vocab_size] if there is a memory.
         """
-        compiled = self._compiled
-        if compiled is None or sampling.filtered or token.shape[0] > compiled.most_rows:
+        compiled = self._compiled_for(token.shape[0])
+        if compiled is None or sampling.filtered:
             return None
         return compiled.draft(
             token, drafted, self.cache, coefficients, sampling.temperature, noise, stream, vocab_size, memory
@@ -142,8 +146,9 @@ class ModelRunner:
         self.lengths.zero_()
         for start in range(0, total, chunk):
             part = tokens[:, start : start + chunk]
-            if self._compiled is not None and part.numel() <= self._compiled.most_rows:
-                self._compiled.fill(part, self.cache)
+            compiled = self._compiled_for(part.numel())
+            if compiled is not None:
+                compiled.fill(part, self.cache)
             else:
                 self._run(part, start + part.shape[1])
             self.lengths.add_(part.shape[1])

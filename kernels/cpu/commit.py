@@ -9,14 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .compile import FLOAT, MATRIX, TABLE, VECTOR, entry
+from .compile import FLAGS, FLOAT, MATRIX, TABLE, TABLES, VECTOR, entry
 
 if TYPE_CHECKING:
     from speculative_eft.kernels.commit import DraftLengthRule, RoundState
 
 __all__ = ["commit"]
 
-_TABLES, _FLAGS = "int64[:, ::1]", "boolean[::1]"
 _NO_THRESHOLDS = np.empty(0, dtype=np.float32)
 
 
@@ -56,9 +55,9 @@ def commit(
 
 
 @entry(
-    f"void({TABLE}, {TABLE}, {TABLE}, {TABLE}, {TABLE}, {_FLAGS}, {TABLE}, {_TABLES}, {VECTOR}, {VECTOR}, "
-    f"{TABLE}, {TABLE}, {TABLE}, {VECTOR}, {TABLE}, {TABLE}, {_TABLES}, {TABLE}, {TABLE}, {MATRIX}, {TABLE}, "
-    f"boolean, {VECTOR}, float32, float32, float32, {_TABLES})"
+    f"void({TABLE}, {TABLE}, {TABLE}, {TABLE}, {TABLE}, {FLAGS}, {TABLE}, {TABLES}, {VECTOR}, {VECTOR}, "
+    f"{TABLE}, {TABLE}, {TABLE}, {VECTOR}, {TABLE}, {TABLE}, {TABLES}, {TABLE}, {TABLE}, {MATRIX}, {TABLE}, "
+    f"boolean, {VECTOR}, float32, float32, float32, {TABLES})"
 )
 def _commit(
     last_token: Any,

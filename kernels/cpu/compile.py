@@ -13,8 +13,8 @@ from numba import types
 from numba.extending import intrinsic
 
 __all__ = [
-    "FLOAT", "MATRIX", "TABLE", "VECTOR", "array_at", "compiled", "entry", "exp", "in_parallel", "log",
-    "stay_a_function", "strictly_compiled", "use_threads", "without_nan_compiled",
+    "CUBE", "FLAGS", "FLOAT", "MATRIX", "TABLE", "TABLES", "VECTOR", "array_at", "compiled", "entry", "exp",
+    "in_parallel", "largest", "log", "stay_a_function", "strictly_compiled", "use_threads",
 ]  # fmt: skip
 
 FLOAT = np.float32
@@ -53,17 +53,13 @@ def strictly_compiled(types_: str) -> Callable[[Function], Function]:
     return _decorator(types_, fastmath={"contract"}, **_INTERNAL)
 
 
-def without_nan_compiled(types_: str) -> Callable[[Function], Function]:
-    """The same for functions that never meet what is not a number: they find the largest in vectors."""
-    return _decorator(types_, fastmath=_FAST | {"nnan"}, **_INTERNAL)
-
-
 def in_parallel(types_: str) -> Callable[[Function], Function]:
     """Compiles a loop over prange, which is best left to call one function."""
     return _decorator(types_, fastmath=_FAST, parallel=_PRANGE, **_INTERNAL)
 
 
-MATRIX, VECTOR, TABLE = "float32[:, ::1]", "float32[::1]", "int64[::1]"
+VECTOR, MATRIX, CUBE = "float32[::1]", "float32[:, ::1]", "float32[:, :, ::1]"
+TABLE, TABLES, FLAGS = "int64[::1]", "int64[:, ::1]", "boolean[::1]"
 """Types of contiguous arrays."""
 
 
@@ -124,6 +120,16 @@ def _bits_of_float(typing_context: Any, value: Any) -> Any:
 def array_at(address: int, shape: Any) -> Any:
     """The float32 array of `shape` that begins at `address`."""
     return numba.carray(_float_pointer(address), shape)
+
+
+# Without what is not a number, the largest is found in vectors.
+@_decorator(f"float32({VECTOR})", fastmath=_FAST | {"nnan"}, **_INTERNAL)
+def largest(values: Any) -> Any:
+    """The largest of at least one value, none of which is NaN."""
+    highest = values[0]
+    for k in range(values.shape[0]):
+        highest = max(highest, values[k])
+    return highest
 
 
 @strictly_compiled("float32(float32)")

@@ -8,14 +8,14 @@ import numpy as np
 from torch import Tensor
 
 from ..memory import LAST_WEIGHT, MEAN_FADING, MEAN_WEIGHT
-from .compile import FLOAT, MATRIX, TABLE, VECTOR, array_at, compiled, entry
+from .compile import CUBE, FLAGS, FLOAT, MATRIX, TABLE, TABLES, VECTOR, array_at, compiled, entry
 
 if TYPE_CHECKING:
     from ..memory import DraftMemory
 
 __all__ = ["MEMORY", "NO_MEMORY", "arrays", "recall", "remember"]
 
-MEMORY = f"float32[:, :, ::1], int64[:, ::1], {MATRIX}, {TABLE}"
+MEMORY = f"{CUBE}, {TABLES}, {MATRIX}, {TABLE}"
 """Types of `arrays`."""
 NO_MEMORY = (
     np.empty((0, 0, 0), np.float32), np.empty((0, 0), np.int64), np.empty((0, 0), np.float32),
@@ -58,7 +58,7 @@ def recall(
         out[k] = beta * (FLOAT(MEAN_WEIGHT) * own[k])
 
 
-@entry(f"void({MEMORY}, {TABLE}, int64, int64[:, ::1], {TABLE}, boolean[::1])")
+@entry(f"void({MEMORY}, {TABLE}, int64, {TABLES}, {TABLE}, {FLAGS})")
 def _remember(
     ratios: Any,
     tokens: Any,

@@ -15,18 +15,20 @@ from numba import prange
 from torch import Tensor
 
 from .compile import (
+    CUBE,
     FLOAT,
     MATRIX,
     TABLE,
+    TABLES,
     VECTOR,
     array_at,
     compiled,
     entry,
     exp,
     in_parallel,
+    largest,
     log,
     use_threads,
-    without_nan_compiled,
 )
 from .noise import exponentials, uniform
 
@@ -34,10 +36,6 @@ __all__ = ["RULES", "draft", "draft_rows", "verify"]
 
 RULES = {"token": 0, "block": 1, "shared_seed": 2}
 _TOKEN, _BLOCK, _SHARED_SEED = range(3)
-
-_CUBE = "float32[:, :, ::1]"
-_TABLES = "int64[:, ::1]"
-_FLAGS = "boolean[::1]"
 
 
 def _addresses(logits: Sequence[Tensor]) -> tuple[list[Tensor], np.ndarray[Any, Any]]:
@@ -66,7 +64,7 @@ def draft(
     _kept, table = _addresses(logits)
     tokens = torch.empty(batch, dtype=torch.int64)
     use_threads()
-    _draft(
+    draft_rows(
         table, weights.contiguous().numpy(), temperature.contiguous().numpy(), seeds.contiguous().numpy(),
         counters.contiguous().numpy(), row, stream, vocab_size, tokens.numpy(),
     )  # fmt: skip
@@ -112,7 +110,7 @@ def verify(
     return accepted, next_tokens, expected, log_target
 
 
-@compiled(f"void({_TABLES}, {VECTOR}, int64, int64, {VECTOR})")
+@compiled(f"void({TABLES}, {VECTOR}, int64, int64, {VECTOR})")
 def _mix(table: Any, weights: Any, sequence: int, row: int, out: Any) -> None:
     """Sum of weight times logits of one row; -inf where a model that is consulted has no finite logit."""
     size = out.shape[0]
@@ -129,18 +127,10 @@ def _mix(table: Any, weights: Any, sequence: int, row: int, out: Any) -> None:
         out[token] = out[token] if abs(out[token]) <= FLOAT(3.4028235e38) else FLOAT(-np.inf)
 
 
-@without_nan_compiled(f"float32({VECTOR})")
-def _highest(values: Any) -> Any:
-    highest = values[0]
-    for token in range(values.shape[0]):
-        highest = max(highest, values[token])
-    return highest
-
-
 @compiled(f"int64({VECTOR})")
 def _argmax(values: Any) -> int:
     """The first id of the largest value."""
-    highest = _highest(values)
+    highest = largest(values)
     for token in range(values.shape[0]):
         if values[token] == highest:
             return token
@@ -156,7 +146,7 @@ def _normalise(logits: Any, temperature: float, law: Any) -> None:
     size = logits.shape[0]
     for token in range(size):
         logits[token] /= temperature
-    highest = _highest(logits)
+    highest = largest(logits)
     if highest == FLOAT(-np.inf):
         logits[0] = highest = FLOAT(0)
     total = FLOAT(0)
@@ -169,7 +159,7 @@ def _normalise(logits: Any, temperature: float, law: Any) -> None:
         logits[token] -= shift
 
 
-@compiled(f"void({_TABLES}, {MATRIX}, {VECTOR}, {TABLE}, {TABLE}, int64, int64, int64, {TABLE}, int64)")
+@compiled(f"void({TABLES}, {MATRIX}, {VECTOR}, {TABLE}, {TABLE}, int64, int64, int64, {TABLE}, int64)")
 def _draft_share(
     table: Any,
     weights: Any,
@@ -193,7 +183,7 @@ def _draft_share(
     tokens[sequence] = _argmax(values)
 
 
-@in_parallel(f"void({_TABLES}, {MATRIX}, {VECTOR}, {TABLE}, {TABLE}, int64, int64, int64, {TABLE})")
+@in_parallel(f"void({TABLES}, {MATRIX}, {VECTOR}, {TABLE}, {TABLE}, int64, int64, int64, {TABLE})")
 def _draft_together(
     table: Any,
     weights: Any,
@@ -211,7 +201,7 @@ def _draft_together(
         )
 
 
-@compiled(f"void({_TABLES}, {MATRIX}, {VECTOR}, {TABLE}, {TABLE}, int64, int64, int64, {TABLE})")
+@entry(f"void({TABLES}, {MATRIX}, {VECTOR}, {TABLE}, {TABLE}, int64, int64, int64, {TABLE})")
 def draft_rows(
     table: Any,
     weights: Any,
@@ -230,24 +220,9 @@ def draft_rows(
         _draft_share(table, weights, temperature, seeds, counters, row, stream, vocab_size, tokens, 0)
 
 
-@entry(f"void({_TABLES}, {MATRIX}, {VECTOR}, {TABLE}, {TABLE}, int64, int64, int64, {TABLE})")
-def _draft(
-    table: Any,
-    weights: Any,
-    temperature: Any,
-    seeds: Any,
-    counters: Any,
-    row: int,
-    stream: int,
-    vocab_size: int,
-    tokens: Any,
-) -> None:
-    draft_rows(table, weights, temperature, seeds, counters, row, stream, vocab_size, tokens)
-
-
 @compiled(
-    f"void({_TABLES}, {MATRIX}, {MATRIX}, {_TABLES}, {VECTOR}, {VECTOR}, {TABLE}, {TABLE}, int64, int64, "
-    f"{_CUBE}, {_CUBE}, {_CUBE}, {MATRIX}, {_TABLES}, int64)"
+    f"void({TABLES}, {MATRIX}, {MATRIX}, {TABLES}, {VECTOR}, {VECTOR}, {TABLE}, {TABLE}, int64, int64, "
+    f"{CUBE}, {CUBE}, {CUBE}, {MATRIX}, {TABLES}, int64)"
 )
 def _laws_share(
     table: Any,
@@ -295,8 +270,8 @@ def _laws_share(
 
 
 @in_parallel(
-    f"void({_TABLES}, {MATRIX}, {MATRIX}, {_TABLES}, {VECTOR}, {VECTOR}, {TABLE}, {TABLE}, int64, int64, "
-    f"{_CUBE}, {_CUBE}, {_CUBE}, {MATRIX}, {_TABLES})"
+    f"void({TABLES}, {MATRIX}, {MATRIX}, {TABLES}, {VECTOR}, {VECTOR}, {TABLE}, {TABLE}, int64, int64, "
+    f"{CUBE}, {CUBE}, {CUBE}, {MATRIX}, {TABLES})"
 )
 def _laws(
     table: Any,
@@ -380,8 +355,8 @@ def _replacement(
 
 
 @compiled(
-    f"void({_TABLES}, {TABLE}, {VECTOR}, {TABLE}, {TABLE}, {TABLE}, int64, {_CUBE}, {_CUBE}, {MATRIX}, "
-    f"{_TABLES}, {TABLE}, {TABLE}, {MATRIX}, int64)"
+    f"void({TABLES}, {TABLE}, {VECTOR}, {TABLE}, {TABLE}, {TABLE}, int64, {CUBE}, {CUBE}, {MATRIX}, "
+    f"{TABLES}, {TABLE}, {TABLE}, {MATRIX}, int64)"
 )
 def _decide_share(
     draft_tokens: Any,
@@ -428,8 +403,8 @@ def _decide_share(
 
 
 @in_parallel(
-    f"void({_TABLES}, {TABLE}, {VECTOR}, {TABLE}, {TABLE}, {TABLE}, int64, {_CUBE}, {_CUBE}, {MATRIX}, "
-    f"{_TABLES}, {TABLE}, {TABLE}, {MATRIX})"
+    f"void({TABLES}, {TABLE}, {VECTOR}, {TABLE}, {TABLE}, {TABLE}, int64, {CUBE}, {CUBE}, {MATRIX}, "
+    f"{TABLES}, {TABLE}, {TABLE}, {MATRIX})"
 )
 def _decide(
     draft_tokens: Any,
@@ -455,8 +430,8 @@ def _decide(
 
 
 @entry(
-    f"void({_TABLES}, {MATRIX}, {MATRIX}, {_TABLES}, {TABLE}, {VECTOR}, {VECTOR}, {TABLE}, {TABLE}, {TABLE}, "
-    f"{TABLE}, int64, {TABLE}, {TABLE}, {MATRIX}, {_CUBE})"
+    f"void({TABLES}, {MATRIX}, {MATRIX}, {TABLES}, {TABLE}, {VECTOR}, {VECTOR}, {TABLE}, {TABLE}, {TABLE}, "
+    f"{TABLE}, int64, {TABLE}, {TABLE}, {MATRIX}, {CUBE})"
 )
 def _verify(
     table: Any,
