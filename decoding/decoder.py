@@ -252,6 +252,7 @@ class EFTDecoder:
             vocab_size=self.vocab_size,
             eos_token_ids=torch.tensor(options.eos_token_ids, dtype=torch.int64, device=device),
             draft_length_rule=None if self.policy is None else self.policy.rule(device),
+            statistics=options.return_dict_in_generate,
         )
         return state, plan
 

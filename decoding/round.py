@@ -50,6 +50,7 @@ class RoundPlan:
         vocab_size: the smallest of the models' vocabularies.
         eos_token_ids: int64 [count] on the device, possibly empty.
         draft_length_rule: chooses the next draft length; None keeps `RoundState.draft_lens` as it is.
+        statistics: whether `RoundState.expected` and a trace are wanted.
     """
 
     coefficients: Coefficients
@@ -60,6 +61,7 @@ class RoundPlan:
     vocab_size: int
     eos_token_ids: Tensor
     draft_length_rule: DraftLengthRule | None
+    statistics: bool
 
 
 @dataclass
@@ -194,6 +196,7 @@ def speculative_round(
         plan.acceptance,
         plan.vocab_size,
         correction,
+        plan.statistics,
     )
     if state.memory is not None:
         remember(state.memory, large, base, block, verdict.accepted_lens, state.done)
@@ -211,9 +214,18 @@ def speculative_round(
         plan.draft_length_rule,
         [(runners.large.lengths, False), *zip(lengths, stepped, strict=True)],
     )
-    if trace is not None and is_replaced is not None:
-        logits = [large, base, verdict.target_log_law, *tuned]
-        _record_trace(trace, state, report, verdict.accepted_lens, is_replaced, logits, plan.vocab_size)
+    if trace is not None and is_replaced is not None and verdict.log_probs is not None:
+        logits = [large, base, *tuned]
+        _record_trace(
+            trace,
+            state,
+            report,
+            verdict.accepted_lens,
+            is_replaced,
+            logits,
+            verdict.log_probs,
+            plan.vocab_size,
+        )
     timer.mark("other")
     return report
 
@@ -281,9 +293,10 @@ def _record_trace(
     accepted_lens: Tensor,
     is_replaced: Tensor,
     logits: Sequence[Tensor],
+    target_log_probs: Tensor,
     vocab_size: int,
 ) -> None:
-    """Note the tokens of a round that has been committed; `logits` are those of the buffers, in order."""
+    """Note the tokens of a round that has been committed; `logits` are the models', in the buffers' order."""
     counts, tokens = report[:, :1], report[:, 2:]
     column = torch.arange(tokens.shape[1], device=tokens.device)
     start = state.generated[:, None] - counts
@@ -291,7 +304,8 @@ def _record_trace(
     replacement = torch.where(is_replaced, SOURCE_RESIDUAL, SOURCE_BONUS)
     source = torch.where(column < accepted_lens[:, None], SOURCE_DRAFT, replacement[:, None])
     trace.source.scatter_(1, columns, source)
-    buffers = [trace.large, trace.base, trace.target, *trace.tuned]
+    trace.target.scatter_(1, columns, target_log_probs)
+    buffers = [trace.large, trace.base, *trace.tuned]
     for rows, buffer in zip(logits, buffers, strict=True):
         law = rows[..., :vocab_size].to(torch.float32)
         chosen = law.gather(-1, tokens[..., None])[..., 0]

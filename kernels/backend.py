@@ -12,18 +12,34 @@ import torch
 
 __all__ = ["Backend", "backend", "warm_up"]
 
-Backend = Literal["torch", "numba"]
+Backend = Literal["torch", "numba", "triton"]
 
 _VARIABLE = "SPECULATIVE_EFT_BACKEND"
 
 
 @cache
-def _numba_is_installed() -> bool:
-    return find_spec("numba") is not None
+def _is_installed(package: str) -> bool:
+    return find_spec(package) is not None
+
+
+def _can_run(name: Backend, device: torch.device) -> bool:
+    if name == "numba":
+        return device.type == "cpu" and _is_installed("numba")
+    if name == "triton":
+        # Triton's interpreter runs kernels on a CPU, slowly: for tests.
+        interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+        return (device.type == "cuda" or interpreted) and _is_installed("triton")
+    return True
+
+
+_NEEDS = {
+    "numba": "tensors on a CPU and Numba: pip install speculative-eft[cpu]",
+    "triton": "Triton and tensors on a GPU (or, for tests on a CPU, TRITON_INTERPRET=1)",
+}
 
 
 def backend(device: torch.device) -> Backend:
-    """The implementation for tensors on `device`: Numba's on a CPU if it is installed, else torch's.
+    """The implementation for tensors on `device`: Triton's on a GPU, Numba's on a CPU, else torch's.
 
     The environment variable SPECULATIVE_EFT_BACKEND overrides the choice. Where a compiled kernel does not
     know a case, it is left to torch's.
@@ -33,14 +49,14 @@ def backend(device: torch.device) -> Backend:
     """
     chosen = os.environ.get(_VARIABLE)
     if not chosen:
-        return "numba" if device.type == "cpu" and _numba_is_installed() else "torch"
+        preferred: Backend = "numba" if device.type == "cpu" else "triton"
+        return preferred if _can_run(preferred, device) else "torch"
     if chosen not in get_args(Backend):
         raise ValueError(f"{_VARIABLE} must be one of {', '.join(get_args(Backend))}, got {chosen!r}")
-    if chosen == "numba" and not (device.type == "cpu" and _numba_is_installed()):
-        raise ValueError(
-            f"{_VARIABLE}=numba needs tensors on a CPU and Numba: pip install speculative-eft[cpu]"
-        )
-    return cast(Backend, chosen)
+    name = cast(Backend, chosen)
+    if not _can_run(name, device):
+        raise ValueError(f"{_VARIABLE}={name} needs {_NEEDS[name]}")
+    return name
 
 
 def warm_up(device: torch.device) -> None:

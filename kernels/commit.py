@@ -85,7 +85,7 @@ def commit(
     draft_tokens: Tensor,
     accepted_lens: Tensor,
     next_token: Tensor,
-    expected_acceptance: Tensor,
+    expected_acceptance: Tensor | None,
     eos_token_ids: Tensor,
     rule: DraftLengthRule | None,
     caches: Sequence[tuple[Tensor, bool]],
@@ -95,7 +95,7 @@ def commit(
     Args:
         draft_tokens: int64 [batch, drafted].
         accepted_lens, next_token: int64 [batch], the verdict on them.
-        expected_acceptance: float32 [batch, drafted].
+        expected_acceptance: float32 [batch, drafted]; None counts nothing.
         eos_token_ids: int64 [count], possibly empty; the first to be committed ends its sequence.
         rule: chooses `state.draft_lens`; None keeps them.
         caches: for each model its lengths, int64 [batch], and whether it has stepped `drafted + 1` tokens
@@ -105,9 +105,12 @@ def commit(
         int64 [batch, 2 + drafted + 1]: the count of tokens committed, the next draft length (-1 when
         done), and the tokens, of which the first are committed.
     """
-    if backend(state.output.device) == "numba":
-        from .cpu.commit import commit as compiled
-
+    kind = backend(state.output.device)
+    if kind != "torch":
+        if kind == "numba":
+            from .cpu.commit import commit as compiled
+        else:
+            from .gpu.commit import commit as compiled
         return compiled(
             state, draft_tokens, accepted_lens, next_token, expected_acceptance, eos_token_ids, rule, caches
         )
@@ -129,7 +132,8 @@ def commit(
     state.drafted.add_(lens)
     state.tested.add_(tested)
     state.accepted.add_(accepted)
-    state.expected.add_((expected_acceptance * is_tested).sum(dim=1))
+    if expected_acceptance is not None:
+        state.expected.add_(torch.where(is_tested, expected_acceptance, 0.0).sum(dim=1))
     state.tested_at[:drafted].add_(is_tested.sum(dim=0))
     state.accepted_at[:drafted].add_((column[:drafted] < accepted[:, None]).sum(dim=0))
     if rule is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .backend import backend
-from .filters import Sampling, warp
+from .filters import Sampling, plain_or_warped, warp
 from .mix import Coefficients, draft_logits
 from .noise import NoiseKey, Stream
 
@@ -25,6 +25,7 @@ def draft_step(
     row: int,
     vocab_size: int,
     correction: Tensor | None = None,
+    measures: Tensor | None = None,
 ) -> Tensor:
     """Draw one token a sequence from the draft law, or take its argmax at temperature 0.
 
@@ -36,26 +37,31 @@ def draft_step(
         base: the small base's logits, read only where the draft law includes it.
         noise, stream, row: the draw is that of this row of the round's noise.
         correction: finite float32 [batch, vocab_size], added to the draft law's logits.
+        measures: float32 [3, batch], into which are written the token's log-probability in the draft law, and
+            that law's entropy in nats and largest probability, after temperature and filters, and before them
+            at temperature 0.
 
     Returns:
         int64 [batch].
     """
-    if not sampling.filtered and backend(tuned[0].device) == "numba":
-        from .cpu import sampler
-
+    kind = backend(tuned[0].device)
+    if kind == "triton" or (kind == "numba" and not sampling.filtered and measures is None):
+        # A base or a correction that is not there has weight 0.
         logits = [*tuned, tuned[0] if base is None else base]
         logits += [] if correction is None else [correction]
         shared = stream is Stream.SHARED
-        return sampler.draft(
-            [rows[:, None] for rows in logits],
-            coefficients.draft_weights[:, 1 : 1 + len(logits)],
-            sampling.temperature,
-            noise.seeds,
-            noise.positions + row if shared else noise.rounds,
-            0 if shared else row,
-            int(stream),
-            vocab_size,
-        )
+        address = (
+            noise.seeds, noise.positions + row if shared else noise.rounds, 0 if shared else row, int(stream)
+        )  # fmt: skip
+        rows = [part[:, None] for part in logits]
+        weights = coefficients.draft_weights[:, 1 : 1 + len(logits)]
+        if kind == "triton":
+            from .gpu.draft import draft as on_gpu
+
+            return on_gpu(rows, weights, sampling, *address, vocab_size, measures)
+        from .cpu import sampler
+
+        return sampler.draft(rows, weights, sampling.temperature, *address, vocab_size)
     mixed = draft_logits(
         [rows[:, None] for rows in tuned],
         None if base is None else base[:, None],
@@ -63,6 +69,20 @@ def draft_step(
         vocab_size,
         None if correction is None else correction[:, None],
     )
+    token = _race(mixed, sampling, noise, stream, row, vocab_size)
+    if measures is None:
+        return token
+    log_law = plain_or_warped(mixed, sampling)[:, 0]
+    law = log_law.exp()
+    measures[0] = log_law.gather(1, token[:, None])[:, 0]
+    measures[1] = -torch.where(law > 0, law * log_law, 0.0).sum(dim=1)
+    measures[2] = law.amax(dim=1)
+    return token
+
+
+def _race(
+    mixed: Tensor, sampling: Sampling, noise: NoiseKey, stream: Stream, row: int, vocab_size: int
+) -> Tensor:
     if sampling.all_greedy:
         return mixed[:, 0].argmax(dim=-1)
     gumbel = noise.gumbel(stream, torch.full((1,), row, device=mixed.device), vocab_size)[:, 0]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .mix import top_p_set
 
-__all__ = ["Sampling", "warp"]
+__all__ = ["Sampling", "plain_or_warped", "warp"]
 
 
 @dataclass(frozen=True)
@@ -73,3 +73,13 @@ def warp(logits: Tensor, sampling: Sampling) -> Tensor:
     if sampling.filtered:
         log_law = torch.log_softmax(log_law, dim=-1)
     return log_law
+
+
+def plain_or_warped(logits: Tensor, sampling: Sampling) -> Tensor:
+    """`warp`, but for sequences of temperature 0 the log-probabilities before temperature and filters."""
+    if not sampling.any_greedy:
+        return warp(logits, sampling)
+    plain = warp(logits, Sampling(torch.ones_like(sampling.temperature)))
+    if sampling.all_greedy:
+        return plain
+    return torch.where((sampling.temperature == 0)[:, None, None], plain, warp(logits, sampling))

@@ -54,6 +54,10 @@ def recall(memory: DraftMemory, token: Tensor, beta: Tensor) -> Tensor:
     It is beta times half the mean, drawn half-way to the last log-ratio after the same token if there is one.
     `beta` is float32 [batch].
     """
+    if backend(token.device) == "triton":
+        from .gpu.memory import recall as compiled
+
+        return compiled(memory, token, beta)
     slots = memory.tokens.shape[1]
     slot = torch.arange(slots, device=token.device)
     # How long ago each slot was written: the newest of those that match is wanted.
@@ -76,9 +80,12 @@ def remember(
         accepted_lens: int64 [batch]; rows 0..accepted_lens are kept.
         done: bool [batch], sequences that had ended before the round: they keep nothing.
     """
-    if backend(large.device) == "numba":
-        from .cpu.memory import remember as compiled
-
+    kind = backend(large.device)
+    if kind != "torch":
+        if kind == "numba":
+            from .cpu.memory import remember as compiled
+        else:
+            from .gpu.memory import remember as compiled
         compiled(memory, large, base, block, accepted_lens, done)
         return
     vocab_size, slots = memory.mean.shape[1], memory.tokens.shape[1]

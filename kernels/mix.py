@@ -60,6 +60,21 @@ class Coefficients:
         return torch.cat([self.beta[:, None], self.alpha, base[:, None], nothing[:, None]], dim=1)
 
     @cached_property
+    def plain_weights(self) -> Tensor:
+        """float32 [batch, models + 1]: the same for the law without the large model's delta."""
+        base = 1 - self.alpha.sum(dim=1)
+        nothing = torch.zeros_like(base)
+        return torch.cat([nothing[:, None], self.alpha, base[:, None], nothing[:, None]], dim=1)
+
+    @cached_property
+    def delta_weights(self) -> Tensor:
+        """float32 [batch, models + 1]: the same for the large model's delta alone."""
+        nothing = torch.zeros_like(self.alpha)
+        return torch.cat(
+            [self.beta[:, None], nothing, -self.beta[:, None], torch.zeros_like(self.beta)[:, None]], dim=1
+        )
+
+    @cached_property
     def draft_weights(self) -> Tensor:
         """float32 [batch, models + 1]: the same for the draft law's logits."""
         nothing = torch.zeros_like(self.beta)

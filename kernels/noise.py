@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .backend import backend
+
 __all__ = [
     "NoiseKey", "Stream", "derive_seeds", "exponential_noise", "gumbel_noise", "philox_rounds",
     "uniform_noise",
@@ -133,6 +135,10 @@ def exponential_noise(
     Arguments as in `uniform_noise`. Returns float32 [batch, rows, vocab_size], positive and finite,
     with full relative precision near 0, where races over large vocabularies are decided.
     """
+    if backend(seeds.device) == "triton":
+        from .gpu.noise import exponential_noise as compiled
+
+        return compiled(seeds, counters, rows, stream, vocab_size)
     words = _philox_blocks(seeds, counters, rows, stream, -(-vocab_size // 4))
     lanes = torch.stack([word.to(torch.float32) for word in words], dim=-1).flatten(-2)
     return _minus_uniform(lanes[..., :vocab_size]).log1p_().neg_()

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .backend import backend
-from .filters import Sampling, warp
+from .filters import Sampling, plain_or_warped, warp
 from .mix import Coefficients, draft_logits, target_logits
 from .noise import NoiseKey, Stream, exponential_noise, uniform_noise
 
@@ -41,16 +41,18 @@ class Verdict:
     Attributes:
         accepted_lens: int64 [batch], drafted tokens accepted, 0..draft_lens.
         next_token: int64 [batch], the replacement or bonus token.
-        expected_acceptance: float32 [batch, drafted], sum min(p, q) at each drafted row, the chance that
-            the token rule accepts there; for a greedy sequence 1 where draft and target agree, else 0.
-        target_log_law: float32 [batch, rows, vocab], the target after temperature and filters; for a
-            greedy sequence, before them.
+        expected_acceptance: float32 [batch, drafted], sum min(p, q) at each row of a sequence's own draft,
+            the chance that the token rule accepts there; for a greedy sequence 1 where draft and target
+            agree, else 0. None if not asked for.
+        log_probs: float32 [batch, drafted + 1], the target's log-probability of each drafted token up to
+            `accepted_lens` and there of `next_token`, after temperature and filters; for a greedy sequence,
+            before them. None if not asked for.
     """
 
     accepted_lens: Tensor
     next_token: Tensor
-    expected_acceptance: Tensor
-    target_log_law: Tensor
+    expected_acceptance: Tensor | None
+    log_probs: Tensor | None
 
 
 def verify(
@@ -66,6 +68,7 @@ def verify(
     rule: AcceptanceRule,
     vocab_size: int,
     correction: Tensor | None = None,
+    statistics: bool = True,
 ) -> Verdict:
     """Accept a prefix of each sequence's draft and draw the token that follows it.
 
@@ -80,12 +83,24 @@ def verify(
         sampling: of the target; draft_sampling: of the draft.
         noise: seeds and counters of the round.
         correction: finite float32 [batch, drafted, vocab_size], added to the logits the draft was drawn from.
+        statistics: whether `expected_acceptance` and `log_probs` are wanted, which may cost a second read.
 
     Returns:
         A `Verdict`; with `drafted` 0 it is plain sampling from the target.
     """
+    kind = backend(large.device)
+    if kind == "triton":
+        from .gpu import verify as on_gpu
+
+        logits_of_all = [large, *tuned, base] if correction is None else [large, *tuned, base, correction]
+        return Verdict(
+            *on_gpu.verify(
+                logits_of_all, draft_tokens, draft_lens, coefficients, sampling, draft_sampling, noise,
+                (_ACCEPT, _RESIDUAL, _SHARED), rule, vocab_size, statistics,
+            )
+        )  # fmt: skip
     unfiltered = not (sampling.filtered or draft_sampling.filtered or coefficients.filtered)
-    if unfiltered and backend(large.device) == "numba":
+    if unfiltered and kind == "numba":
         from .cpu import sampler
 
         return Verdict(
@@ -110,7 +125,8 @@ def verify(
     rows = torch.arange(drafted + 1, device=logits.device)
     submitted = rows[:drafted] < draft_lens[:, None]
     if sampling.all_greedy:
-        return _greedy_verdict(logits, draft_tokens, submitted)
+        decided = _accept_greedily(logits, draft_tokens, submitted)
+        return _verdict(*decided, logits, sampling, draft_tokens, statistics)
 
     log_target = warp(logits, sampling)
     target = log_target.exp()
@@ -135,17 +151,31 @@ def verify(
         else:
             accepted, scale = _accept_block(target, draft, log_ratio, uniform, draft_lens, submitted)
         next_token = _draw_replacement(target, draft, accepted, draft_lens, scale, noise)
-    verdict = Verdict(accepted, next_token, torch.minimum(target[:, :drafted], draft).sum(dim=-1), log_target)
-    if not sampling.any_greedy:
-        return verdict
-    plain = _greedy_verdict(logits, draft_tokens, submitted)
-    greedy = sampling.temperature == 0
-    return Verdict(
-        torch.where(greedy, plain.accepted_lens, verdict.accepted_lens),
-        torch.where(greedy, plain.next_token, verdict.next_token),
-        torch.where(greedy[:, None], plain.expected_acceptance, verdict.expected_acceptance),
-        torch.where(greedy[:, None, None], plain.target_log_law, verdict.target_log_law),
-    )
+    overlap = torch.minimum(target[:, :drafted], draft).sum(dim=-1)
+    if sampling.any_greedy:
+        greedy = sampling.temperature == 0
+        plain_accepted, plain_next, agreement = _accept_greedily(logits, draft_tokens, submitted)
+        accepted = torch.where(greedy, plain_accepted, accepted)
+        next_token = torch.where(greedy, plain_next, next_token)
+        overlap = torch.where(greedy[:, None], agreement, overlap)
+    return _verdict(accepted, next_token, overlap, logits, sampling, draft_tokens, statistics)
+
+
+def _verdict(
+    accepted: Tensor,
+    next_token: Tensor,
+    overlap: Tensor,
+    logits: Tensor,
+    sampling: Sampling,
+    draft_tokens: Tensor,
+    statistics: bool,
+) -> Verdict:
+    if not statistics:
+        return Verdict(accepted, next_token, None, None)
+    log_law = plain_or_warped(logits, sampling)
+    tokens = torch.cat([draft_tokens, next_token[:, None]], dim=1)
+    tokens.scatter_(1, accepted[:, None], next_token[:, None])
+    return Verdict(accepted, next_token, overlap, log_law.gather(-1, tokens[..., None])[..., 0])
 
 
 def _take(rows: Tensor, index: Tensor) -> Tensor:
@@ -167,10 +197,13 @@ def _accept_equal(winners: Tensor, draft_tokens: Tensor, submitted: Tensor) -> t
     return accepted, _take(winners, accepted)
 
 
-def _greedy_verdict(logits: Tensor, draft_tokens: Tensor, submitted: Tensor) -> Verdict:
+def _accept_greedily(
+    logits: Tensor, draft_tokens: Tensor, submitted: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Accepted lengths and next tokens, int64 [batch]; where the draft agrees, float32 [batch, drafted]."""
     winners = logits.argmax(dim=-1)
     agreement = (winners[:, :-1] == draft_tokens).to(torch.float32)
-    return Verdict(*_accept_equal(winners, draft_tokens, submitted), agreement, logits)
+    return *_accept_equal(winners, draft_tokens, submitted), agreement
 
 
 def _accept_block(

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Before anything imports Triton: without a GPU its kernels run in the interpreter.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 _CHI_SQUARE = "chi_square"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--every-law", action="store_true", help="also in Triton's interpreter, which is slow")
+
+
+def is_interpreted(backend: str, request: pytest.FixtureRequest) -> bool:
+    """Whether a test with kernels of `backend` should spare Triton's interpreter."""
+    slow = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    return slow and not request.config.getoption("--every-law")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -16,11 +31,11 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(params=["torch", "numba"])
+@pytest.fixture(params=["torch", "numba", "triton"])
 def each_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Runs a test with every implementation of the kernels that a CPU has."""
-    if request.param == "numba":
-        pytest.importorskip("numba", reason="the extra [cpu] is not installed")
+    if request.param != "torch":
+        pytest.importorskip(request.param, reason=f"{request.param} is not installed")
     monkeypatch.setenv("SPECULATIVE_EFT_BACKEND", request.param)
     return str(request.param)
 

@@ -24,13 +24,15 @@ def commit(
     draft_tokens: Tensor,
     accepted_lens: Tensor,
     next_token: Tensor,
-    expected_acceptance: Tensor,
+    expected_acceptance: Tensor | None,
     eos_token_ids: Tensor,
     rule: DraftLengthRule | None,
     caches: Sequence[tuple[Tensor, bool]],
 ) -> Tensor:
     """`kernels.commit` of tensors in the host's memory."""
     batch, drafted = draft_tokens.shape
+    if expected_acceptance is None:
+        expected_acceptance = torch.zeros(batch, drafted)
     report = torch.empty(batch, 2 + drafted + 1, dtype=torch.int64)
     _commit(
         state.last_token.numpy(), state.rounds.numpy(), state.positions.numpy(), state.generated.numpy(),

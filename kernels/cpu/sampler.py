@@ -98,6 +98,7 @@ def verify(
     next_tokens = torch.empty(batch, dtype=torch.int64)
     expected = torch.empty(batch, drafted)
     log_target = torch.empty(batch, drafted + 1, vocab_size)
+    log_probs = torch.empty(batch, drafted + 1)
     use_threads()
     _verify(
         table, target_weights[:, : len(logits)].contiguous().numpy(),
@@ -105,9 +106,9 @@ def verify(
         draft_tokens.contiguous().numpy(), draft_lens.contiguous().numpy(), temperature.contiguous().numpy(),
         draft_temperature.contiguous().numpy(), seeds.contiguous().numpy(), counters.contiguous().numpy(),
         positions.contiguous().numpy(), np.array(streams), rule, accepted.numpy(), next_tokens.numpy(),
-        expected.numpy(), log_target.numpy(),
+        expected.numpy(), log_target.numpy(), log_probs.numpy(),
     )  # fmt: skip
-    return accepted, next_tokens, expected, log_target
+    return accepted, next_tokens, expected, log_probs
 
 
 @compiled(f"void({TABLES}, {VECTOR}, int64, int64, {VECTOR})")
@@ -244,7 +245,7 @@ def _laws_share(
 ) -> None:
     """One row's laws, and what compares them at the drafted token or races for the winner.
 
-    For a greedy sequence `target` and `draft` stay unset, and `log_ratio` is unused.
+    For a greedy sequence `draft` stays unset, and `log_ratio` is unused.
     """
     rows = log_target.shape[1]
     sequence, row = share // rows, share % rows
@@ -253,6 +254,7 @@ def _laws_share(
     _mix(table, target_weights[sequence], sequence, row, logits)
     if temperature[sequence] == FLOAT(0):
         winners[sequence, row] = _argmax(logits)
+        _normalise(logits, FLOAT(1), law)
         return
     _normalise(logits, temperature[sequence], law)
     if rule == _SHARED_SEED:
@@ -431,7 +433,7 @@ def _decide(
 
 @entry(
     f"void({TABLES}, {MATRIX}, {MATRIX}, {TABLES}, {TABLE}, {VECTOR}, {VECTOR}, {TABLE}, {TABLE}, {TABLE}, "
-    f"{TABLE}, int64, {TABLE}, {TABLE}, {MATRIX}, {CUBE})"
+    f"{TABLE}, int64, {TABLE}, {TABLE}, {MATRIX}, {CUBE}, {MATRIX})"
 )
 def _verify(
     table: Any,
@@ -450,6 +452,7 @@ def _verify(
     next_tokens: Any,
     expected: Any,
     log_target: Any,
+    log_probs: Any,
 ) -> None:
     batch, rows, vocab_size = log_target.shape
     target = np.empty((batch, rows, vocab_size), FLOAT)
@@ -464,3 +467,8 @@ def _verify(
         draft_tokens, draft_lens, temperature, seeds, counters, streams, rule, target, draft, log_ratio,
         winners, accepted, next_tokens, expected,
     )  # fmt: skip
+    for sequence in range(batch):
+        count = accepted[sequence]
+        for row in range(count):
+            log_probs[sequence, row] = log_target[sequence, row, draft_tokens[sequence, row]]
+        log_probs[sequence, count] = log_target[sequence, count, next_tokens[sequence]]

@@ -6,6 +6,7 @@ import pytest
 
 from speculative_eft.decoding import EFTConfig, NaiveEFTDecoder
 
+from ..conftest import is_interpreted
 from ..table_models import random_tables
 from .sampling import Record, assert_exact, compare_with_law
 
@@ -41,6 +42,9 @@ LAWS: list[tuple[str, dict[str, object], dict[str, float], int]] = [
 ]
 
 
+LAW_NAMES = [law[0] for law in LAWS]
+
+
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("drafted", [1, 2, 3, 5, 8])
 def test_every_rule_and_draft_length(rule: str, drafted: int, record_chi_square: Record) -> None:
@@ -51,28 +55,36 @@ def test_every_rule_and_draft_length(rule: str, drafted: int, record_chi_square:
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize(("name", "fields", "options", "experts"), LAWS, ids=[law[0] for law in LAWS])
+@pytest.mark.parametrize(("name", "fields", "options", "experts"), LAWS, ids=LAW_NAMES)
 def test_every_law(
     rule: str,
     name: str,
     fields: dict[str, object],
     options: dict[str, float],
     experts: int,
+    each_backend: str,
+    request: pytest.FixtureRequest,
     record_chi_square: Record,
 ) -> None:
+    if is_interpreted(each_backend, request) and LAW_NAMES.index(name) % 3 != RULES.index(rule):
+        pytest.skip("Triton's interpreter is slow: a rule a law, or all with --every-law")
     config = EFTConfig(**{"acceptance": rule, "draft_tokens": 3, **fields})
     results = compare_with_law(random_tables(11, 4, experts), config, options, 8, COPIES)
     assert_exact(results, record_chi_square)
 
 
-@pytest.mark.parametrize(("name", "fields", "options", "experts"), LAWS, ids=[law[0] for law in LAWS])
+@pytest.mark.parametrize(("name", "fields", "options", "experts"), LAWS, ids=LAW_NAMES)
 def test_naive_decoder(
     name: str,
     fields: dict[str, object],
     options: dict[str, float],
     experts: int,
+    each_backend: str,
+    request: pytest.FixtureRequest,
     record_chi_square: Record,
 ) -> None:
+    if is_interpreted(each_backend, request) and LAW_NAMES.index(name) % 4:
+        pytest.skip("Triton's interpreter is slow: every fourth law, or all with --every-law")
     results = compare_with_law(
         random_tables(12, 4, experts), EFTConfig(**fields), options, 6, COPIES, decoder=NaiveEFTDecoder
     )

@@ -1,0 +1,221 @@
+"""One draft step in Triton, in one launch: mix, temperature and filters, noise, and the race."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..filters import Sampling
+from .filters import draft_records
+from .noise import exponential_tile
+from .specialisation import Specialisation, models_signature
+from .tile import (
+    arrive,
+    best_split,
+    boundary,
+    load_logits,
+    load_record,
+    mix,
+    pack,
+    power_of_two,
+    tile_shape,
+    zeros_kept,
+)
+
+__all__ = ["draft", "specialisations"]
+
+_FIELDS = 6
+"""Partial results of a split: best score, its id and scaled logit, the largest, the mass, and its mean
+logit."""
+
+
+class Step(NamedTuple):
+    """What is drawn; an argument of kernels.
+
+    Attributes:
+        temperature: float32 [batch], 0 for greedy.
+        seeds, counters: int64 [batch].
+        row: the address's row.
+        records: float32 [batch, 1, RECORD], the laws after filters; anything without.
+        batch, vocab_size: integers.
+    """
+
+    temperature: Any
+    seeds: Any
+    counters: Any
+    row: Any
+    records: Any
+    batch: Any
+    vocab_size: Any
+
+
+class Drawn(NamedTuple):
+    """Where the kernel writes: tokens int64 [batch], and if wanted `measures` float32 [3, batch]."""
+
+    tokens: Any
+    measures: Any
+    partials: Any
+    arrivals: Any
+
+
+@triton.jit
+def _choose(
+    step,
+    drawn,
+    splits,
+    sequence,
+    valid,
+    MEASURED: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """The best of the splits, and the law's measures."""
+    field = step.batch.to(tl.int64) * splits
+    all_splits = tl.arange(0, SPLITS)[None, :]
+    wanted = valid & (all_splits < splits)
+    places = drawn.partials + sequence * splits + all_splits
+    scores = tl.load(places, mask=wanted, other=float("-inf"))
+    winners = tl.load(places + field, mask=wanted, other=0.0).to(tl.int32)
+    _, token = best_split(scores, tl.where(wanted, winners, 2147483647), 1)
+    tl.store(drawn.tokens + sequence, token.to(tl.int64), mask=valid)
+    if MEASURED:
+        at_winner = tl.load(places + 2 * field, mask=wanted & (winners == token), other=float("-inf"))
+        highest = tl.load(places + 3 * field, mask=wanted, other=float("-inf"))
+        mass = tl.load(places + 4 * field, mask=wanted, other=0.0)
+        moment = tl.load(places + 5 * field, mask=wanted, other=0.0)
+        top = tl.max(highest, axis=1, keep_dims=True)
+        lower = tl.where(mass > 0.0, highest - top, 0.0)
+        weight = tl.where(mass > 0.0, tl.exp(lower), 0.0)
+        whole = tl.sum(mass * weight, axis=1, keep_dims=True)
+        # Without a law the row is the point mass on id 0.
+        is_law = whole > 0.0
+        whole = tl.where(is_law, whole, 1.0)
+        mean = tl.sum(weight * (moment + mass * lower), axis=1, keep_dims=True) / whole
+        log_prob = tl.max(at_winner, axis=1, keep_dims=True) - top - tl.log(whole)
+        tl.store(drawn.measures + sequence, tl.where(is_law, log_prob, 0.0), mask=valid)
+        measures = drawn.measures + step.batch
+        tl.store(measures + sequence, tl.where(is_law, tl.log(whole) - mean, 0.0), mask=valid)
+        tl.store(measures + step.batch + sequence, 1.0 / whole, mask=valid)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _draft(
+    models,
+    step,
+    drawn,
+    splits,
+    STREAM: tl.constexpr,
+    FILTERED: tl.constexpr,
+    MEASURED: tl.constexpr,
+    SEQUENCES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    split = tl.program_id(1)
+    unclamped = tile.to(tl.int64) * SEQUENCES + tl.arange(0, SEQUENCES)[:, None]
+    valid = unclamped < step.batch
+    sequence = tl.minimum(unclamped, step.batch - 1)
+    ids = split * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    inside = valid & (ids < step.vocab_size)
+    mixed = mix(models, models.draft_weights, sequence, 0, ids, inside, False)
+    temperature = tl.load(step.temperature + sequence)
+    scaled = mixed / tl.where(temperature == 0.0, 1.0, temperature)
+    score = mixed
+    if FILTERED:
+        _, _, cut, cut_id = load_record(step.records, sequence, valid)
+        kept = boundary(scaled, ids, cut, cut_id)
+        score = tl.where(kept, score, float("-inf"))
+        scaled = tl.where(kept, scaled, float("-inf"))
+    seed = tl.load(step.seeds + sequence)
+    counter = tl.load(step.counters + sequence)
+    noise = exponential_tile(seed, counter, tl.zeros_like(seed) + step.row, STREAM, split, COLUMNS)
+    # Noise that is scaled instead of logits makes temperature 0 the argmax.
+    score -= temperature * tl.log(noise)
+    best, winner = best_split(score, ids, 1)
+    field = step.batch.to(tl.int64) * splits
+    place = drawn.partials + sequence * splits + split
+    tl.store(place, best, mask=valid)
+    tl.store(place + field, winner.to(tl.float32), mask=valid)
+    if MEASURED:
+        at_winner = tl.max(tl.where(ids == winner, scaled, float("-inf")), axis=1, keep_dims=True)
+        highest = tl.max(scaled, axis=1, keep_dims=True)
+        depth = tl.where(scaled > float("-inf"), scaled - highest, float("-inf"))
+        weight = tl.exp(depth)
+        moment = tl.sum(tl.where(weight > 0.0, weight * depth, 0.0), axis=1, keep_dims=True)
+        tl.store(place + 2 * field, at_winner, mask=valid)
+        tl.store(place + 3 * field, highest, mask=valid)
+        tl.store(place + 4 * field, tl.sum(weight, axis=1, keep_dims=True), mask=valid)
+        tl.store(place + 5 * field, moment, mask=valid)
+
+    if arrive(drawn.arrivals, tile, splits):
+        _choose(step, drawn, splits, sequence, valid, MEASURED, SPLITS)
+
+
+def draft(
+    logits: Sequence[Tensor],
+    weights: Tensor,
+    sampling: Sampling,
+    seeds: Tensor,
+    counters: Tensor,
+    row: int,
+    stream: int,
+    vocab_size: int,
+    measures: Tensor | None,
+) -> Tensor:
+    """One token a sequence from the law of the weighted `logits`, each [batch, 1, >= vocab_size].
+
+    `weights` is float32 [batch, models]; the draw is that of `exponential_noise` at (seeds, counters, row).
+    `measures` as in `kernels.draft_step`. Returns int64 [batch].
+    """
+    temperature = sampling.temperature
+    batch, device = temperature.shape[0], temperature.device
+    shape = tile_shape(vocab_size)
+    tiles = -(-batch // shape.sequences)
+    models = pack(logits, weights, weights)
+    records = draft_records(models, sampling, vocab_size) if sampling.filtered else None
+    tokens = torch.empty(batch, dtype=torch.int64, device=device)
+    partials = torch.empty(_FIELDS * batch * shape.splits, device=device)
+    step = Step(
+        temperature, seeds, counters, row, partials if records is None else records, batch, vocab_size
+    )
+    drawn = Drawn(
+        tokens, partials if measures is None else measures, partials, zeros_kept("arrivals", device, tiles)
+    )
+    _draft[(tiles, shape.splits)](
+        models, step, drawn, shape.splits, STREAM=stream, FILTERED=records is not None,
+        MEASURED=measures is not None, SEQUENCES=shape.sequences, COLUMNS=shape.columns,
+        SPLITS=power_of_two(shape.splits), num_warps=shape.warps,
+    )  # fmt: skip
+    return tokens
+
+
+def specialisations() -> Iterator[Specialisation]:
+    """One or two models of one dtype, with and without a correction, filters, and measures."""
+    step = Step("*fp32", "*i64", "*i64", "i32", "*fp32", "i32", "i32")
+    for dtype in ("bf16", "fp16", "fp32"):
+        for models, corrected, filtered, measured in (
+            (1, False, False, False), (2, False, False, True), (2, True, False, True), (2, True, True, True),
+        ):  # fmt: skip
+            options = {"corrected": corrected, "filtered": filtered, "measured": measured}
+            yield Specialisation(
+                operation="draft",
+                name=" ".join([f"{dtype} {models} models", *(key for key, used in options.items() if used)]),
+                kernel=_draft,
+                signature={
+                    "models": models_signature(dtype, models, corrected), "step": step,
+                    "drawn": Drawn("*i64", "*fp32", "*fp32", "*i32"), "splits": "i32",
+                },
+                constants={
+                    "STREAM": 0, "FILTERED": filtered, "MEASURED": measured, "SEQUENCES": 1, "COLUMNS": 4096,
+                    "SPLITS": 32,
+                },
+                divisible=frozenset({"models.logits", "models.strides", "step.vocab_size"}),
+                num_warps=8,
+                launches=2 if filtered else 1,
+                wide_loads=(load_logits,),
+            )  # fmt: skip

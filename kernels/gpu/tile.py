@@ -1,0 +1,315 @@
+"""What the Triton kernels share: how sequences and the vocabulary become tiles, and a tile's logits and law.
+
+A program works on a tile of `sequences` x `columns`: one row (the same in all of them) of a few sequences,
+and one split of the vocabulary. Vocabularies of up to 4,096 ids have one split and several sequences a
+program; larger ones have a sequence a program, so that a single one fills the device. Neither depends on the
+batch, so neither do a sequence's sums: its result is the same whoever shares the batch.
+
+Rows are described by records of `RECORD` float32 numbers, in this order: the largest scaled logit, the
+logarithm of the sum of the exponentials less that, and the cut: the smallest scaled logit that is kept, and
+the smallest id kept among those equal to it; then the id of the largest logit. Ids are exact in float32. A
+record of the conservative filter's set has as its sixth number what the delta of a token inside it is
+shifted by.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = [
+    "INTERPRETED",
+    "RECORD",
+    "Models",
+    "Shape",
+    "arrive",
+    "best_split",
+    "boundary",
+    "cut_law",
+    "gather_logits",
+    "load_logits",
+    "load_record",
+    "mix",
+    "mix_both",
+    "mix_laws",
+    "mix_target",
+    "pack",
+    "power_of_two",
+    "store_record",
+    "tile_shape",
+    "zeros_kept",
+]  # fmt: skip
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether kernels run in Triton's interpreter, on a CPU; as Triton itself reads it."""
+
+LARGEST_SPLIT = 4096
+RECORD = tl.constexpr(8)
+
+# The interpreter takes milliseconds a program, however large its tile is.
+_MOST_SEQUENCES = 32_768 if INTERPRETED else 32
+
+_zeros: dict[tuple[str, torch.device, int], list[Tensor]] = {}
+
+
+class Models(NamedTuple):
+    """The models' logits and how they are mixed; an argument of kernels.
+
+    Attributes:
+        logits: tensors [batch, rows, >= vocab], of which the last may be a correction of the draft.
+        strides: for each its batch stride and its row stride, in elements.
+        target_weights, draft_weights: float32 [batch, weight_stride], the models' weights in either law.
+        weight_stride: numbers from one sequence's weights to the next one's.
+        plain_weights, delta_weights: with the conservative filter the weights of the law without the scale
+            delta and those of that delta, else as `target_weights`.
+        sets: with the conservative filter the records [batch, set_stride, RECORD] of its sets, else anything.
+    """
+
+    logits: Any
+    strides: Any
+    target_weights: Any
+    draft_weights: Any
+    weight_stride: Any
+    plain_weights: Any
+    delta_weights: Any
+    sets: Any
+    set_stride: Any
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a vocabulary is cut: `splits` of `columns` ids, and `sequences` that share a program."""
+
+    sequences: int
+    columns: int
+    splits: int
+    warps: int
+
+
+def power_of_two(count: int) -> int:
+    """The next power of two, at least 1."""
+    return 1 << max(count - 1, 0).bit_length()
+
+
+def tile_shape(vocab_size: int) -> Shape:
+    """The tiles for a vocabulary."""
+    columns = min(max(power_of_two(vocab_size), 4), LARGEST_SPLIT)
+    sequences = min(max(_MOST_SEQUENCES * 4 // columns, 1), _MOST_SEQUENCES) if columns < LARGEST_SPLIT else 1
+    return Shape(sequences, columns, -(-vocab_size // columns), 8)
+
+
+def pack(logits: Sequence[Tensor], target_weights: Tensor, draft_weights: Tensor) -> Models:
+    """The argument of kernels for `logits`, each [batch, rows, >= vocab] of any strides, without the filter.
+
+    Weights are float32 [batch, >= models].
+    """
+    rows = [part if part.stride(2) == 1 else part.contiguous() for part in logits]
+    return Models(
+        logits=tuple(rows),
+        strides=tuple((part.stride(0), part.stride(1)) for part in rows),
+        target_weights=target_weights,
+        draft_weights=draft_weights,
+        weight_stride=draft_weights.stride(0),
+        plain_weights=target_weights,
+        delta_weights=target_weights,
+        sets=target_weights,
+        set_stride=logits[0].shape[1],
+    )
+
+
+def zeros_kept(purpose: str, device: torch.device, count: int) -> Tensor:
+    """Zeros, int32, at least `count`, which kernels leave as zeros: always the same for a purpose.
+
+    Launches on one stream follow each other, so they may share them.
+    """
+    stream = torch.cuda.current_stream(device).stream_id if device.type == "cuda" else 0
+    kept = _zeros.setdefault((purpose, device, stream), [])
+    if not kept or kept[-1].shape[0] < count:
+        # Smaller ones stay: a captured graph may have their address.
+        kept.append(torch.zeros(max(power_of_two(count), 1024), dtype=torch.int32, device=device))
+    return kept[-1]
+
+
+@triton.jit
+def arrive(counters, tile, programs):
+    """Whether this program is the last of its tile's `programs`; what they stored may then be read."""
+    tl.debug_barrier()
+    last = tl.atomic_add(counters + tile, 1, sem="acq_rel") == programs - 1
+    if last:
+        tl.store(counters + tile, 0)
+    tl.debug_barrier()
+    return last
+
+
+@triton.jit
+def load_logits(pointer, offsets, mask):
+    """A tile of neighbouring logits in float32."""
+    return tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def gather_logits(pointer, offsets, mask):
+    """Single logits in float32."""
+    return tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _finite(mixed, inside):
+    """-inf outside the vocabulary, and where a model that is consulted has no finite logit."""
+    return tl.where(inside & (tl.abs(mixed) <= 3.4028234663852886e38), mixed, float("-inf"))
+
+
+@triton.jit
+def mix(models, weights, sequence, row, ids, inside, GATHERED: tl.constexpr):
+    """A weighted sum of the models' logits of one row: float32 of the shape of `inside`, and -inf outside.
+
+    Args:
+        models: `Models`.
+        weights: float32 pointer [batch, models.weight_stride]. A model of weight 0 is not consulted.
+        sequence: int64 [sequences, 1]; row and ids broadcast with it to the shape of `inside`.
+        GATHERED: whether ids are single tokens, not neighbours.
+    """
+    total = tl.zeros(inside.shape, tl.float32)
+    for model in tl.static_range(len(models.logits)):
+        weight = tl.load(weights + sequence * models.weight_stride + model)
+        consulted = inside & (weight != 0.0)
+        offsets = sequence * models.strides[model][0] + row * models.strides[model][1] + ids
+        if GATHERED:
+            values = gather_logits(models.logits[model], offsets, consulted)
+        else:
+            values = load_logits(models.logits[model], offsets, consulted)
+        total = tl.where(consulted, tl.fma(values, weight + tl.zeros_like(values), total), total)
+    return _finite(total, inside)
+
+
+@triton.jit
+def mix_both(
+    models,
+    first_weights,
+    second_weights,
+    sequence,
+    row,
+    ids,
+    first_inside,
+    second_inside,
+    GATHERED: tl.constexpr,
+):
+    """Two sums as in `mix`, for which the logits are read once."""
+    first = tl.zeros(first_inside.shape, tl.float32)
+    second = tl.zeros(first_inside.shape, tl.float32)
+    for model in tl.static_range(len(models.logits)):
+        first_weight = tl.load(first_weights + sequence * models.weight_stride + model)
+        second_weight = tl.load(second_weights + sequence * models.weight_stride + model)
+        in_first = first_inside & (first_weight != 0.0)
+        in_second = second_inside & (second_weight != 0.0)
+        offsets = sequence * models.strides[model][0] + row * models.strides[model][1] + ids
+        if GATHERED:
+            values = gather_logits(models.logits[model], offsets, in_first | in_second)
+        else:
+            values = load_logits(models.logits[model], offsets, in_first | in_second)
+        first = tl.where(in_first, tl.fma(values, first_weight + tl.zeros_like(values), first), first)
+        second = tl.where(in_second, tl.fma(values, second_weight + tl.zeros_like(values), second), second)
+    return _finite(first, first_inside), _finite(second, second_inside)
+
+
+@triton.jit
+def mix_target(
+    models,
+    sequence,
+    row,
+    ids,
+    inside,
+    GATHERED: tl.constexpr,
+    CONSERVATIVE: tl.constexpr,
+):
+    """The target's logits before temperature; arguments as in `mix`.
+
+    With the conservative filter they are the logits of the law without the scale delta and, inside the set
+    that `models.sets` describes, that delta.
+    """
+    if CONSERVATIVE:
+        plain, delta = mix_both(
+            models, models.plain_weights, models.delta_weights, sequence, row, ids, inside, inside, GATHERED
+        )
+        record = models.sets + (sequence * models.set_stride + row) * RECORD
+        cut = tl.load(record + 2)
+        cut_id = tl.load(record + 3).to(tl.int32)
+        shift = tl.load(record + 5)
+        return tl.where(boundary(plain, ids, cut, cut_id), _finite(plain + (delta + shift), inside), plain)
+    return mix(models, models.target_weights, sequence, row, ids, inside, GATHERED)
+
+
+@triton.jit
+def mix_laws(
+    models,
+    sequence,
+    row,
+    ids,
+    target_inside,
+    draft_inside,
+    GATHERED: tl.constexpr,
+    CONSERVATIVE: tl.constexpr,
+):
+    """The target's and the draft's logits before temperature; arguments as in `mix`."""
+    if CONSERVATIVE:
+        target = mix_target(models, sequence, row, ids, target_inside, GATHERED, CONSERVATIVE)
+        draft = mix(models, models.draft_weights, sequence, row, ids, draft_inside, GATHERED)
+    else:
+        target, draft = mix_both(
+            models, models.target_weights, models.draft_weights, sequence, row, ids, target_inside,
+            draft_inside, GATHERED,
+        )  # fmt: skip
+    return target, draft
+
+
+@triton.jit
+def boundary(scaled, ids, cut, cut_id):
+    """Which tokens a cut keeps: those above it, and of those equal to it the ids from `cut_id` on."""
+    return (scaled > cut) | ((scaled == cut) & (ids >= cut_id))
+
+
+@triton.jit
+def load_record(records, index, mask):
+    """Largest scaled logit, log of the mass less it, and the cut of the rows at `index`, of its shape."""
+    record = records + index * RECORD
+    return (
+        tl.load(record, mask=mask, other=0.0),
+        tl.load(record + 1, mask=mask, other=0.0),
+        tl.load(record + 2, mask=mask, other=float("-inf")),
+        tl.load(record + 3, mask=mask, other=0.0).to(tl.int32),
+    )
+
+
+@triton.jit
+def store_record(records, index, highest, log_mass, cut, cut_id, winner, mask):
+    """Write the records of the rows at `index`; `winner` is the id of the largest logit."""
+    record = records + index * RECORD
+    tl.store(record, highest, mask=mask)
+    tl.store(record + 1, log_mass, mask=mask)
+    tl.store(record + 2, cut, mask=mask)
+    tl.store(record + 3, cut_id, mask=mask)
+    tl.store(record + 4, winner.to(tl.float32), mask=mask)
+
+
+@triton.jit
+def cut_law(scaled, ids, record, FILTERED: tl.constexpr):
+    """Log-probabilities of scaled logits; a row of only -inf is the point mass on id 0."""
+    highest, log_mass, cut, cut_id = record
+    law = scaled - highest - log_mass
+    if FILTERED:
+        law = tl.where(boundary(scaled, ids, cut, cut_id), law, float("-inf"))
+    return tl.where(highest == float("-inf"), tl.where(ids == 0, 0.0, float("-inf")), law)
+
+
+@triton.jit
+def best_split(values, ids, axis: tl.constexpr):
+    """The largest of `values` along `axis`, which is kept, and the smallest of the `ids` that have it."""
+    best = tl.max(values, axis=axis, keep_dims=True)
+    return best, tl.min(tl.where(values == best, ids, 2147483647), axis=axis, keep_dims=True)
