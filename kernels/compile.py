@@ -63,7 +63,7 @@ class Report:
     """What one variant takes on one target.
 
     Attributes:
-        registers: a thread; spills: bytes a thread, or on AMD registers; shared: bytes a program.
+        registers: a thread; spills: bytes of memory a thread; shared: bytes a program.
         load: bytes of the narrowest load that is meant to be wide; None where none is.
         launches: of the whole operation.
     """
@@ -112,6 +112,8 @@ def _compile(specialisation: Specialisation, target: str) -> Any:
         "num_stages": specialisation.num_stages,
         "enable_fp_fusion": True,
     }
+    if specialisation.registers is not None and TARGETS[target].backend == "cuda":
+        options["maxnreg"] = specialisation.registers
     return triton.compile(source, target=TARGETS[target], options=options)
 
 
@@ -156,7 +158,7 @@ def _narrowest_load(assembly: str, wide: Mapping[str, list[range]]) -> int | Non
 
 
 def _nvidia_resources(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread, and bytes of registers spilled."""
+    """Registers a thread, and bytes of memory it spills them to."""
     tools = Path(import_module("triton.backends.nvidia").__file__ or "").parent / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -171,7 +173,8 @@ def _amd_resources(assembly: str) -> tuple[int, int]:
     def number(name: str) -> int:
         return max((int(value) for value in re.findall(rf"\.{name}:\s+(\d+)", assembly)), default=0)
 
-    return number("vgpr_count"), number("vgpr_spill_count") + number("sgpr_spill_count")
+    # Scalar registers spill to lanes of vector registers, which is no memory.
+    return number("vgpr_count"), 4 * number("vgpr_spill_count") + number("private_segment_fixed_size")
 
 
 def report_on(specialisation: Specialisation, target: str) -> Report:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,19 +18,54 @@ _CHI_SQUARE = "chi_square"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--every-law", action="store_true", help="also in Triton's interpreter, which is slow")
+    parser.addoption("--every-law", action="store_true", help="also in Triton's interpreter, for an hour")
 
 
-def is_interpreted(backend: str, request: pytest.FixtureRequest) -> bool:
-    """Whether a test with kernels of `backend` should spare Triton's interpreter."""
-    slow = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    return slow and not request.config.getoption("--every-law")
+def is_interpreted(backend: str) -> bool:
+    """Whether kernels of `backend` run in Triton's interpreter, which is slow."""
+    return backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def is_spared(backend: str, request: pytest.FixtureRequest) -> bool:
+    """Whether kernels of `backend` run in Triton's interpreter and --every-law was not given."""
+    return is_interpreted(backend) and not request.config.getoption("--every-law")
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     """Small tensors on parallel test workers: more threads would only contend."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _patch_triton_once() -> None:
+    """Its interpreter prepares the language at each call inside a kernel; at each launch is enough."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    try:
+        import triton.language as tl
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    prepare: Any = interpreter._patch_lang
+    everything = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+    prepared: list[Any] = []
+
+    def prepare_once(function: Any) -> Any:
+        if prepared:
+            return None
+        scope = prepare(everything)
+        restore = scope.restore
+
+        def forget() -> None:
+            prepared.clear()
+            restore()
+
+        scope.restore = forget
+        prepared.append(scope)
+        return scope
+
+    interpreter._patch_lang = prepare_once
 
 
 @pytest.fixture(params=["torch", "numba", "triton"])

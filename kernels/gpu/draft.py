@@ -18,6 +18,7 @@ from .tile import (
     arrive,
     best_split,
     boundary,
+    launch_options,
     load_logits,
     load_record,
     mix,
@@ -189,7 +190,7 @@ def draft(
     _draft[(tiles, shape.splits)](
         models, step, drawn, shape.splits, STREAM=stream, FILTERED=records is not None,
         MEASURED=measures is not None, SEQUENCES=shape.sequences, COLUMNS=shape.columns,
-        SPLITS=power_of_two(shape.splits), num_warps=shape.warps,
+        SPLITS=power_of_two(shape.splits), **launch_options(shape.warps),
     )  # fmt: skip
     return tokens
 

@@ -26,9 +26,11 @@ from ..filters import Sampling
 from .specialisation import Specialisation, models_signature
 from .tile import (
     RECORD,
+    REGISTERS,
     Models,
     arrive,
     boundary,
+    launch_options,
     load_logits,
     mix,
     mix_target,
@@ -167,7 +169,7 @@ def _shift(models, search, rows, sequence, index, SPLITS: tl.constexpr):
     shift = 0.0
     for model in tl.static_range(len(models.logits)):
         weight = tl.load(models.delta_weights + sequence * models.weight_stride + model)
-        consulted = (splits < rows.splits) & (weight != 0.0)
+        consulted = splits < tl.where(weight != 0.0, rows.splits, 0)
         place = search.partials + (2 + 2 * model) * field + index * rows.splits + splits
         tops = tl.load(place, mask=consulted, other=float("-inf"))
         masses = tl.load(place + field, mask=consulted, other=0.0)
@@ -656,7 +658,7 @@ def _describe(
     if shape.splits == 1:
         _cut[(-(-batch // shape.sequences) * count,)](
             models, rows, lens_offset, **used, MIN_P=min_p, SEQUENCES=shape.sequences, COLUMNS=shape.columns,
-            ONE_SPLIT=True, **launch,
+            ONE_SPLIT=True, **(launch | launch_options(shape.warps, REGISTERS)),
         )  # fmt: skip
         return
     every, device = batch * count, records.device
@@ -678,7 +680,7 @@ def _describe(
         rows = rows._replace(splits=-(-vocab_size // _REREAD_COLUMNS))
         _cut[(every,)](
             models, rows, lens_offset, **used, MIN_P=min_p, SEQUENCES=1, COLUMNS=_REREAD_COLUMNS,
-            ONE_SPLIT=False, **(launch | {"num_warps": _REREAD_WARPS}),
+            ONE_SPLIT=False, **(launch | launch_options(_REREAD_WARPS, REGISTERS)),
         )  # fmt: skip
 
 
@@ -770,6 +772,7 @@ def specialisations() -> Iterator[Specialisation]:
                     "models.logits", "models.strides", *(() if tile is small else ("rows.vocab_size",)),
                 }),
                 num_warps=_REREAD_WARPS if tile is again else 8,
+                registers=REGISTERS if kernel is _cut else None,
                 launches=1 if tile in (one, small) else launches,
                 wide_loads=() if tile is small else (load_logits,),
             )  # fmt: skip

@@ -26,7 +26,8 @@ class Specialisation:
             a named tuple one of its own class. Constants need not be listed.
         constants: path -> value, for constexpr arguments and for None.
         divisible: paths of pointers and integers that are multiples of 16; of a tuple, everything inside.
-        num_warps, num_stages: as at the launch.
+        num_warps, num_stages, registers: as at the launch; registers is what a thread may have, None for the
+            assembler's choice.
         launches: how many launches the operation takes with this variant, all its kernels together.
         wide_loads: functions made by `triton.jit` whose loads from global memory must be 16 bytes or wider;
             empty where none can be, as for a vocabulary that is a multiple of nothing.
@@ -40,6 +41,7 @@ class Specialisation:
     divisible: frozenset[str] = frozenset()
     num_warps: int = 4
     num_stages: int = 3
+    registers: int | None = None
     launches: int = 1
     wide_loads: tuple[Any, ...] = ()
 

@@ -27,6 +27,7 @@ from torch import Tensor
 __all__ = [
     "INTERPRETED",
     "RECORD",
+    "REGISTERS",
     "Models",
     "Shape",
     "arrive",
@@ -34,6 +35,7 @@ __all__ = [
     "boundary",
     "cut_law",
     "gather_logits",
+    "launch_options",
     "load_logits",
     "load_record",
     "mix",
@@ -51,10 +53,12 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether kernels run in Triton's interpreter, on a CPU; as Triton itself reads it."""
 
 LARGEST_SPLIT = 4096
+REGISTERS = 128
+"""What a thread may have, where NVIDIA's assembler, left to itself, spills a few at far fewer."""
 RECORD = tl.constexpr(8)
 
 # The interpreter takes milliseconds a program, however large its tile is.
-_MOST_SEQUENCES = 32_768 if INTERPRETED else 32
+_MOST_SEQUENCES = 8_192 if INTERPRETED else 32
 
 _zeros: dict[tuple[str, torch.device, int], list[Tensor]] = {}
 
@@ -91,6 +95,12 @@ class Shape:
     columns: int
     splits: int
     warps: int
+
+
+def launch_options(warps: int, registers: int | None = None) -> dict[str, int]:
+    """What a launch passes to the compiler; AMD's knows no limit of registers."""
+    limit = {} if registers is None or torch.version.hip else {"maxnreg": registers}
+    return {"num_warps": warps} | limit
 
 
 def power_of_two(count: int) -> int:

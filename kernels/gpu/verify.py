@@ -31,6 +31,7 @@ from .tile import (
     arrive,
     best_split,
     cut_law,
+    launch_options,
     load_logits,
     load_record,
     mix_laws,
@@ -604,7 +605,7 @@ def verify(
         "SEQUENCES": shape.sequences,
         "COLUMNS": shape.columns,
         "SPLITS": power_of_two(shape.splits),
-        "num_warps": shape.warps,
+        **launch_options(shape.warps),
     }
     accepting = {"RULE": RULES[rule], "ACCEPT": accept, "ROWS": power_of_two(rows)}
     races = rule == "shared_seed"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from speculative_eft.decoding import EFTConfig
 from speculative_eft.kernels import AcceptanceRule, NoiseKey, Stream
 from speculative_eft.kernels import noise as noise_module
 
+from ..conftest import is_interpreted
 from ..table_models import Tables, random_tables
 from .sampling import compare_with_law
 
@@ -42,7 +44,9 @@ def sharp_tables() -> Tables:
 
 
 def passes(config: EFTConfig, tables: Tables) -> bool:
-    return all(result.accepts for result in compare_with_law(tables, config, {}, 10, 12_000))
+    # Triton's interpreter is slow; the mistakes show in fewer sequences too.
+    copies = 2_700 if is_interpreted(os.environ["SPECULATIVE_EFT_BACKEND"]) else 12_000
+    return all(result.accepts for result in compare_with_law(tables, config, {}, 10, copies))
 
 
 @pytest.mark.usefixtures("each_backend")
