@@ -1,5 +1,6 @@
 """Decoding: what is sampled from, the rounds that sample it, and what they return."""
 
+from .adapter import CUSTOM_GENERATE_FOLDER
 from .call import Streamer, TokenCallback
 from .config import EFTConfig
 from .decoder import EFTDecoder, NaiveEFTDecoder
@@ -7,6 +8,7 @@ from .output import EFTOutput, EFTStats, EFTTrace
 from .past import EFTPast
 
 __all__ = [
+    "CUSTOM_GENERATE_FOLDER",
     "EFTConfig",
     "EFTDecoder",
     "EFTOutput",

@@ -9,17 +9,18 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, StoppingCriteria
 
 from speculative_eft.kernels import Coefficients, DraftMemory, RoundState, new_draft_memory, warm_up
 from speculative_eft.models import EFTModels, EFTRunners
 
+from .adapter import continue_for_transformers
 from .call import Arguments, Call, Streamer, TokenCallback, read_call
 from .chat import Chat, PlainChat
 from .config import EFTConfig
 from .draft_length import DraftLengthPolicy
 from .general import ScoreBuffers, general_round, new_score_buffers
-from .output import EFTOutput, EFTStats, EFTTrace, ordinary
+from .output import CACHE_FIELD, EFTOutput, EFTStats, EFTTrace, ordinary
 from .past import EFTPast, extended, fill_cache, kept_lengths
 from .processors import PrefixFunction
 from .request import GenerationOptions, Prompts
@@ -138,6 +139,7 @@ class EFTDecoder:
         prefix_allowed_tokens_fn: PrefixFunction | None = None,
         tokenizer: Any = None,
         past_key_values: EFTPast | None = None,
+        cache: EFTPast | None = None,
         streamer: Streamer | TokenCallback | None = None,
         trace: bool = True,
         **generation_kwargs: Any,
@@ -166,6 +168,7 @@ class EFTDecoder:
             tokenizer: for `stop_strings` and `chat`, None for the models' own.
             past_key_values: of the output of the call before, whose prompts these go on from: only what is
                 new is prefilled.
+            cache: newer transformers' name of `past_key_values`.
             streamer: receives the prompt and then each round's tokens, for one sequence; or a function that
                 takes a sequence's index and its new tokens, for any batch.
             trace: whether an `EFTOutput` has the per-token trace, which costs a few per cent of a round of
@@ -183,7 +186,7 @@ class EFTDecoder:
         given = Arguments(
             input_ids, attention_mask, generation_config, generation_kwargs, seed, tuned_input_ids,
             tuned_attention_mask, chat, chat_rendering, logits_processor, stopping_criteria,
-            prefix_allowed_tokens_fn, tokenizer, past_key_values, streamer,
+            prefix_allowed_tokens_fn, tokenizer, past_key_values if cache is None else cache, streamer,
         )  # fmt: skip
         with torch.inference_mode():
             call = read_call(
@@ -198,6 +201,57 @@ class EFTDecoder:
             self._check_context(call.prompts, call.tuned_prompts, call.options)
             output = self._generate(call, trace)
         return ordinary(output)
+
+    def custom_generate(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: Sequence[LogitsProcessor],
+        stopping_criteria: Sequence[StoppingCriteria],
+        generation_config: GenerationConfig,
+        *,
+        seed: int | Sequence[int] | None = None,
+        tuned_input_ids: Tensor | None = None,
+        tuned_attention_mask: Tensor | None = None,
+        eft_streamer: Streamer | TokenCallback | None = None,
+        eft_stop_strings: str | Sequence[str] | None = None,
+        eft_tokenizer: Any = None,
+        trace: bool = True,
+        **model_kwargs: Any,
+    ) -> Tensor | EFTOutput:
+        """For transformers: `large.generate(**inputs, custom_generate=decoder.custom_generate, ...)`.
+
+        All of `generate`'s arguments mean what they mean there, and these may be given beside them:
+
+        Args:
+            model to generation_config: what `generate` prepares.
+            seed, tuned_input_ids, tuned_attention_mask, trace: as in `EFTDecoder.generate`; prompts of the
+                tuned models are one for each prompt, whatever `num_return_sequences` is.
+            eft_streamer, eft_stop_strings, eft_tokenizer: `streamer`, `stop_strings` and `tokenizer`, which
+                `generate` keeps to itself when `custom_generate` is a function.
+        """
+        copies = generation_config.num_return_sequences or 1
+        if tuned_input_ids is not None and copies > 1:
+            tuned_input_ids = tuned_input_ids.repeat_interleave(copies, dim=0)
+            if tuned_attention_mask is not None:
+                tuned_attention_mask = tuned_attention_mask.repeat_interleave(copies, dim=0)
+        stop_strings = {} if eft_stop_strings is None else {"stop_strings": eft_stop_strings}
+        return continue_for_transformers(
+            self,
+            model,
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            model_kwargs,
+            seed=seed,
+            tuned_input_ids=tuned_input_ids,
+            tuned_attention_mask=tuned_attention_mask,
+            streamer=eft_streamer,
+            tokenizer=eft_tokenizer,
+            trace=trace,
+            **stop_strings,
+        )
 
     def _generate(self, call: Call, with_trace: bool) -> Tensor | EFTOutput:
         options, streamer = call.options, call.streamer
@@ -422,14 +476,16 @@ class EFTDecoder:
                 tokens=output,
             )
         width = self.runners.large.vocab_size
-        return EFTOutput(
+        result = EFTOutput(
             sequences=cast("torch.LongTensor", sequences),
             scores=_a_token_each(buffers.scores, state.generated, width),
             logits=_a_token_each(buffers.logits, state.generated, width),
-            past_key_values=cast(Any, self._past),
             stats=stats,
             trace=traced,
         )
+        if self._past is not None:
+            setattr(result, CACHE_FIELD, self._past)
+        return result
 
 
 def _a_token_each(buffer: Tensor | None, generated: Tensor, width: int) -> Any:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-__all__ = ["EFTOutput", "EFTStats", "EFTTrace", "ordinary"]
+from .past import CACHE_NAMES
+
+__all__ = ["CACHE_FIELD", "EFTOutput", "EFTStats", "EFTTrace", "ordinary"]
+
+CACHE_FIELD = next(field.name for field in fields(GenerateDecoderOnlyOutput) if field.name in CACHE_NAMES)
+"""Where transformers' output has a past; `past_key_values` finds it by either name."""
 
 _SOURCES = ("draft", "residual", "bonus")
 

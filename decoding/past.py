@@ -15,6 +15,9 @@ __all__ = ["EFTPast", "extended", "fill_cache", "kept_lengths"]
 
 DEFAULT_CHUNK = 512
 
+CACHE_NAMES = ("past_key_values", "cache")
+"""What transformers calls a past, in older and in newer versions."""
+
 
 @dataclass(eq=False)
 class EFTPast:
