@@ -15,12 +15,13 @@ def tokenizer_of(tokens: Sequence[str]) -> PreTrainedTokenizerFast:
 
     One token more is a text that transformers' criterion for stop strings has to write with any tokenizer.
     """
-    vocabulary = {token: index for index, token in enumerate((*tokens, "abcdef"))}
-    model = models.WordLevel(vocabulary, unk_token=tokens[0])
+    other = "abcdef"
+    vocabulary = {token: index for index, token in enumerate((*tokens, other))}
+    model = models.WordLevel(vocabulary, unk_token=other)
     tokenizer = Tokenizer(model)
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token=tokens[0], clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer, unk_token=other, clean_up_tokenization_spaces=False
     )
 
 
