@@ -15,8 +15,8 @@ from speculative_eft.decoding import EFTConfig, EFTDecoder, EFTOutput, NaiveEFTD
 from speculative_eft.kernels import AcceptanceRule
 
 from ..exactness.sampling import table_runners
-from ..stop_tokenizer import tokenizer_of
 from ..table_models import random_tables
+from ..tokenizers_of_words import tokenizer_of
 
 TOKENS = ("a", "b", "c", "ab", "ba", "cab", "bb", "ac")
 VOCAB, PAD, NEW = len(TOKENS), 7, 16

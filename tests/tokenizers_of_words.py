@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 
@@ -19,6 +19,7 @@ def tokenizer_of(tokens: Sequence[str]) -> PreTrainedTokenizerFast:
     vocabulary = {token: index for index, token in enumerate((*tokens, other))}
     model = models.WordLevel(vocabulary, unk_token=other)
     tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token=other, clean_up_tokenization_spaces=False
