@@ -21,6 +21,7 @@ from .config import EFTConfig
 from .draft_length import DraftLengthPolicy
 from .general import ScoreBuffers, general_round, new_score_buffers
 from .output import CACHE_FIELD, EFTOutput, EFTStats, EFTTrace, ordinary
+from .own_prompts import FirstRound, first_round_of_own_prompts
 from .past import EFTPast, extended, fill_cache, kept_lengths
 from .processors import PrefixFunction
 from .request import GenerationOptions, Prompts
@@ -268,14 +269,15 @@ class EFTDecoder:
         timer.mark("prefill")
         if streamer is not None and hasattr(streamer, "put"):
             streamer.put(call.input_ids.cpu())
+        first = first_round_of_own_prompts(self.runners, state, call.prompts, call.tuned_prompts)
         longest = max(call.prompts.longest, call.tuned_prompts.longest)
         if call.processing is None:
             buffers = ScoreBuffers(None, None)
-            rounds = self._run(state, plan, longest, timer, trace, streamer, watch)
+            rounds = self._run(state, plan, longest, timer, trace, streamer, watch, first)
         else:
             self._report_general(call)
             buffers = new_score_buffers(state, self.vocab_size, options.output_scores, options.output_logits)
-            rounds = self._run_general(state, plan, call, longest, timer, trace, buffers, watch)
+            rounds = self._run_general(state, plan, call, longest, timer, trace, buffers, watch, first)
         if watch is not None:
             cut(state, trace, watch.stopped, options.pad_token_id)
         if streamer is not None and hasattr(streamer, "end"):
@@ -379,13 +381,15 @@ class EFTDecoder:
         trace: TraceBuffers | None,
         streamer: Streamer | TokenCallback | None,
         watch: StopWatch | None = None,
+        first: FirstRound | None = None,
     ) -> int:
+        runners = self.runners if first is None else first.runners
         drafted = int(state.draft_lens.max())
         most_generated = rounds = 0
         totals = [0] * state.done.shape[0]
         while drafted >= 0:
             span = longest_prompt + most_generated + drafted + 1
-            report = speculative_round(self.runners, state, plan, drafted, span, timer, trace)
+            report = speculative_round(runners, state, plan, drafted, span, timer, trace)
             rounds += 1
             rows = report.tolist()
             if watch is not None:
@@ -396,6 +400,9 @@ class EFTDecoder:
                     _stream(streamer, index, tokens[:count])
             most_generated = max(totals)
             drafted = max(row[1] for row in rows)
+            if first is not None:
+                drafted = first.finish(state, drafted)
+                runners, first = self.runners, None
             timer.mark("other")
         return rounds
 
@@ -409,7 +416,9 @@ class EFTDecoder:
         trace: TraceBuffers | None,
         buffers: ScoreBuffers,
         watch: StopWatch | None,
+        first: FirstRound | None,
     ) -> int:
+        runners = self.runners if first is None else first.runners
         assert call.processing is not None
         drafted = int(state.draft_lens.max())
         rounds = 0
@@ -417,7 +426,7 @@ class EFTDecoder:
         while drafted >= 0:
             span = longest_prompt + max(totals) + drafted + 1
             report = general_round(
-                self.runners, state, plan, call.processing, totals, drafted, span, timer, trace, buffers
+                runners, state, plan, call.processing, totals, drafted, span, timer, trace, buffers
             )
             rounds += 1
             rows = report.tolist()
@@ -429,6 +438,9 @@ class EFTDecoder:
                 if call.streamer is not None and count:
                     _stream(call.streamer, index, tokens[:count])
             drafted = max(row[1] for row in rows)
+            if first is not None:
+                drafted = first.finish(state, drafted)
+                runners, first = self.runners, None
             timer.mark("other")
         return rounds
 

@@ -85,6 +85,31 @@ def test_each_model_gets_its_own_prompt() -> None:
     assert shouted.shape[1] == 2 + 10
 
 
+@pytest.mark.parametrize("general", [{}, {"suppress_tokens": [3]}], ids=["fused", "general"])
+@pytest.mark.parametrize("draft", ["tuned", "pair"])
+def test_prompts_that_end_in_different_tokens(draft: Any, general: dict[str, Any]) -> None:
+    """Greedy output against plain forwards of each model on its own prompt."""
+    models = chat_trio()
+    ids, tuned_ids = torch.tensor([[5, 6, 7]]), torch.tensor([[9, 9, 5, 103, 8]])
+    decoder = EFTDecoder(models, EFTConfig(draft_tokens=3, draft=draft))
+    options: dict[str, Any] = {"max_new_tokens": 12, "tuned_input_ids": tuned_ids, **general}
+    output = decoder.generate(ids, **options)
+    assert torch.equal(NaiveEFTDecoder(models).generate(ids, **options), output)
+    with torch.no_grad():
+        for _ in range(12):
+            large, tuned, base = (
+                model(given).logits[0, -1, :101].double()
+                for model, given in (
+                    (models.large_base, ids), (models.small_tuned[0], tuned_ids), (models.small_base, ids)
+                )
+            )  # fmt: skip
+            mixed = large + tuned - base
+            mixed[general.get("suppress_tokens", [])] = -torch.inf
+            token = mixed.argmax().view(1, 1)
+            ids, tuned_ids = torch.cat([ids, token], dim=1), torch.cat([tuned_ids, token], dim=1)
+    assert torch.equal(output, ids)
+
+
 def test_a_batch_of_chats_is_each_chat_alone() -> None:
     decoder = EFTDecoder(chat_trio(), EFTConfig(draft_tokens=3))
     chats = [HELLO, [{"role": "system", "content": "w50"}, {"role": "user", "content": "w9 w9 w9 w9 w10"}]]
