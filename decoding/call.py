@@ -127,7 +127,7 @@ def read_call(
         )
     processing = build_processing(
         options,
-        given.logits_processor or (),
+        _callables("logits_processor", given.logits_processor),
         given.prefix_allowed_tokens_fn,
         input_ids.to(device=device, dtype=torch.int64),
         None if mask is None else mask.to(device),
@@ -142,7 +142,7 @@ def read_call(
         options=options,
         seeds=read_seeds(given.seed, batch),
         processing=processing,
-        criteria=build_criteria(options, given.stopping_criteria or (), tokenizer),
+        criteria=build_criteria(options, _callables("stopping_criteria", given.stopping_criteria), tokenizer),
         past=past,
         streamer=given.streamer,
     )
@@ -162,6 +162,14 @@ def _prompts(
     tokenizer = given.tokenizer if given.tokenizer is not None else getattr(models, "tokenizer", None)
     chat_tokenizer = getattr(models, "chat_tokenizer", None)
     return chat_prompts(given.chat, tokenizer, chat_tokenizer, given.chat_rendering or plain_chat)
+
+
+def _callables(name: str, given: Any) -> Sequence[Any]:
+    if given is None:
+        return ()
+    if not isinstance(given, Sequence) or not all(callable(one) for one in given):
+        raise ValueError(f"{name} must be a list of callables, got {given!r}")
+    return given
 
 
 def _inferred_mask(input_ids: Tensor, options: GenerationOptions) -> Tensor | None:

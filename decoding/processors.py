@@ -87,14 +87,14 @@ def build_processing(
         draft_temperature: of the draft law, None for the target's.
 
     Raises:
-        ValueError: for values that transformers refuses and for token ids outside the vocabulary.
+        ValueError: for values that transformers refuses, for token ids outside the vocabulary, and for a
+            processor that fails on the prompts.
     """
     if not options.general and not custom and prefix_function is None:
         return None
     _check_token_ids(options, vocab_size)
-    for processor in custom:
-        if not callable(processor):
-            raise ValueError(f"logits_processor must hold callables, got {type(processor).__name__}")
+    if prefix_function is not None and not callable(prefix_function):
+        raise ValueError(f"prefix_allowed_tokens_fn must be a function, got {type(prefix_function).__name__}")
     if attention_mask is not None and bool((attention_mask != 0).all()):
         attention_mask = None
 
@@ -127,7 +127,25 @@ def build_processing(
         config = copy.copy(options.config)
         config.temperature = draft_temperature
         draft = build(config)
+    _try_out(target, prompts, vocab_size)
     return Processing(target, draft, prompts)
+
+
+def _try_out(processors: LogitsProcessorList, prompts: Tensor, vocab_size: int) -> None:
+    """Raise ValueError now for what a processor cannot do with a first token's scores."""
+    scores = torch.zeros(prompts.shape[0], vocab_size, device=prompts.device)
+    for processor in processors:
+        name = type(processor).__name__
+        try:
+            scores = processor(prompts, scores)
+        except Exception as error:  # whatever it is, it would end the call later
+            raise ValueError(f"logits processor {name}: {error}") from error
+        shape = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        if shape != [prompts.shape[0], vocab_size]:
+            raise ValueError(
+                f"logits processor {name} returned {shape} for scores of shape "
+                f"{[prompts.shape[0], vocab_size]}"
+            )
 
 
 def _check_token_ids(options: GenerationOptions, vocab_size: int) -> None:
@@ -156,8 +174,9 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _biased(bias: Any) -> Iterable[Any]:
-    sequences = bias if isinstance(bias, dict) else [entry[0] for entry in bias or ()]
-    return (token for sequence in sequences for token in sequence)
+    """The tokens of a bias in either of its two forms, read when they are asked for."""
+    for sequence in bias or ():
+        yield from sequence if isinstance(bias, dict) else sequence[0]
 
 
 def process_rows(
@@ -180,11 +199,8 @@ def process_rows(
 
     Returns:
         float32 [batch, rows, vocab], a new tensor.
-
-    Raises:
-        ValueError: if a processor returns another shape.
     """
-    batch, rows, vocab_size = scores.shape
+    batch, rows, _ = scores.shape
     processed = scores.clone()
     every = torch.arange(batch, device=scores.device)
     spans = list(zip(starts, counts, strict=True))
@@ -193,10 +209,6 @@ def process_rows(
         members = [i for i, (start, count) in enumerate(spans) if 0 <= length - start < count]
         index = torch.tensor(row, device=scores.device)
         changed: Tensor = processors(history[:, :length], scores[every, index])  # type: ignore[arg-type]
-        if changed.shape != (batch, vocab_size):
-            raise ValueError(
-                f"a logits processor returned scores of shape {list(changed.shape)} for {[batch, vocab_size]}"
-            )
         chosen = torch.tensor(members, device=scores.device)
         processed[chosen, index[chosen]] = changed[chosen].to(torch.float32)
     return processed

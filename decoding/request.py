@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, WatermarkingConfig
+from transformers.generation.configuration_utils import BaseWatermarkingConfig
 
 from speculative_eft.kernels import Sampling, derive_seeds
 
@@ -30,6 +31,22 @@ _DEFAULTS: dict[str, Any] = {
     "num_return_sequences": 1,
 }
 _DEFAULT_NEW_TOKENS = 20
+_BOOLEANS = (
+    "do_sample", "use_cache", "renormalize_logits", "remove_invalid_values", "output_scores", "output_logits",
+    "return_dict_in_generate", "disable_compile",
+)  # fmt: skip
+_COUNTS = (
+    "max_length", "min_length", "min_new_tokens", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",
+)  # fmt: skip
+# Least and largest values of what transformers' classes take as floats.
+_REALS: dict[str, tuple[float, float]] = {
+    "repetition_penalty": (math.ulp(0.0), math.inf),
+    "encoder_repetition_penalty": (math.ulp(0.0), math.inf),
+    "typical_p": (math.ulp(0.0), 1),
+    "top_h": (math.ulp(0.0), 1),
+    "epsilon_cutoff": (0, 1),
+    "eta_cutoff": (0, 1),
+}
 
 
 @dataclass(frozen=True)
@@ -106,6 +123,11 @@ def read_options(
     Raises:
         ValueError: naming an option that is unknown, out of range, or not supported.
     """
+    if generation_config is not None and not isinstance(generation_config, GenerationConfig):
+        raise ValueError(
+            f"generation_config must be a GenerationConfig, got {type(generation_config).__name__}; give "
+            "options as keywords"
+        )
     known = {*FIELDS, *vars(GenerationConfig())}  # type: ignore[no-untyped-call]
     for name in keywords:
         if name not in known:
@@ -120,6 +142,7 @@ def read_options(
         # What equals the model's own value was not asked for: transformers fills a call's config with it.
         _refuse(name, value, name in asked and str(value) != str(own.get(name)))
 
+    _check_values(values)
     eos_token_ids = _end_tokens(asked, model_configs)
     values["max_new_tokens"] = max_new_tokens = _new_tokens(values, prompt_width)
     do_sample = bool(values["do_sample"])
@@ -142,6 +165,13 @@ def read_options(
             f"num_return_sequences={copies} needs do_sample=True: greedy decoding would give the same "
             "continuation every time"
         )
+    for name in ("pad_token_id", "bos_token_id"):
+        token = values.get(name)
+        if token is not None and (not isinstance(token, int) or token < 0):
+            # Some models' own configs say -1 for none.
+            if name in asked and token != own.get(name):
+                raise ValueError(f"{name} must be a token id, got {token!r}")
+            values[name] = None
     pad = values.get("pad_token_id")
     return GenerationOptions(
         max_new_tokens=max_new_tokens,
@@ -189,6 +219,33 @@ def _refuse(name: str, value: Any, is_asked: bool) -> None:
         raise ValueError(f"{name}={value!r} is not supported: {field.why}")
 
 
+def _check_values(values: dict[str, Any]) -> None:
+    """Raise ValueError for values of the wrong kind; whole numbers become floats where those are meant."""
+    given = {name: value for name, value in values.items() if value is not None}
+    for name in _BOOLEANS:
+        if given.get(name, False) not in (True, False):
+            raise ValueError(f"{name} must be True or False, got {given[name]!r}")
+    for name in _COUNTS:
+        _integer(name, given.get(name, 0))
+    for name, (low, high) in _REALS.items():
+        if name in given:
+            values[name] = _between(name, given[name], low, high)
+    decay = given.get("exponential_decay_length_penalty")
+    if decay is not None:
+        if not isinstance(decay, Sequence) or len(decay) != 2:
+            raise ValueError(
+                f"exponential_decay_length_penalty must be a pair (first token, factor), got {decay!r}"
+            )
+        _integer("the start of exponential_decay_length_penalty", decay[0])
+        _between("the factor of exponential_decay_length_penalty", decay[1], 0, math.inf)
+    watermark = given.get("watermarking_config")
+    if watermark is not None and not isinstance(watermark, dict | BaseWatermarkingConfig):
+        raise ValueError(
+            "watermarking_config must be a WatermarkingConfig, a SynthIDTextWatermarkingConfig or a "
+            f"dictionary, got {type(watermark).__name__}"
+        )
+
+
 def _end_tokens(asked: Mapping[str, Any], model_configs: Sequence[GenerationConfig]) -> tuple[int, ...]:
     named = [asked["eos_token_id"]] if "eos_token_id" in asked else [c.eos_token_id for c in model_configs]
     return tuple(dict.fromkeys(token for value in named for token in _token_ids("eos_token_id", value)))
@@ -215,6 +272,7 @@ def _general_options(values: Mapping[str, Any], prompt_width: int) -> tuple[str,
     without_effect = {
         "min_length": no_end or _or(values.get("min_length"), 0) <= prompt_width,
         "min_new_tokens": no_end,
+        "exponential_decay_length_penalty": no_end,
         "output_scores": not values["return_dict_in_generate"],
         "output_logits": not values["return_dict_in_generate"],
         "forced_bos_token_id": prompt_width != 1,
@@ -248,10 +306,10 @@ def _or(value: Any, default: Any) -> Any:
 
 
 def _stop_strings(value: Any) -> tuple[str, ...]:
-    strings = () if value is None else (value,) if isinstance(value, str) else tuple(value)
-    if not all(isinstance(string, str) and string for string in strings):
+    strings = () if value is None else (value,) if isinstance(value, str) else value
+    if not isinstance(strings, Sequence) or not all(isinstance(string, str) and string for string in strings):
         raise ValueError(f"stop_strings must be a string or a list of strings, none empty, got {value!r}")
-    return strings
+    return tuple(strings)
 
 
 def _seconds(value: Any) -> float | None:

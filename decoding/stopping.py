@@ -31,11 +31,10 @@ def build_criteria(
     if options.stop_strings:
         if tokenizer is None:
             raise ValueError("stop_strings needs a tokenizer: give tokenizer=, or models that have one")
+        if not hasattr(tokenizer, "get_vocab"):
+            raise ValueError(f"tokenizer must be a transformers tokenizer, got {type(tokenizer).__name__}")
         criteria.append(StopStringCriteria(tokenizer, list(options.stop_strings)))
-    for criterion in custom:
-        if not callable(criterion):
-            raise ValueError(f"stopping_criteria must hold callables, got {type(criterion).__name__}")
-        criteria.append(criterion)
+    criteria.extend(custom)
     return criteria
 
 
