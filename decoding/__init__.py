@@ -1,7 +1,21 @@
 """Decoding: what is sampled from, the rounds that sample it, and what they return."""
 
+from .adapter import CUSTOM_GENERATE_FOLDER
+from .call import Streamer, TokenCallback
 from .config import EFTConfig
-from .decoder import EFTDecoder, NaiveEFTDecoder, Streamer
+from .decoder import EFTDecoder, NaiveEFTDecoder
 from .output import EFTOutput, EFTStats, EFTTrace
+from .past import EFTPast
 
-__all__ = ["EFTConfig", "EFTDecoder", "EFTOutput", "EFTStats", "EFTTrace", "NaiveEFTDecoder", "Streamer"]
+__all__ = [
+    "CUSTOM_GENERATE_FOLDER",
+    "EFTConfig",
+    "EFTDecoder",
+    "EFTOutput",
+    "EFTPast",
+    "EFTStats",
+    "EFTTrace",
+    "NaiveEFTDecoder",
+    "Streamer",
+    "TokenCallback",
+]

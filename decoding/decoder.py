@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, StoppingCriteria
 
 from speculative_eft.kernels import Coefficients, DraftMemory, RoundState, new_draft_memory, warm_up
 from speculative_eft.models import EFTModels, EFTRunners
 
+from .adapter import continue_for_transformers
+from .call import Arguments, Call, Streamer, TokenCallback, read_call
+from .chat import Chat, PlainChat
 from .config import EFTConfig
 from .draft_length import DraftLengthPolicy
-from .output import EFTOutput, EFTStats, EFTTrace
-from .request import GenerationOptions, Prompts, read_options, read_prompts, read_seeds
+from .general import ScoreBuffers, general_round, new_score_buffers
+from .output import CACHE_FIELD, EFTOutput, EFTStats, EFTTrace, ordinary
+from .own_prompts import FirstRound, first_round_of_own_prompts
+from .past import EFTPast, extended, fill_cache, kept_lengths
+from .processors import PrefixFunction
+from .request import GenerationOptions, Prompts
 from .round import (
     PhaseTimer,
     RoundPlan,
@@ -25,18 +33,11 @@ from .round import (
     new_trace_buffers,
     speculative_round,
 )
+from .stopping import StopWatch, cut
 
-__all__ = ["EFTDecoder", "NaiveEFTDecoder", "Streamer"]
+__all__ = ["EFTDecoder", "NaiveEFTDecoder"]
 
-
-class Streamer(Protocol):
-    """What receives tokens as they are committed; transformers' streamers fit."""
-
-    def put(self, value: Tensor) -> None:
-        """Take the prompt, int64 [1, width], and then each round's tokens, int64 [count]."""
-
-    def end(self) -> None:
-        """The output is complete."""
+_log = logging.getLogger(__name__)
 
 
 class EFTDecoder:
@@ -60,6 +61,8 @@ class EFTDecoder:
         self.vocab_size = min(runner.vocab_size for runner in self._all_runners())
         warm_up(self.runners.large.device)
         self.policy = self._policy()
+        self._past: EFTPast | None = None
+        self._general_is_reported = False
 
     def _all_runners(self) -> list[Any]:
         return [self.runners.large, *self.runners.tuned, self.runners.base]
@@ -121,70 +124,180 @@ class EFTDecoder:
         configs = [getattr(model, "generation_config", None) for model in models]
         return [config for config in configs if config is not None]
 
-    @torch.inference_mode()
     def generate(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         *,
         seed: int | Sequence[int] | None = None,
         tuned_input_ids: Tensor | None = None,
-        streamer: Streamer | None = None,
+        tuned_attention_mask: Tensor | None = None,
+        chat: Chat | Sequence[Chat] | None = None,
+        chat_rendering: PlainChat | None = None,
+        logits_processor: Sequence[LogitsProcessor] | None = None,
+        stopping_criteria: Sequence[StoppingCriteria] | None = None,
+        prefix_allowed_tokens_fn: PrefixFunction | None = None,
+        tokenizer: Any = None,
+        past_key_values: EFTPast | None = None,
+        cache: EFTPast | None = None,
+        streamer: Streamer | TokenCallback | None = None,
         trace: bool = True,
         **generation_kwargs: Any,
     ) -> Tensor | EFTOutput:
         """Continue each prompt with tokens from the target.
 
+        Every field of transformers' `GenerationConfig` is honoured or refused (docs/generation_config.md).
+
         Args:
             input_ids: integers [batch, width], the bases' prompts; padding anywhere `attention_mask` is 0.
-            attention_mask: [batch, width], or None where nothing is padding.
+            attention_mask: [batch, width], or None where nothing is padding; as in transformers a pad token
+                that ends no sequence then counts as padding.
             generation_config: options as transformers names them; keywords take precedence over it.
             seed: an int (sequence i gets a seed derived from it and i), one int a sequence (whose output
                 then depends on nothing else), or None to draw one from torch's default generator.
-            tuned_input_ids: other prompts [batch, width'] for the tuned models, without padding; None for
-                the bases' prompts.
-            streamer: receives the prompt and then each round's tokens; for one sequence only.
+            tuned_input_ids: other prompts [batch, width'] for the tuned models, None for the bases' prompts;
+                they may hold any id of the tuned models' vocabulary.
+            tuned_attention_mask: [batch, width'], 0 where `tuned_input_ids` is padding.
+            chat: instead of prompts, a list of messages `{"role": ..., "content": ...}` or a batch of such
+                lists: the tuned models get their chat template, the bases a plain rendering.
+            chat_rendering: makes the bases' text of a conversation, None for `plain_chat`.
+            logits_processor: processors of the target's mixed logits, functions of `(input_ids, scores)`
+                alone: along a draft they are asked about tokens that may not be kept.
+            stopping_criteria: asked about every committed token; the first that says so ends its sequence.
+            prefix_allowed_tokens_fn: as in transformers, from a sequence's index and tokens to allowed ids.
+            tokenizer: for `stop_strings` and `chat`, None for the models' own.
+            past_key_values: of the output of the call before, whose prompts these go on from: only what is
+                new is prefilled.
+            cache: newer transformers' name of `past_key_values`.
+            streamer: receives the prompt and then each round's tokens, for one sequence; or a function that
+                takes a sequence's index and its new tokens, for any batch.
             trace: whether an `EFTOutput` has the per-token trace, which costs a few per cent of a round of
                 small models.
             **generation_kwargs: `max_new_tokens`, `do_sample`, `temperature`, `top_k`, `top_p`, `min_p`,
                 `eos_token_id`, `pad_token_id`, `return_dict_in_generate`...
 
         Returns:
-            int64 [batch, width + new tokens]; rows that end early are padded. With
+            int64 [batch * num_return_sequences, width + new tokens]; rows that end early are padded. With
             `return_dict_in_generate=True` an `EFTOutput` holding them, statistics and a per-token trace.
 
         Raises:
             ValueError: for bad input, before any model runs.
         """
-        prompts = read_prompts(input_ids, attention_mask, self.vocab_size)
-        options = read_options(
-            generation_config, generation_kwargs, self._generation_configs(), input_ids.shape[1]
-        )
-        tuned_prompts = prompts
-        if tuned_input_ids is not None:
-            tuned_prompts = read_prompts(tuned_input_ids, None, self.vocab_size, "tuned_input_ids")
-        batch = prompts.tokens.shape[0]
-        if tuned_prompts.tokens.shape[0] != batch:
-            raise ValueError(f"tuned_input_ids has {tuned_prompts.tokens.shape[0]} prompts for {batch}")
-        if streamer is not None and batch > 1:
-            raise ValueError(f"streamer takes one sequence, got a batch of {batch}")
-        seeds = read_seeds(seed, batch)
-        self._check_context(prompts, tuned_prompts, options)
+        given = Arguments(
+            input_ids, attention_mask, generation_config, generation_kwargs, seed, tuned_input_ids,
+            tuned_attention_mask, chat, chat_rendering, logits_processor, stopping_criteria,
+            prefix_allowed_tokens_fn, tokenizer, past_key_values if cache is None else cache, streamer,
+        )  # fmt: skip
+        with torch.inference_mode():
+            call = read_call(
+                given,
+                self.models,
+                self._generation_configs(),
+                self.vocab_size,
+                min(runner.vocab_size for runner in self.runners.tuned),
+                self.runners.large.device,
+                self.config.draft_temperature,
+            )
+            self._check_context(call.prompts, call.tuned_prompts, call.options)
+            output = self._generate(call, trace)
+        return ordinary(output)
 
+    def custom_generate(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: Sequence[LogitsProcessor],
+        stopping_criteria: Sequence[StoppingCriteria],
+        generation_config: GenerationConfig,
+        *,
+        seed: int | Sequence[int] | None = None,
+        tuned_input_ids: Tensor | None = None,
+        tuned_attention_mask: Tensor | None = None,
+        eft_streamer: Streamer | TokenCallback | None = None,
+        eft_stop_strings: str | Sequence[str] | None = None,
+        eft_tokenizer: Any = None,
+        trace: bool = True,
+        **model_kwargs: Any,
+    ) -> Tensor | EFTOutput:
+        """For transformers: `large.generate(**inputs, custom_generate=decoder.custom_generate, ...)`.
+
+        All of `generate`'s arguments mean what they mean there, and these may be given beside them:
+
+        Args:
+            model to generation_config: what `generate` prepares.
+            seed, tuned_input_ids, tuned_attention_mask, trace: as in `EFTDecoder.generate`; prompts of the
+                tuned models are one for each prompt, whatever `num_return_sequences` is.
+            eft_streamer, eft_stop_strings, eft_tokenizer: `streamer`, `stop_strings` and `tokenizer`, which
+                `generate` keeps to itself when `custom_generate` is a function.
+        """
+        copies = generation_config.num_return_sequences or 1
+        if tuned_input_ids is not None and copies > 1:
+            tuned_input_ids = tuned_input_ids.repeat_interleave(copies, dim=0)
+            if tuned_attention_mask is not None:
+                tuned_attention_mask = tuned_attention_mask.repeat_interleave(copies, dim=0)
+        stop_strings = {} if eft_stop_strings is None else {"stop_strings": eft_stop_strings}
+        return continue_for_transformers(
+            self,
+            model,
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            model_kwargs,
+            seed=seed,
+            tuned_input_ids=tuned_input_ids,
+            tuned_attention_mask=tuned_attention_mask,
+            streamer=eft_streamer,
+            tokenizer=eft_tokenizer,
+            trace=trace,
+            **stop_strings,
+        )
+
+    def _generate(self, call: Call, with_trace: bool) -> Tensor | EFTOutput:
+        options, streamer = call.options, call.streamer
         timer = PhaseTimer()
-        state, plan = self._start(prompts, tuned_prompts, options, seeds)
-        buffers = None
-        if options.return_dict_in_generate and trace:
-            buffers = new_trace_buffers(state, len(self.runners.tuned))
+        kept = self._kept(call)
+        self._past = None
+        state, plan = self._start(call.prompts, call.tuned_prompts, options, call.seeds, kept)
+        trace = None
+        if options.return_dict_in_generate and with_trace:
+            trace = new_trace_buffers(state, len(self.runners.tuned))
+        watch = None
+        if call.criteria:
+            watch = StopWatch(call.criteria, call.input_ids, options.max_new_tokens, options.pad_token_id)
         timer.mark("prefill")
-        if streamer is not None:
-            streamer.put(input_ids.cpu())
-        longest = max(prompts.longest, tuned_prompts.longest)
-        rounds = self._run(state, plan, longest, timer, buffers, streamer)
-        if streamer is not None:
+        if streamer is not None and hasattr(streamer, "put"):
+            streamer.put(call.input_ids.cpu())
+        first = first_round_of_own_prompts(self.runners, state, call.prompts, call.tuned_prompts)
+        longest = max(call.prompts.longest, call.tuned_prompts.longest)
+        if call.processing is None:
+            buffers = ScoreBuffers(None, None)
+            rounds = self._run(state, plan, longest, timer, trace, streamer, watch, first)
+        else:
+            self._report_general(call)
+            buffers = new_score_buffers(state, self.vocab_size, options.output_scores, options.output_logits)
+            rounds = self._run_general(state, plan, call, longest, timer, trace, buffers, watch, first)
+        if watch is not None:
+            cut(state, trace, watch.stopped, options.pad_token_id)
+        if streamer is not None and hasattr(streamer, "end"):
             streamer.end()
-        return self._output(input_ids, state, options, rounds, timer, buffers)
+        return self._output(call, state, rounds, timer, trace, buffers)
+
+    def _kept(self, call: Call) -> tuple[Tensor, Tensor] | None:
+        """For each prompt, the tokens that the bases' and the tuned models' caches hold already."""
+        past = call.past
+        if past is None or past is not self._past or not call.options.use_cache:
+            return None
+        if past.base.tokens.shape[0] != call.prompts.tokens.shape[0]:
+            return None
+        return kept_lengths(past.base, call.prompts), kept_lengths(past.tuned, call.tuned_prompts)
+
+    def _report_general(self, call: Call) -> None:
+        if not self._general_is_reported:
+            self._general_is_reported = True
+            names = ", ".join(call.options.general) or "logits_processor or prefix_allowed_tokens_fn"
+            _log.warning("%s: not known to the fused rounds; decoding takes the general, slower path", names)
 
     def _check_context(self, prompts: Prompts, tuned_prompts: Prompts, options: GenerationOptions) -> None:
         for runner in self._all_runners():
@@ -220,16 +333,19 @@ class EFTDecoder:
         tuned_prompts: Prompts,
         options: GenerationOptions,
         seeds: Tensor,
+        kept: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[RoundState, RoundPlan]:
         batch = prompts.tokens.shape[0]
         device = self.runners.large.device
         draft_lens = self._first_draft_lens(batch, device)
         longest_draft = self.policy.longest if self.policy is not None else int(draft_lens.max())
         draft_lens.clamp_(max=options.max_new_tokens - 1)
+        room = options.max_new_tokens + longest_draft + 1
         for runner in self._all_runners():
-            own = tuned_prompts if runner in self.runners.tuned else prompts
-            runner.reserve(batch, own.longest + options.max_new_tokens + longest_draft + 1)
-            runner.prefill(own.tokens[:, : own.longest - 1].to(device), (own.lengths - 1).to(device))
+            is_tuned = runner in self.runners.tuned
+            own = tuned_prompts if is_tuned else prompts
+            held = None if kept is None else kept[is_tuned]
+            fill_cache(runner, own, room, held, options.prefill_chunk_size)
         last_token = prompts.tokens.gather(1, (prompts.lengths - 1)[:, None])[:, 0].to(device)
         state = new_round_state(
             last_token=last_token,
@@ -263,36 +379,89 @@ class EFTDecoder:
         longest_prompt: int,
         timer: PhaseTimer,
         trace: TraceBuffers | None,
-        streamer: Streamer | None,
+        streamer: Streamer | TokenCallback | None,
+        watch: StopWatch | None = None,
+        first: FirstRound | None = None,
     ) -> int:
+        runners = self.runners if first is None else first.runners
         drafted = int(state.draft_lens.max())
         most_generated = rounds = 0
         totals = [0] * state.done.shape[0]
         while drafted >= 0:
             span = longest_prompt + most_generated + drafted + 1
-            report = speculative_round(self.runners, state, plan, drafted, span, timer, trace)
+            report = speculative_round(runners, state, plan, drafted, span, timer, trace)
             rounds += 1
             rows = report.tolist()
+            if watch is not None:
+                _end(state, watch.see(rows))
             for index, (count, _, *tokens) in enumerate(rows):
                 totals[index] += count
                 if streamer is not None and count:
-                    streamer.put(torch.tensor(tokens[:count]))
+                    _stream(streamer, index, tokens[:count])
             most_generated = max(totals)
             drafted = max(row[1] for row in rows)
+            if first is not None:
+                drafted = first.finish(state, drafted)
+                runners, first = self.runners, None
+            timer.mark("other")
+        return rounds
+
+    def _run_general(
+        self,
+        state: RoundState,
+        plan: RoundPlan,
+        call: Call,
+        longest_prompt: int,
+        timer: PhaseTimer,
+        trace: TraceBuffers | None,
+        buffers: ScoreBuffers,
+        watch: StopWatch | None,
+        first: FirstRound | None,
+    ) -> int:
+        runners = self.runners if first is None else first.runners
+        assert call.processing is not None
+        drafted = int(state.draft_lens.max())
+        rounds = 0
+        totals = [0] * state.done.shape[0]
+        while drafted >= 0:
+            span = longest_prompt + max(totals) + drafted + 1
+            report = general_round(
+                runners, state, plan, call.processing, totals, drafted, span, timer, trace, buffers
+            )
+            rounds += 1
+            rows = report.tolist()
+            if watch is not None:
+                scores = None if buffers.scores is None else buffers.scores.unbind(1)
+                _end(state, watch.see(rows, scores))
+            for index, (count, _, *tokens) in enumerate(rows):
+                totals[index] += count
+                if call.streamer is not None and count:
+                    _stream(call.streamer, index, tokens[:count])
+            drafted = max(row[1] for row in rows)
+            if first is not None:
+                drafted = first.finish(state, drafted)
+                runners, first = self.runners, None
             timer.mark("other")
         return rounds
 
     def _output(
         self,
-        input_ids: Tensor,
+        call: Call,
         state: RoundState,
-        options: GenerationOptions,
         rounds: int,
         timer: PhaseTimer,
-        buffers: TraceBuffers | None,
+        trace: TraceBuffers | None,
+        buffers: ScoreBuffers,
     ) -> Tensor | EFTOutput:
+        input_ids, options = call.input_ids, call.options
         new = int(state.generated.max())
-        sequences = torch.cat([input_ids, state.output[:, :new].to(input_ids)], dim=1)
+        output = state.output[:, :new]
+        sequences = torch.cat([input_ids, output.to(input_ids)], dim=1)
+        if options.use_cache:
+            self._past = EFTPast(
+                base=extended(call.prompts, output, state.generated),
+                tuned=extended(call.tuned_prompts, output, state.generated),
+            )
         if not options.return_dict_in_generate:
             return sequences
         tested = state.tested.sum().item()
@@ -309,15 +478,52 @@ class EFTDecoder:
             seconds=timer.seconds,
         )
         traced = None
-        if buffers is not None:
+        if trace is not None:
             traced = EFTTrace(
-                source_ids=buffers.source[:, :new],
-                large=buffers.large[:, :new],
-                tuned=[tuned[:, :new] for tuned in buffers.tuned],
-                base=buffers.base[:, :new],
-                target=buffers.target[:, :new],
+                source_ids=trace.source[:, :new],
+                large=trace.large[:, :new],
+                tuned=[tuned[:, :new] for tuned in trace.tuned],
+                base=trace.base[:, :new],
+                target=trace.target[:, :new],
+                tokens=output,
             )
-        return EFTOutput(sequences=cast("torch.LongTensor", sequences), stats=stats, trace=traced)
+        width = self.runners.large.vocab_size
+        result = EFTOutput(
+            sequences=cast("torch.LongTensor", sequences),
+            scores=_a_token_each(buffers.scores, state.generated, width),
+            logits=_a_token_each(buffers.logits, state.generated, width),
+            stats=stats,
+            trace=traced,
+        )
+        if self._past is not None:
+            setattr(result, CACHE_FIELD, self._past)
+        return result
+
+
+def _a_token_each(buffer: Tensor | None, generated: Tensor, width: int) -> Any:
+    """One [batch, width] for each generated position, as transformers has it; zeros where a row has ended."""
+    if buffer is None:
+        return None
+    beyond = torch.arange(buffer.shape[1], device=buffer.device) >= generated[:, None]
+    rows = buffer.masked_fill_(beyond[..., None], 0.0)[:, : int(generated.max())]
+    padding = (0, width - buffer.shape[2])
+    rows = torch.nn.functional.pad(rows, padding, value=-torch.inf)
+    return rows.unbind(1)
+
+
+def _end(state: RoundState, ended: Sequence[int]) -> None:
+    """Mark sequences that a criterion ended."""
+    if ended:
+        rows = torch.tensor(ended, device=state.done.device)
+        state.done[rows] = True
+        state.draft_lens[rows] = 0
+
+
+def _stream(streamer: Streamer | TokenCallback, index: int, tokens: Sequence[int]) -> None:
+    if hasattr(streamer, "put"):
+        streamer.put(torch.tensor(tokens))
+    else:
+        streamer(index, torch.tensor(tokens))
 
 
 class NaiveEFTDecoder(EFTDecoder):

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-__all__ = ["EFTOutput", "EFTStats", "EFTTrace"]
+from .past import CACHE_NAMES
+
+__all__ = ["CACHE_FIELD", "EFTOutput", "EFTStats", "EFTTrace", "ordinary"]
+
+CACHE_FIELD = next(field.name for field in fields(GenerateDecoderOnlyOutput) if field.name in CACHE_NAMES)
+"""Where transformers' output has a past; `past_key_values` finds it by either name."""
 
 _SOURCES = ("draft", "residual", "bonus")
 
@@ -65,6 +72,7 @@ class EFTTrace:
             base, the small base, and the target it was drawn from (after temperature and filters; before
             them for greedy decoding); NaN for padding.
         tuned: one such tensor a tuned model.
+        tokens: int64 [batch, new tokens].
     """
 
     source_ids: Tensor
@@ -72,11 +80,44 @@ class EFTTrace:
     tuned: list[Tensor]
     base: Tensor
     target: Tensor
+    tokens: Tensor
 
     @property
     def source(self) -> list[list[str]]:
         """Each sequence's sources by name, without padding."""
         return [[_SOURCES[index] for index in row if index >= 0] for row in self.source_ids.tolist()]
+
+    def table(self, tokenizer: Any = None) -> dict[str, list[Any]]:
+        """A row for each generated token, as columns that `pandas.DataFrame` takes.
+
+        Args:
+            tokenizer: adds the column `text`, each token decoded by itself.
+
+        Returns:
+            `sequence` and `position` (counted from 0 after the prompt), `token`, `text`, `source`, `accepted`
+            (whether it was drafted), log-probabilities in nats under each model and the target (`large`,
+            `tuned` or `tuned_0`, `tuned_1`..., `base`, `target`), and `log_ratio`, that of the large base
+            over the small one, which drafts lack.
+        """
+        is_token = self.source_ids >= 0
+        sequence, position = is_token.nonzero(as_tuple=True)
+        tokens = self.tokens[is_token].tolist()
+        source = [_SOURCES[index] for index in self.source_ids[is_token].tolist()]
+        names = ["tuned"] if len(self.tuned) == 1 else [f"tuned_{index}" for index in range(len(self.tuned))]
+        large, base = self.large[is_token], self.base[is_token]
+        return {
+            "sequence": sequence.tolist(),
+            "position": position.tolist(),
+            "token": tokens,
+            **({} if tokenizer is None else {"text": [tokenizer.decode([token]) for token in tokens]}),
+            "source": source,
+            "accepted": [name == "draft" for name in source],
+            "large": large.tolist(),
+            **{name: values[is_token].tolist() for name, values in zip(names, self.tuned, strict=True)},
+            "base": base.tolist(),
+            "target": self.target[is_token].tolist(),
+            "log_ratio": (large - base).tolist(),
+        }
 
 
 @dataclass
@@ -85,9 +126,27 @@ class EFTOutput(GenerateDecoderOnlyOutput):
 
     Attributes:
         sequences: int64 [batch, prompt width + new tokens].
+        scores, logits: where asked for, a float32 [batch, vocabulary of the large base] for each new token:
+            of the target, after and before the processors; zeros where a sequence has ended.
+        past_key_values: lets the next call prefill only what is new; no keys and values themselves.
         stats: totals of the call.
         trace: per-token sources and log-probabilities.
     """
 
     stats: EFTStats | None = None
     trace: EFTTrace | None = None
+
+
+def ordinary(output: Tensor | EFTOutput) -> Tensor | EFTOutput:
+    """The output with tensors that may be written to and trained on, as transformers returns them.
+
+    What is made in inference mode may not.
+    """
+    if isinstance(output, Tensor):
+        return output.clone()
+    output.sequences = output.sequences.clone()  # type: ignore[assignment]
+    for name in ("scores", "logits"):
+        rows = getattr(output, name)
+        if rows is not None:
+            setattr(output, name, tuple(torch.clone(row) for row in rows))
+    return output

@@ -10,9 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, WatermarkingConfig
+from transformers.generation.configuration_utils import BaseWatermarkingConfig
 
 from speculative_eft.kernels import Sampling, derive_seeds
+
+from .fields import FIELDS, is_neutral
 
 __all__ = ["GenerationOptions", "Prompts", "read_options", "read_prompts", "read_seeds"]
 
@@ -25,66 +28,30 @@ _DEFAULTS: dict[str, Any] = {
     "min_p": 0.0,
     "return_dict_in_generate": False,
     "use_cache": True,
+    "num_return_sequences": 1,
 }
 _DEFAULT_NEW_TOKENS = 20
-_READ = frozenset(_DEFAULTS) | {
-    "max_length",
-    "max_new_tokens",
-    "eos_token_id",
-    "pad_token_id",
-    "bos_token_id",
+_BOOLEANS = (
+    "do_sample", "use_cache", "renormalize_logits", "remove_invalid_values", "output_scores", "output_logits",
+    "return_dict_in_generate", "disable_compile",
+)  # fmt: skip
+_COUNTS = (
+    "max_length", "min_length", "min_new_tokens", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",
+)  # fmt: skip
+# Least and largest values of what transformers' classes take as floats.
+_REALS: dict[str, tuple[float, float]] = {
+    "repetition_penalty": (math.ulp(0.0), math.inf),
+    "encoder_repetition_penalty": (math.ulp(0.0), math.inf),
+    "typical_p": (math.ulp(0.0), 1),
+    "top_h": (math.ulp(0.0), 1),
+    "epsilon_cutoff": (0, 1),
+    "eta_cutoff": (0, 1),
 }
-# Values that ask for what happens anyway; any other value of an option outside _READ is refused.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "min_length": (0,),
-    "min_new_tokens": (0,),
-    "early_stopping": (False,),
-    "num_beams": (1,),
-    "num_beam_groups": (1,),
-    "num_return_sequences": (1,),
-    "typical_p": (1.0,),
-    "epsilon_cutoff": (0.0,),
-    "eta_cutoff": (0.0,),
-    "repetition_penalty": (1.0,),
-    "encoder_repetition_penalty": (1.0,),
-    "length_penalty": (1.0,),
-    "diversity_penalty": (0.0,),
-    "no_repeat_ngram_size": (0,),
-    "encoder_no_repeat_ngram_size": (0,),
-    "guidance_scale": (1.0,),
-    "output_scores": (False,),
-    "output_logits": (False,),
-    "output_attentions": (False,),
-    "output_hidden_states": (False,),
-    "remove_invalid_values": (False,),
-    "renormalize_logits": (False,),
-    "token_healing": (False,),
-    "low_memory": (False,),
-    "use_mtp": (False,),
-}
-# Bookkeeping of the class and settings of other decoding methods: without effect on plain decoding.
-_WITHOUT_EFFECT = frozenset(
-    {
-        "_from_model_config",
-        "transformers_version",
-        "is_assistant",
-        "disable_compile",
-        "compile_config",
-        "num_assistant_tokens",
-        "num_assistant_tokens_schedule",
-        "assistant_confidence_threshold",
-        "assistant_lookbehind",
-        "target_lookbehind",
-        "assistant_ensemble_weight",
-        "decoder_start_token_id",
-        "continuous_batching_config",
-    }
-)
 
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """The generation options this decoder reads, resolved.
+    """The generation options of one call, resolved.
 
     Attributes:
         max_new_tokens: most tokens to generate a sequence, at least 1.
@@ -92,6 +59,12 @@ class GenerationOptions:
         top_k: 0 keeps all tokens.
         eos_token_ids: any of them ends a sequence; may be empty.
         pad_token_id: fills rows that ended early.
+        bos_token_id: begins a sequence where no prompt is given, or None.
+        num_return_sequences: continuations of each prompt.
+        stop_strings, max_time: end a sequence as transformers' criteria of these names do.
+        prefill_chunk_size: tokens of a prompt that run at a time, None for the default.
+        general: names of the options that the fused path does not know.
+        config: everything resolved, for transformers' own classes; `max_length` includes the prompt.
     """
 
     max_new_tokens: int
@@ -102,6 +75,16 @@ class GenerationOptions:
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
     return_dict_in_generate: bool
+    bos_token_id: int | None
+    num_return_sequences: int
+    stop_strings: tuple[str, ...]
+    max_time: float | None
+    use_cache: bool
+    output_scores: bool
+    output_logits: bool
+    prefill_chunk_size: int | None
+    general: tuple[str, ...]
+    config: GenerationConfig
 
     def sampling(self, batch: int, vocab_size: int, temperature: float, device: torch.device) -> Sampling:
         """These options for every sequence of a batch, at the given temperature."""
@@ -129,6 +112,9 @@ def read_options(
 ) -> GenerationOptions:
     """Resolve options: keywords, then the call's config, then the large model's, then the defaults.
 
+    As in transformers a keyword counts also when it is None, which takes the option back, while None in a
+    config leaves it to the next.
+
     Args:
         model_configs: the models' own generation configs, the large base's first. Unless the call names
             end-of-sequence tokens, those of all models end a sequence.
@@ -137,61 +123,216 @@ def read_options(
     Raises:
         ValueError: naming an option that is unknown, out of range, or not supported.
     """
-    known = set(GenerationConfig().__dict__) | _READ  # type: ignore[no-untyped-call]
+    if generation_config is not None and not isinstance(generation_config, GenerationConfig):
+        raise ValueError(
+            f"generation_config must be a GenerationConfig, got {type(generation_config).__name__}; give "
+            "options as keywords"
+        )
+    known = {*FIELDS, *vars(GenerationConfig())}  # type: ignore[no-untyped-call]
     for name in keywords:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise ValueError(f"{name} is not a generation option{hint}")
-    asked = [dict(keywords)] + ([] if generation_config is None else [generation_config.to_dict()])
-    values: dict[str, Any] = {}
-    for layer in (*asked, *(config.to_dict() for config in model_configs[:1]), _DEFAULTS):
-        for name, value in layer.items():
-            if value is not None:
-                values.setdefault(name, value)
+    asked = {} if generation_config is None else _set_fields(generation_config)
+    asked.update(keywords)
+    own = _set_fields(model_configs[0]) if model_configs else {}
+    values = {**_DEFAULTS, **own, **asked}
     for name, value in values.items():
-        if name in _READ or name in _WITHOUT_EFFECT or value in _NEUTRAL.get(name, ()):
-            continue
-        raise ValueError(
-            f"{name}={value!r} is not supported; the supported options are {', '.join(sorted(_READ))}"
-        )
+        # What equals the model's own value was not asked for: transformers fills a call's config with it.
+        _refuse(name, value, name in asked and str(value) != str(own.get(name)))
 
-    sources = [layer for layer in asked if layer.get("eos_token_id") is not None][:1]
-    ends = [source["eos_token_id"] for source in sources] or [config.eos_token_id for config in model_configs]
-    eos_token_ids = tuple(dict.fromkeys(token for value in ends for token in _token_ids(value)))
-    max_new_tokens = values.get("max_new_tokens")
-    if max_new_tokens is None and "max_length" in values:
-        max_new_tokens = _integer("max_length", values["max_length"]) - prompt_width
-        if max_new_tokens < 1:
-            raise ValueError(
-                f"max_length={values['max_length']} leaves no room after {prompt_width} prompt tokens; "
-                "raise it, or set max_new_tokens"
-            )
-    elif max_new_tokens is None:
-        max_new_tokens = _DEFAULT_NEW_TOKENS
-    if _integer("max_new_tokens", max_new_tokens) < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    _check_values(values)
+    eos_token_ids = _end_tokens(asked, model_configs)
+    values["max_new_tokens"] = max_new_tokens = _new_tokens(values, prompt_width)
+    do_sample = bool(values["do_sample"])
+    temperature = _between("temperature", _or(values["temperature"], 1.0), 0, math.inf)
+    temperature = temperature if do_sample else 0.0
+    values.update(
+        temperature=temperature,
+        do_sample=temperature > 0,
+        top_k=_integer("top_k", _or(values["top_k"], 0)),
+        top_p=_between("top_p", _or(values["top_p"], 1.0), 0, 1),
+        min_p=_between("min_p", _or(values["min_p"], 0.0), 0, 1),
+        eos_token_id=list(eos_token_ids) or None,
+        max_length=prompt_width + max_new_tokens,
+    )
+    copies = _integer("num_return_sequences", _or(values["num_return_sequences"], 1))
+    if copies < 1:
+        raise ValueError(f"num_return_sequences must be at least 1, got {copies}")
+    if copies > 1 and temperature == 0:
+        raise ValueError(
+            f"num_return_sequences={copies} needs do_sample=True: greedy decoding would give the same "
+            "continuation every time"
+        )
+    for name in ("pad_token_id", "bos_token_id"):
+        token = values.get(name)
+        if token is not None and (not isinstance(token, int) or token < 0):
+            # Some models' own configs say -1 for none.
+            if name in asked and token != own.get(name):
+                raise ValueError(f"{name} must be a token id, got {token!r}")
+            values[name] = None
     pad = values.get("pad_token_id")
     return GenerationOptions(
         max_new_tokens=max_new_tokens,
-        temperature=_between("temperature", values["temperature"], 0, math.inf)
-        if values["do_sample"]
-        else 0.0,
-        top_k=_integer("top_k", values["top_k"]),
-        top_p=_between("top_p", values["top_p"], 0, 1),
-        min_p=_between("min_p", values["min_p"], 0, 1),
+        temperature=temperature,
+        top_k=values["top_k"],
+        top_p=values["top_p"],
+        min_p=values["min_p"],
         eos_token_ids=eos_token_ids,
         pad_token_id=pad if pad is not None else (eos_token_ids[0] if eos_token_ids else 0),
         return_dict_in_generate=bool(values["return_dict_in_generate"]),
+        bos_token_id=values.get("bos_token_id"),
+        num_return_sequences=copies,
+        stop_strings=_stop_strings(values.get("stop_strings")),
+        max_time=_seconds(values.get("max_time")),
+        use_cache=values["use_cache"] is not False,
+        output_scores=bool(values.get("output_scores")) and bool(values["return_dict_in_generate"]),
+        output_logits=bool(values.get("output_logits")) and bool(values["return_dict_in_generate"]),
+        prefill_chunk_size=_chunk(values.get("prefill_chunk_size")),
+        general=_general_options(values, prompt_width),
+        config=_processing_config(values, prompt_width),
     )
 
 
-def _token_ids(value: int | Iterable[int] | Tensor | None) -> tuple[int, ...]:
+def _set_fields(config: GenerationConfig) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in vars(config).items()
+        if value is not None and (name in FIELDS or not name.startswith("_"))
+    }
+
+
+def _refuse(name: str, value: Any, is_asked: bool) -> None:
+    """Raise ValueError for what no path honours.
+
+    What a model's own config says of other decoding methods is let pass: plain decoding does not read it.
+    """
+    field = FIELDS.get(name)
+    if field is None:
+        if is_asked:
+            raise ValueError(
+                f"{name}={value!r} is not supported: this version of speculative-eft does not know it; leave "
+                "it at None"
+            )
+    elif field.path == "refused" and not is_neutral(name, value) and (is_asked or not field.elsewhere):
+        raise ValueError(f"{name}={value!r} is not supported: {field.why}")
+
+
+def _check_values(values: dict[str, Any]) -> None:
+    """Raise ValueError for values of the wrong kind; whole numbers become floats where those are meant."""
+    given = {name: value for name, value in values.items() if value is not None}
+    for name in _BOOLEANS:
+        if given.get(name, False) not in (True, False):
+            raise ValueError(f"{name} must be True or False, got {given[name]!r}")
+    for name in _COUNTS:
+        _integer(name, given.get(name, 0))
+    for name, (low, high) in _REALS.items():
+        if name in given:
+            values[name] = _between(name, given[name], low, high)
+    decay = given.get("exponential_decay_length_penalty")
+    if decay is not None:
+        if not isinstance(decay, Sequence) or len(decay) != 2:
+            raise ValueError(
+                f"exponential_decay_length_penalty must be a pair (first token, factor), got {decay!r}"
+            )
+        _integer("the start of exponential_decay_length_penalty", decay[0])
+        _between("the factor of exponential_decay_length_penalty", decay[1], 0, math.inf)
+    watermark = given.get("watermarking_config")
+    if watermark is not None and not isinstance(watermark, dict | BaseWatermarkingConfig):
+        raise ValueError(
+            "watermarking_config must be a WatermarkingConfig, a SynthIDTextWatermarkingConfig or a "
+            f"dictionary, got {type(watermark).__name__}"
+        )
+
+
+def _end_tokens(asked: Mapping[str, Any], model_configs: Sequence[GenerationConfig]) -> tuple[int, ...]:
+    named = [asked["eos_token_id"]] if "eos_token_id" in asked else [c.eos_token_id for c in model_configs]
+    return tuple(dict.fromkeys(token for value in named for token in _token_ids("eos_token_id", value)))
+
+
+def _new_tokens(values: Mapping[str, Any], prompt_width: int) -> int:
+    new, length = values.get("max_new_tokens"), values.get("max_length")
+    if new is None and length is not None:
+        new = _integer("max_length", length) - prompt_width
+        if new < 1:
+            raise ValueError(
+                f"max_length={length} leaves no room after {prompt_width} prompt tokens; raise it, or set "
+                "max_new_tokens"
+            )
+    new = _integer("max_new_tokens", _or(new, _DEFAULT_NEW_TOKENS))
+    if new < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {new}")
+    return new
+
+
+def _general_options(values: Mapping[str, Any], prompt_width: int) -> tuple[str, ...]:
+    """The names of the options that the fused path does not know and that change something."""
+    no_end = values["eos_token_id"] is None
+    without_effect = {
+        "min_length": no_end or _or(values.get("min_length"), 0) <= prompt_width,
+        "min_new_tokens": no_end,
+        "exponential_decay_length_penalty": no_end,
+        "output_scores": not values["return_dict_in_generate"],
+        "output_logits": not values["return_dict_in_generate"],
+        "forced_bos_token_id": prompt_width != 1,
+    }
+    return tuple(
+        name
+        for name, field in FIELDS.items()
+        if field.path == "general"
+        and not is_neutral(name, values.get(name))
+        and not without_effect.get(name, False)
+        and (values["do_sample"] or not field.sampling)
+    )
+
+
+def _processing_config(values: Mapping[str, Any], prompt_width: int) -> GenerationConfig:
+    config = GenerationConfig()  # type: ignore[no-untyped-call]
+    for name, value in values.items():
+        if name in FIELDS and FIELDS[name].path != "record":
+            setattr(config, name, value)
+    if isinstance(config.watermarking_config, dict):
+        read: Any = WatermarkingConfig.from_dict
+        config.watermarking_config = read(config.watermarking_config)
+    if config.min_new_tokens is not None:
+        config.min_length = config.min_new_tokens + prompt_width
+    config.num_beams = 1
+    return config
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _stop_strings(value: Any) -> tuple[str, ...]:
+    strings = () if value is None else (value,) if isinstance(value, str) else value
+    if not isinstance(strings, Sequence) or not all(isinstance(string, str) and string for string in strings):
+        raise ValueError(f"stop_strings must be a string or a list of strings, none empty, got {value!r}")
+    return tuple(strings)
+
+
+def _seconds(value: Any) -> float | None:
+    return None if value is None else _between("max_time", value, 0, math.inf)
+
+
+def _chunk(value: Any) -> int | None:
+    if value is None:
+        return None
+    if _integer("prefill_chunk_size", value) < 1:
+        raise ValueError(f"prefill_chunk_size must be at least 1, got {value}")
+    return int(value)
+
+
+def _token_ids(name: str, value: int | Iterable[int] | Tensor | None) -> tuple[int, ...]:
     if value is None:
         return ()
     if isinstance(value, Tensor):
         value = value.flatten().tolist()
-    return (value,) if isinstance(value, int) else tuple(value)
+    ids = (value,) if isinstance(value, int) else tuple(value) if isinstance(value, Iterable) else (value,)
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+        raise ValueError(f"{name} must be a token id or a list of them, got {value!r}")
+    return ids
 
 
 def _integer(name: str, value: Any) -> int:
@@ -239,14 +380,17 @@ def read_prompts(
     """
     if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.is_floating_point():
         raise ValueError(f"{name} must be an integer tensor of shape [batch, length]")
+    mask_name = name.replace("input_ids", "attention_mask")
     batch, width = input_ids.shape
     if batch == 0 or width == 0:
         raise ValueError(f"{name} is empty; every prompt needs at least one token")
     if attention_mask is None:
         mask = torch.ones_like(input_ids, dtype=torch.bool)
+    elif not isinstance(attention_mask, Tensor):
+        raise ValueError(f"{mask_name} must be a tensor, got {type(attention_mask).__name__}")
     elif attention_mask.shape != input_ids.shape:
         raise ValueError(
-            f"attention_mask of shape {list(attention_mask.shape)} does not match {name} of shape "
+            f"{mask_name} of shape {list(attention_mask.shape)} does not match {name} of shape "
             f"{list(input_ids.shape)}"
         )
     else:

@@ -35,6 +35,7 @@ __all__ = [
     "TraceBuffers",
     "new_round_state",
     "new_trace_buffers",
+    "record_trace",
     "speculative_round",
 ]
 
@@ -216,7 +217,7 @@ def speculative_round(
     )
     if trace is not None and is_replaced is not None and verdict.log_probs is not None:
         logits = [large, base, *tuned]
-        _record_trace(
+        record_trace(
             trace,
             state,
             report,
@@ -286,7 +287,7 @@ def _draft(
     return draft_tokens, tuned, paired_base, torch.stack(corrections, dim=1) if corrections else None
 
 
-def _record_trace(
+def record_trace(
     trace: TraceBuffers,
     state: RoundState,
     report: Tensor,

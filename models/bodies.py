@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, Protocol, cast
 
 import torch
@@ -56,6 +57,9 @@ class TransformersBody:
         self.groups = int(config.num_attention_heads // kv_heads) if attention == ATTENTION else 1
         self.windows = layer_windows(config)
         self.position_limit = position_limit(config)
+        # Newer versions of transformers have another name for it.
+        accepts = signature(decoder.forward).parameters
+        self.cache_argument = "cache" if "cache" in accepts else "past_key_values"
         self.has_experts = any(name.endswith("experts") for name, _ in decoder.named_modules())
         self.rotations: list[tuple[Any, Tensor]] = []
 
@@ -81,8 +85,8 @@ class TransformersBody:
                 input_ids=block.tokens,
                 attention_mask=biases if len(biases) > 1 else next(iter(biases.values())),
                 position_ids=positions,
-                past_key_values=cache,
                 use_cache=True,
+                **{self.cache_argument: cache},
             )
         return cast(Tensor, output.last_hidden_state)
 

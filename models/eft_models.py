@@ -44,6 +44,8 @@ class EFTModels:
         small_tuned: a list of modules, one for each tuned model.
         small_base: the module as given.
         tokenizer: the tokenizer of the large base, or of the first model that has one, or None.
+        chat_tokenizer: that of the first tuned model with a chat template, or None. It may know tokens that
+            the bases have never seen.
         vocab_size: the smallest of the models' output heads.
     """
 
@@ -51,6 +53,7 @@ class EFTModels:
     small_tuned: list[PreTrainedModel]
     small_base: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
+    chat_tokenizer: PreTrainedTokenizerBase | None
     vocab_size: int
 
     def __init__(
@@ -59,6 +62,7 @@ class EFTModels:
         small_tuned: PreTrainedModel | Sequence[PreTrainedModel],
         small_base: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        chat_tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         """Take loaded modules. They stay where they are and as they are, but for `eval()`.
 
@@ -70,6 +74,7 @@ class EFTModels:
         self.small_tuned = list(small_tuned) if isinstance(small_tuned, Sequence) else [small_tuned]
         self.small_base = small_base
         self.tokenizer = tokenizer
+        self.chat_tokenizer = chat_tokenizer
         self._with_template: set[str] = set()
         self._runners: EFTRunners | None = None
         if not self.small_tuned:
@@ -111,7 +116,9 @@ class EFTModels:
         loaded = [_load(source, dtype, device_map, trust_remote_code) for source in sources]
         if tokenizer is None:
             tokenizer = _load_tokenizer(sources, trust_remote_code)
-        models = cls(loaded[0], loaded[1:-1], loaded[-1], tokenizer)
+        with_template = [source for source in sources[1:-1] if source.has_chat_template]
+        chat_tokenizer = _load_tokenizer(with_template, trust_remote_code)
+        models = cls(loaded[0], loaded[1:-1], loaded[-1], tokenizer, chat_tokenizer)
         models._with_template = {source.argument for source in sources if source.has_chat_template}
         return models
 

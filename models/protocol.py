@@ -32,8 +32,11 @@ class Runner(Protocol):
         """int64 [batch]: tokens in the cache of each sequence. One storage from `reserve` to `reserve`."""
         ...
 
-    def reserve(self, batch: int, length: int) -> None:
-        """Start anew with room for `batch` sequences of up to `length` tokens; `lengths` become zero."""
+    def reserve(self, batch: int, length: int, keep: bool = False) -> None:
+        """Start anew with room for `batch` sequences of up to `length` tokens; `lengths` become zero.
+
+        With `keep` the tokens in the cache, which must be of as many sequences, stay.
+        """
 
     def forward(self, tokens: Tensor, span: int) -> Tensor:
         """Run int64 `tokens` [batch, q] and return their logits [batch, q, vocab_size].
@@ -59,8 +62,13 @@ class Runner(Protocol):
         None where the network cannot: it is then run step by step.
         """
 
-    def prefill(self, tokens: Tensor, prompt_lengths: Tensor, chunk: int = 512) -> None:
-        """Fill the cache from right-padded `tokens` [batch, P] and set `lengths` to `prompt_lengths`."""
+    def prefill(
+        self, tokens: Tensor, prompt_lengths: Tensor, chunk: int = 512, begins: Tensor | None = None
+    ) -> None:
+        """Fill the cache from right-padded `tokens` [batch, P] and set `lengths` to `prompt_lengths`.
+
+        Row `b` of the tokens stands at position `begins[b]`, at 0 where `begins` is None.
+        """
 
 
 @dataclass(frozen=True)

@@ -67,14 +67,19 @@ class ModelRunner:
         return self.cache.lengths
 
     @torch.inference_mode()
-    def reserve(self, batch: int, length: int) -> None:
+    def reserve(self, batch: int, length: int, keep: bool = False) -> None:
         """Start anew with room for `batch` sequences of up to `length` tokens; `lengths` become zero.
 
         The storage is kept if it is large enough. Weights changed in place since are seen from here on.
+        With `keep` the tokens in the cache stay, and `lengths` with them.
         """
-        if not self.cache.holds(batch, length):
-            self.cache = SlotCache(batch, length, self.device)
-        self.cache.restart(batch)
+        if keep:
+            if not self.cache.holds(batch, length):
+                self.cache = self.cache.grown(batch, length)
+        else:
+            if not self.cache.holds(batch, length):
+                self.cache = SlotCache(batch, length, self.device)
+            self.cache.restart(batch)
         self._body.prepare(self.cache)
         if self._compiled is not None:
             self._compiled.prepare(self.cache)
@@ -133,24 +138,32 @@ class ModelRunner:
         )
 
     @torch.inference_mode()
-    def prefill(self, tokens: Tensor, prompt_lengths: Tensor, chunk: int = 512) -> None:
+    def prefill(
+        self, tokens: Tensor, prompt_lengths: Tensor, chunk: int = 512, begins: Tensor | None = None
+    ) -> None:
         """Fill the cache from int64 `tokens` [batch, P] and set `lengths` to `prompt_lengths`, int64 [batch].
 
         `tokens` are padded on the right with anything; P may be 0. They run `chunk` positions at a time, and
-        the output head does not run at all.
+        the output head does not run at all. `begins`, int64 [batch], is where each row's tokens stand: what
+        the cache holds before them stays; None for the start.
         """
         total = tokens.shape[1]
+        first = 0 if begins is None else int(begins.max())
         if total:
-            padding = torch.arange(total, device=self.device) >= prompt_lengths[:, None]
+            own = prompt_lengths if begins is None else prompt_lengths - begins
+            padding = torch.arange(total, device=self.device) >= own[:, None]
             tokens = tokens.masked_fill(padding, 0)
-        self.lengths.zero_()
+        if begins is None:
+            self.lengths.zero_()
+        else:
+            self.lengths.copy_(begins)
         for start in range(0, total, chunk):
             part = tokens[:, start : start + chunk]
             compiled = self._compiled_for(part.numel())
             if compiled is not None:
                 compiled.fill(part, self.cache)
             else:
-                self._run(part, start + part.shape[1])
+                self._run(part, first + start + part.shape[1])
             self.lengths.add_(part.shape[1])
         self.lengths.copy_(prompt_lengths)
 

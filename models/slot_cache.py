@@ -66,6 +66,18 @@ class SlotCache(Cache):
             layer.keys.zero_()
             layer.values.zero_()
 
+    def grown(self, slots: int, max_length: int) -> SlotCache:
+        """A cache for `slots` sequences of up to `max_length` tokens that holds what this one does."""
+        larger = SlotCache(max(slots, self.slots), max(max_length, self.capacity - 1), self.device)
+        larger.lengths = larger._all_lengths[:slots]
+        larger.lengths.copy_(self.lengths)
+        for index, layer in self._slots.items():
+            layout = layer.keys[:, :, :1].transpose(1, 2)
+            copy = larger._slots[index] = larger._allocate(layout, layer.values[:, :, :1].transpose(1, 2))
+            copy.keys[: self.slots, :, : self.capacity] = layer.keys
+            copy.values[: self.slots, :, : self.capacity] = layer.values
+        return larger
+
     def begin(self, positions: Tensor, span: int) -> None:
         """Fix where the next pass writes, int64 [batch, q] below `capacity`, and that it reads `span`."""
         self._written = positions

@@ -19,6 +19,7 @@ _CHI_SQUARE = "chi_square"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--every-law", action="store_true", help="also in Triton's interpreter, for an hour")
+    parser.addoption("--write-docs", action="store_true", help="write the tables that tests make into docs/")
 
 
 def is_interpreted(backend: str) -> bool:

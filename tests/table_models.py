@@ -25,10 +25,15 @@ class TableRunner:
         self.lengths = torch.zeros(0, dtype=torch.int64)
         self.tokens = torch.zeros(0, 0, dtype=torch.int64)
 
-    def reserve(self, batch: int, length: int) -> None:
-        self.lengths = torch.zeros(batch, dtype=torch.int64)
+    def reserve(self, batch: int, length: int, keep: bool = False) -> None:
+        held, lengths = self.tokens, self.lengths
         # Column 0 stands before the sequence: a first token has token 0 before it.
         self.tokens = torch.zeros(batch, length + 1, dtype=torch.int64)
+        self.lengths = torch.zeros(batch, dtype=torch.int64)
+        if keep:
+            width = min(held.shape[1], length + 1)
+            self.tokens[:, :width] = held[:, :width]
+            self.lengths.copy_(lengths)
 
     def forward(self, tokens: Tensor, span: int) -> Tensor:
         assert span < self.tokens.shape[1] + 1
@@ -40,8 +45,11 @@ class TableRunner:
     def draft(self, *_: Any) -> None:
         return None
 
-    def prefill(self, tokens: Tensor, prompt_lengths: Tensor, chunk: int = 512) -> None:
-        self.tokens[:, 1 : 1 + tokens.shape[1]] = tokens
+    def prefill(
+        self, tokens: Tensor, prompt_lengths: Tensor, chunk: int = 512, begins: Tensor | None = None
+    ) -> None:
+        start = torch.zeros_like(prompt_lengths) if begins is None else begins
+        self.tokens.scatter_(1, start[:, None] + torch.arange(tokens.shape[1]) + 1, tokens)
         self.lengths.copy_(prompt_lengths)
 
 

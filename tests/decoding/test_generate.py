@@ -294,7 +294,7 @@ def test_options_resolve_as_in_transformers() -> None:
         ("top_k must", {"top_k": -1}),
         ("did you mean temperature", {"temprature": 0.5}),
         ("num_beams=4 is not supported", {"num_beams": 4}),
-        ("repetition_penalty=1.2 is not supported", {"repetition_penalty": 1.2}),
+        ("length_penalty=2.0 is not supported", {"length_penalty": 2.0}),
         ("seed has 2 values", {"seed": [1, 2]}),
         ("seed must be", {"seed": "1"}),
         ("seed must be", {"seed": 2**64}),

@@ -1,0 +1,276 @@
+"""Every way of calling gives the same tokens for one seed, and what streams is what is returned."""
+
+from __future__ import annotations
+
+from threading import Thread
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    MinLengthLogitsProcessor,
+    StoppingCriteria,
+    TextIteratorStreamer,
+    TextStreamer,
+    pipeline,
+)
+
+from speculative_eft.decoding import CUSTOM_GENERATE_FOLDER, EFTConfig, EFTDecoder, EFTOutput, NaiveEFTDecoder
+from speculative_eft.models import EFTModels
+
+from ..tokenizers_of_words import word_tokenizer
+from .test_generate import VOCAB, ragged_prompts, tiny_trio
+
+
+class Favours(LogitsProcessor):
+    def __init__(self, token: int) -> None:
+        self.token = token
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        scores = scores.clone()
+        scores[:, self.token] += 2.0
+        return scores
+
+
+class EndsAtLength(StoppingCriteria):
+    """Ends the first row at one length and the others at another."""
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        bound = torch.full((len(input_ids),), 18)
+        bound[0] = 14
+        return input_ids.shape[1] >= bound
+
+
+def allowed(row: int, tokens: Tensor) -> list[int]:
+    return list(range(row % 2, VOCAB, 2))
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampled": {"do_sample": True},
+    "filters": {"do_sample": True, "temperature": 0.8, "top_k": 9, "top_p": 0.9, "min_p": 0.05},
+    "ends": {"do_sample": True, "eos_token_id": [21, 89, 18], "pad_token_id": 3},
+    "minimum": {"min_new_tokens": 6, "do_sample": True},
+    "processors": {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2, "suppress_tokens": [21]},
+    "own": {"logits_processor": [Favours(4)], "bad_words_ids": [[21], [5, 6]], "do_sample": True},
+    "same_class": {"logits_processor": [MinLengthLogitsProcessor(15, 1)], "min_length": 12},
+    "prefix": {"prefix_allowed_tokens_fn": allowed, "do_sample": True},
+    "criteria": {"stopping_criteria": [EndsAtLength()], "do_sample": True, "pad_token_id": 0},
+    "several": {"num_return_sequences": 3, "do_sample": True},
+    "several_prefixed": {"num_return_sequences": 2, "do_sample": True, "prefix_allowed_tokens_fn": allowed},
+    "watermark": {"watermarking_config": {"bias": 3.0}, "do_sample": True},
+    "max_length": {"max_length": 20, "max_new_tokens": None},
+    "config": {"generation_config": GenerationConfig(max_new_tokens=7, do_sample=True, top_k=5)},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models() -> EFTModels:
+    models = tiny_trio("llama")
+    models.tokenizer = word_tokenizer(VOCAB)
+    # The tuned model's end of a turn ends sequences whatever the large base's own config says.
+    models.small_tuned[0].generation_config.eos_token_id = [1, 93]
+    return models
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_way_of_calling_gives_the_same_tokens(name: str, models: EFTModels) -> None:
+    prompts = ragged_prompts(3)
+    options = {"max_new_tokens": 12, **OPTIONS[name], "seed": 4}
+    if "generation_config" in options:
+        del options["max_new_tokens"]
+    decoder = EFTDecoder(models, EFTConfig(draft_tokens=3))
+    large = models.large_base
+    wanted = decoder.generate(**prompts, **options)
+    calls = {
+        "function": {"custom_generate": decoder.custom_generate},
+        "folder": {"custom_generate": CUSTOM_GENERATE_FOLDER, "trust_remote_code": True, "decoder": decoder},
+        "folder with models": {
+            "custom_generate": CUSTOM_GENERATE_FOLDER,
+            "trust_remote_code": True,
+            "small_tuned": models.small_tuned,
+            "small_base": models.small_base,
+            "eft_config": decoder.config,
+        },
+    }
+    for how, arguments in calls.items():
+        output = large.generate(**prompts, **options, **arguments)
+        assert torch.equal(output, wanted), how
+    shared = EFTDecoder(models, EFTConfig(draft_tokens=3, acceptance="shared_seed"))
+    naive = NaiveEFTDecoder(models).generate(**prompts, **options)
+    assert torch.equal(large.generate(**prompts, **options, custom_generate=shared.custom_generate), naive)
+
+
+def test_the_folder_keeps_one_decoder_of_its_models(models: EFTModels) -> None:
+    arguments = {
+        "custom_generate": CUSTOM_GENERATE_FOLDER,
+        "trust_remote_code": True,
+        "small_tuned": models.small_tuned[0],
+        "small_base": models.small_base,
+        "max_new_tokens": 3,
+    }
+    ids = torch.tensor([[5, 6]])
+    models.large_base.generate(ids, **arguments)
+    first = vars(models.large_base)["_speculative_eft"]
+    models.large_base.generate(ids, **arguments)
+    assert vars(models.large_base)["_speculative_eft"] is first
+    assert not any("speculative" in name for name, _ in models.large_base.named_modules())
+
+
+def test_a_prompt_with_pad_tokens_inside_and_its_mask_of_ones(models: EFTModels) -> None:
+    decoder = EFTDecoder(models, EFTConfig(draft_tokens=3))
+    ids = torch.tensor([[0, 0, 5, 0, 6]])
+    options: dict[str, Any] = {"pad_token_id": 0, "max_new_tokens": 8, "eos_token_id": 1}
+    inferred = decoder.generate(ids, **options)
+    seen = decoder.generate(ids, torch.ones_like(ids), **options)
+    large = models.large_base
+    assert torch.equal(large.generate(ids, custom_generate=decoder.custom_generate, **options), inferred)
+    with_mask = large.generate(
+        ids, attention_mask=torch.ones_like(ids), custom_generate=decoder.custom_generate, **options
+    )
+    assert torch.equal(with_mask, seen)
+    assert not torch.equal(inferred, seen)
+
+
+def test_pipeline(models: EFTModels) -> None:
+    decoder = EFTDecoder(models, EFTConfig(draft_tokens=3))
+    options: dict[str, Any] = {"do_sample": True, "max_new_tokens": 9, "seed": 2}
+    generator = pipeline(
+        "text-generation",
+        model=models.large_base,
+        tokenizer=models.tokenizer,
+        device="cpu",
+        custom_generate=decoder.custom_generate,
+    )
+    (given,) = generator("w5 w6 w7", return_tensors=True, **options)
+    # The pipeline's own defaults: a temperature of 0.7.
+    direct = decoder.generate(torch.tensor([[5, 6, 7]]), temperature=0.7, **options)
+    assert given["generated_token_ids"] == direct[0].tolist()
+    (text,) = generator("w5 w6 w7", **options)
+    assert text["generated_text"].startswith("w5 w6 w7w")
+
+
+def test_outputs_of_both_ways_have_scores_statistics_and_trace(models: EFTModels) -> None:
+    decoder = EFTDecoder(models, EFTConfig(draft_tokens=3))
+    options: dict[str, Any] = {
+        "max_new_tokens": 8, "seed": 1, "do_sample": True, "return_dict_in_generate": True,
+        "output_scores": True, "output_logits": True, "eos_token_id": 96, "pad_token_id": 0,
+    }  # fmt: skip
+    prompts = ragged_prompts(3)
+    direct = decoder.generate(**prompts, **options)
+    output = models.large_base.generate(**prompts, **options, custom_generate=decoder.custom_generate)
+    assert isinstance(direct, EFTOutput)
+    assert isinstance(output, EFTOutput)
+    assert output.stats is not None
+    assert output.scores is not None
+    assert output.logits is not None
+    assert torch.equal(output.sequences, direct.sequences)
+    assert len(output.scores) == len(output.logits) == 8
+    assert {tuple(rows.shape) for rows in (*output.scores, *output.logits)} == {(3, VOCAB)}
+    # transformers' own reading of scores, against the trace.
+    transitions = models.large_base.compute_transition_scores(
+        output.sequences, output.scores, normalize_logits=True
+    )
+    assert output.trace is not None
+    torch.testing.assert_close(transitions, output.trace.target, atol=1e-4, rtol=0)
+
+
+def test_the_table_of_a_trace(models: EFTModels) -> None:
+    output = EFTDecoder(models, EFTConfig(draft_tokens=3)).generate(
+        **ragged_prompts(3), max_new_tokens=8, seed=1, do_sample=True, return_dict_in_generate=True
+    )
+    assert isinstance(output, EFTOutput)
+    assert output.trace is not None
+    table = output.trace.table(models.tokenizer)
+    assert list(table) == [
+        "sequence", "position", "token", "text", "source", "accepted", "large", "tuned", "base", "target",
+        "log_ratio",
+    ]  # fmt: skip
+    assert len({len(column) for column in table.values()}) == 1
+    for sequence, position, token, text in zip(*(table[name] for name in list(table)[:4]), strict=True):
+        assert output.sequences[sequence, 11 + position] == token
+        assert text == f"w{token}"
+    assert table["accepted"] == [source == "draft" for source in table["source"]]
+    assert table["log_ratio"] == pytest.approx(
+        [one - other for one, other in zip(table["large"], table["base"], strict=True)], abs=1e-6
+    )
+
+
+def test_outputs_may_be_written_to(models: EFTModels) -> None:
+    output = EFTDecoder(models).generate(torch.tensor([[5, 6]]), max_new_tokens=3)
+    assert isinstance(output, Tensor)
+    output[output == 5] = 6
+    assert output[0, 0] == 6
+
+
+def test_text_streamers(models: EFTModels, capsys: pytest.CaptureFixture[str]) -> None:
+    decoder = EFTDecoder(models, EFTConfig(draft_tokens=3))
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": True, "seed": 6}
+    ids = torch.tensor([[5, 6]])
+    wanted = models.tokenizer.decode(decoder.generate(ids, **options)[0])
+    decoder.generate(ids, **options, streamer=TextStreamer(models.tokenizer))
+    assert capsys.readouterr().out == wanted + "\n"
+
+    iterator = TextIteratorStreamer(models.tokenizer, timeout=60)
+    thread = Thread(target=decoder.generate, args=(ids,), kwargs={**options, "streamer": iterator})
+    thread.start()
+    assert "".join(iterator) == wanted
+    thread.join()
+
+    models.large_base.generate(
+        ids, **options, custom_generate=decoder.custom_generate, eft_streamer=TextStreamer(models.tokenizer)
+    )
+    assert capsys.readouterr().out == wanted + "\n"
+
+
+def test_stop_strings_inside_transformers(models: EFTModels) -> None:
+    decoder = EFTDecoder(models, EFTConfig(draft_tokens=3))
+    ids = torch.tensor([[5, 6]])
+    free = decoder.generate(ids, max_new_tokens=12)
+    strings = [f"w{int(free[0, 6])}"]
+    stopped = decoder.generate(ids, max_new_tokens=12, stop_strings=strings)
+    assert stopped.shape[1] <= 7
+    large = models.large_base
+    arguments: dict[str, Any] = {"max_new_tokens": 12, "custom_generate": decoder.custom_generate}
+    assert torch.equal(large.generate(ids, eft_stop_strings=strings, **arguments), stopped)
+    folder = {"custom_generate": CUSTOM_GENERATE_FOLDER, "trust_remote_code": True, "decoder": decoder}
+    output = large.generate(
+        ids, max_new_tokens=12, stop_strings=strings, tokenizer=models.tokenizer, **folder
+    )
+    assert torch.equal(output, stopped)
+
+
+@pytest.mark.parametrize(
+    ("message", "arguments"),
+    [
+        ("num_beams=2 is not supported", {"num_beams": 2}),
+        ("guidance_scale=1.5 is not supported", {"guidance_scale": 1.5}),
+        ("penalty_alpha=0.6 is not supported", {"penalty_alpha": 0.6, "top_k": 4}),
+        ("output_attentions=True is not supported", {"output_attentions": True}),
+        ("inputs_embeds is not supported", {"inputs_embeds": torch.zeros(1, 2, 32)}),
+        ("position_ids must count", {"position_ids": torch.tensor([[3, 4]])}),
+        ("tuned_input_ids has 2 prompts for 1", {"tuned_input_ids": torch.ones(2, 2, dtype=torch.int64)}),
+    ],
+)
+def test_what_cannot_be_honoured_inside_transformers(
+    message: str, arguments: dict[str, Any], models: EFTModels
+) -> None:
+    decoder = EFTDecoder(models)
+    call = {"max_new_tokens": 4, "custom_generate": decoder.custom_generate, **arguments}
+    with pytest.raises(ValueError, match=message):
+        models.large_base.generate(torch.tensor([[5, 6]]), **call)
+
+
+def test_another_models_generate_is_refused(models: EFTModels) -> None:
+    decoder = EFTDecoder(models)
+    with pytest.raises(ValueError, match="decoder's own large_base"):
+        models.small_base.generate(
+            torch.tensor([[5, 6]]), max_new_tokens=3, custom_generate=decoder.custom_generate
+        )
+    with pytest.raises(ValueError, match="needs decoder=, or small_tuned= and small_base="):
+        models.large_base.generate(
+            torch.tensor([[5, 6]]), custom_generate=CUSTOM_GENERATE_FOLDER, trust_remote_code=True
+        )

@@ -1,0 +1,280 @@
+"""Conversations, prompts of the tuned models' own, re-use of what the caches hold, and added tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from speculative_eft.decoding import EFTConfig, EFTDecoder, EFTOutput, EFTPast, NaiveEFTDecoder
+from speculative_eft.decoding.chat import plain_chat
+from speculative_eft.models import EFTModels, ModelRunner
+
+from ..exactness.sampling import table_runners
+from ..models.families import tiny_model
+from ..table_models import random_tables
+from ..tokenizers_of_words import tokenizer_of
+from .test_generate import perturbed, ragged_prompts, tiny_trio
+
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|> {{ message['role'] }} {{ message['content'] }} <|im_end|> "
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|> assistant{% endif %}"
+)
+WORDS = ("User:", "Assistant:", "user", "assistant", "system", *(f"w{index}" for index in range(5, 101)))
+ADDED = ("<|im_start|>", "<|im_end|>")
+HELLO = [{"role": "user", "content": "w7 w8 w9"}]
+
+
+def chat_trio(extra: int = 8) -> EFTModels:
+    """A trio whose tuned model has `extra` tokens more than the bases, two of them its chat's."""
+    models = EFTModels(
+        large_base=perturbed(tiny_model("llama", 0), 1, 0.02),
+        small_tuned=perturbed(tiny_model("llama", 3, 101 + extra), 2, 0.02),
+        small_base=tiny_model("llama", 0),
+        tokenizer=tokenizer_of(WORDS),
+        chat_tokenizer=tokenizer_of((*WORDS, *ADDED)),
+    )
+    models.chat_tokenizer.chat_template = TEMPLATE
+    return models
+
+
+@contextmanager
+def prefilled(decoder: EFTDecoder) -> Iterator[list[int]]:
+    """Collects how many tokens each runner's prefill is given, in the order large, tuned, base."""
+    counts: list[int] = []
+    runners = (decoder.runners.large, *decoder.runners.tuned, decoder.runners.base)
+    for runner in runners:
+
+        def prefill(tokens: Tensor, *arguments: Any, plain: Any = runner.prefill) -> None:
+            counts.append(tokens.numel())
+            plain(tokens, *arguments)
+
+        runner.prefill = prefill  # type: ignore[method-assign]
+    yield counts
+    for runner in runners:
+        del runner.prefill
+
+
+def test_the_plain_rendering() -> None:
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello."},
+        {"role": "user", "content": "Why?"},
+    ]
+    assert plain_chat(messages) == "Be brief.\nUser: Hi\nAssistant: Hello.\nUser: Why?\nAssistant:"
+
+
+def test_each_model_gets_its_own_prompt() -> None:
+    models = chat_trio()
+    decoder = EFTDecoder(models, EFTConfig(draft_tokens=3))
+    words = tokenizer_of((*WORDS, *ADDED))
+    ids = words("User: w7 w8 w9 Assistant:", return_tensors="pt").input_ids
+    tuned = words(
+        "<|im_start|> user w7 w8 w9 <|im_end|> <|im_start|> assistant", return_tensors="pt"
+    ).input_ids
+    assert tuned.max() >= decoder.vocab_size
+    options: dict[str, Any] = {"max_new_tokens": 10, "seed": 0, "do_sample": True}
+    wanted = decoder.generate(ids, tuned_input_ids=tuned, **options)
+    assert torch.equal(decoder.generate(chat=HELLO, **options), wanted)
+    shouted = decoder.generate(chat=HELLO, chat_rendering=lambda messages: "w7 w8", **options)
+    assert shouted.shape[1] == 2 + 10
+
+
+@pytest.mark.parametrize("general", [{}, {"suppress_tokens": [3]}], ids=["fused", "general"])
+@pytest.mark.parametrize("draft", ["tuned", "pair"])
+def test_prompts_that_end_in_different_tokens(draft: Any, general: dict[str, Any]) -> None:
+    """Greedy output against plain forwards of each model on its own prompt."""
+    models = chat_trio()
+    ids, tuned_ids = torch.tensor([[5, 6, 7]]), torch.tensor([[9, 9, 5, 103, 8]])
+    decoder = EFTDecoder(models, EFTConfig(draft_tokens=3, draft=draft))
+    options: dict[str, Any] = {"max_new_tokens": 12, "tuned_input_ids": tuned_ids, **general}
+    output = decoder.generate(ids, **options)
+    assert torch.equal(NaiveEFTDecoder(models).generate(ids, **options), output)
+    with torch.no_grad():
+        for _ in range(12):
+            large, tuned, base = (
+                model(given).logits[0, -1, :101].double()
+                for model, given in (
+                    (models.large_base, ids), (models.small_tuned[0], tuned_ids), (models.small_base, ids)
+                )
+            )  # fmt: skip
+            mixed = large + tuned - base
+            mixed[general.get("suppress_tokens", [])] = -torch.inf
+            token = mixed.argmax().view(1, 1)
+            ids, tuned_ids = torch.cat([ids, token], dim=1), torch.cat([tuned_ids, token], dim=1)
+    assert torch.equal(output, ids)
+
+
+def test_a_batch_of_chats_is_each_chat_alone() -> None:
+    decoder = EFTDecoder(chat_trio(), EFTConfig(draft_tokens=3))
+    chats = [HELLO, [{"role": "system", "content": "w50"}, {"role": "user", "content": "w9 w9 w9 w9 w10"}]]
+    together = decoder.generate(chat=chats, seed=[3, 4], do_sample=True, max_new_tokens=10)
+    for index, chat in enumerate(chats):
+        alone = decoder.generate(chat=chat, seed=[3 + index], do_sample=True, max_new_tokens=10)
+        assert torch.equal(together[index, -10:], alone[0, -10:])
+
+
+def test_tuned_prompts_may_be_padded_on_the_left() -> None:
+    models, prompts = tiny_trio("gpt2"), ragged_prompts(3)
+    tuned = torch.tensor([[0, 0, 7, 8], [0, 9, 5, 6], [4, 5, 6, 8]])
+    mask = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1], [1, 1, 1, 1]])
+    options: dict[str, Any] = {"seed": [1, 2, 3], "do_sample": True, "max_new_tokens": 10}
+    decoder = EFTDecoder(models, EFTConfig(acceptance="shared_seed", draft_tokens=3))
+    own = {"tuned_input_ids": tuned, "tuned_attention_mask": mask}
+    together = decoder.generate(**prompts, **own, **options)
+    assert torch.equal(together, NaiveEFTDecoder(models).generate(**prompts, **own, **options))
+    length = int(mask[0].sum())
+    alone = decoder.generate(
+        prompts["input_ids"][:1, -1:], tuned_input_ids=tuned[:1, -length:], **{**options, "seed": [1]}
+    )
+    assert torch.equal(alone[0, 1:], together[0, -10:])
+    several = decoder.generate(**prompts, **own, **{**options, "seed": 0}, num_return_sequences=2)
+    assert several.shape[0] == 6
+
+
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+@pytest.mark.parametrize("general", [{}, {"repetition_penalty": 1.2}], ids=["fused", "general"])
+def test_two_turns_with_re_use_give_a_cold_runs_tokens(
+    backend: str, general: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend == "numba":
+        pytest.importorskip("numba", reason="numba is not installed")
+    monkeypatch.setenv("SPECULATIVE_EFT_BACKEND", backend)
+    models = chat_trio()
+    options: dict[str, Any] = {
+        "do_sample": True, "eos_token_id": [], "max_new_tokens": 9, "return_dict_in_generate": True
+    }  # fmt: skip
+    options.update(general)
+    warm = EFTDecoder(models, EFTConfig(draft_tokens=3))
+    first = warm.generate(chat=HELLO, seed=0, **options)
+    assert isinstance(first, EFTOutput)
+    assert isinstance(first.past_key_values, EFTPast)
+    words = tokenizer_of(WORDS)
+    answer = " ".join(words.convert_ids_to_tokens(first.sequences[0, -9:].tolist()))
+    turns = [*HELLO, {"role": "assistant", "content": answer}, {"role": "user", "content": "w11 w12"}]
+    with prefilled(warm) as counts:
+        second = warm.generate(chat=turns, seed=1, past_key_values=first.past_key_values, **options)
+    # The caches hold all of the first turn but its last token; each model's prompt goes on from there:
+    # that token, <|im_end|> <|im_start|> user w11 w12 <|im_end|> <|im_start|> for the tuned model, whose
+    # last word is not prefilled, and that token, User: w11 w12 for the bases.
+    assert counts == [4, 8, 4]
+    cold = EFTDecoder(chat_trio(), EFTConfig(draft_tokens=3))
+    with prefilled(cold) as counts:
+        wanted = cold.generate(chat=turns, seed=1, **options)
+    assert counts == [17, 24, 17]
+    assert isinstance(second, EFTOutput)
+    assert isinstance(wanted, EFTOutput)
+    assert torch.equal(second.sequences, wanted.sequences)
+
+
+def test_re_use_in_ragged_batches_that_grow_and_change() -> None:
+    """Prompts that keep, cut and replace what is held, longer than the storage so far."""
+    models, prompts = tiny_trio("qwen2"), ragged_prompts(4)
+    options: dict[str, Any] = {
+        "eos_token_id": [], "max_new_tokens": 9, "return_dict_in_generate": True, "do_sample": True
+    }  # fmt: skip
+    warm, cold = (EFTDecoder(models, EFTConfig(draft_tokens=4)) for _ in range(2))
+    # The two share the models' runners: nothing is held once the other has run.
+    first = warm.generate(**prompts, seed=0, **options)
+    assert isinstance(first, EFTOutput)
+    longer = torch.cat([first.sequences, torch.full((4, 25), 6)], dim=1)
+    longer[1, -30:-20] = 9
+    mask = torch.cat([prompts["attention_mask"], torch.ones(4, 34, dtype=torch.int64)], dim=1)
+    with prefilled(warm) as counts:
+        second = warm.generate(longer, mask, seed=1, past_key_values=first.past_key_values, **options)
+    # Row 1 goes on from its eighth token and needs most: 29 of its 38, the last of which is not prefilled.
+    assert counts == [4 * 29] * 3
+    wanted = cold.generate(longer, mask, seed=1, **options)
+    assert isinstance(second, EFTOutput)
+    assert isinstance(wanted, EFTOutput)
+    assert torch.equal(second.sequences, wanted.sequences)
+
+
+def test_an_old_past_does_no_harm() -> None:
+    decoder = EFTDecoder(table_runners(random_tables(1, 6)), EFTConfig(draft_tokens=2))
+    ids = torch.tensor([[1, 2, 3]])
+    options: dict[str, Any] = {"max_new_tokens": 6, "return_dict_in_generate": True}
+    first = decoder.generate(ids, seed=0, **options)
+    assert isinstance(first, EFTOutput)
+    other = decoder.generate(torch.tensor([[4, 4, 4, 4]]), seed=0, **options)
+    assert isinstance(other, EFTOutput)
+    again = decoder.generate(first.sequences, seed=2, past_key_values=first.past_key_values, **options)
+    fresh = decoder.generate(first.sequences, seed=2, **options)
+    assert isinstance(again, EFTOutput)
+    assert isinstance(fresh, EFTOutput)
+    assert torch.equal(again.sequences, fresh.sequences)
+    # Another number of sequences, or no re-use wanted.
+    both = first.sequences.repeat(2, 1)
+    decoder.generate(both, past_key_values=fresh.past_key_values, **options)
+    none = decoder.generate(ids, use_cache=False, **options)
+    assert isinstance(none, EFTOutput)
+    assert none.past_key_values is None
+
+
+def test_ids_that_only_the_tuned_model_has_are_never_produced() -> None:
+    models = chat_trio()
+    tuned = models.small_tuned[0]
+    # As much as it likes to end its turn, the bases have no such token.
+    with torch.no_grad():
+        tuned.get_output_embeddings().weight[101:] *= 30
+    decoder = EFTDecoder(models, EFTConfig(draft_tokens=4))
+    assert decoder.vocab_size == 101
+    output = decoder.generate(
+        torch.full((64, 2), 7), seed=0, do_sample=True, top_k=0, max_new_tokens=12, temperature=2.0
+    )
+    assert isinstance(output, Tensor)
+    assert output.max() < 101
+    with pytest.raises(ValueError, match="input_ids holds the id 102, outside the vocabulary of 101 ids"):
+        decoder.generate(torch.tensor([[102]]))
+    with pytest.raises(ValueError, match="tuned_input_ids holds the id 109, outside the vocabulary of 109"):
+        decoder.generate(torch.tensor([[1]]), tuned_input_ids=torch.tensor([[109]]))
+
+
+def test_added_tokens_inside_every_models_rows_follow_the_law() -> None:
+    """Padded rows of the bases take part with the logits they have: the law is L F / B for these ids too."""
+    models = tiny_trio("qwen2")
+    ids = torch.tensor([[5, 100, 7]])
+    output = EFTDecoder(models).generate(ids, tuned_input_ids=ids, max_new_tokens=12)
+    with torch.no_grad():
+        for _ in range(12):
+            large, tuned, base = (
+                model(ids).logits[0, -1].double()
+                for model in (models.large_base, *models.small_tuned, models.small_base)
+            )
+            ids = torch.cat([ids, (large + tuned - base).argmax().view(1, 1)], dim=1)
+    assert torch.equal(output, ids)
+
+
+@pytest.mark.parametrize(
+    ("message", "arguments"),
+    [
+        ("chat must be a list of messages", {"chat": [{"role": "user"}]}),
+        ("chat must be a list of messages", {"chat": [[]]}),
+        ("chat is empty", {"chat": []}),
+        ("chat must be", {"chat": ["hello"]}),
+        ("input_ids is given beside chat", {"chat": HELLO, "input_ids": torch.tensor([[5]])}),
+        ("tuned_input_ids is given beside chat", {"chat": HELLO, "tuned_input_ids": torch.tensor([[5]])}),
+        ("chat_rendering is given without chat", {"chat_rendering": plain_chat}),
+        ("past_key_values must come from an output", {"past_key_values": 3}),
+        ("tuned_attention_mask is given without", {"tuned_attention_mask": torch.ones(1, 1)}),
+    ],
+)
+def test_bad_conversations(message: str, arguments: dict[str, Any]) -> None:
+    call = arguments if "chat" in arguments else {"input_ids": torch.tensor([[5]]), **arguments}
+    with pytest.raises(ValueError, match=message):
+        EFTDecoder(chat_trio()).generate(**call)
+
+
+def test_a_chat_needs_a_template() -> None:
+    with pytest.raises(ValueError, match="chat needs tokenizers"):
+        EFTDecoder(tiny_trio("llama")).generate(chat=HELLO)
+    models = chat_trio()
+    models.chat_tokenizer = tokenizer_of(WORDS[:20])
+    with pytest.raises(ValueError, match="the tuned models' tokenizer has none"):
+        EFTDecoder(models).generate(chat=HELLO)
+    assert isinstance(models.runners().large, ModelRunner)
