@@ -14,7 +14,6 @@ pytest.importorskip("triton")
 from speculative_eft.kernels.gpu.attention import attention_tile
 from speculative_eft.kernels.gpu.tile import zeros_kept
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 # Sums of float32 products, some hundreds of them, and tanh: a wrong mask or position shows at 1e-2 and more.
@@ -34,7 +33,7 @@ def _triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def random(*shape: int, dtype: torch.dtype = FP32, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+    return torch.randn(*shape, generator=generator).to(dtype)
 
 
 def rounded(number: float) -> float:
@@ -87,7 +86,7 @@ def assert_near(result: Tensor, expected: Tensor, magnitude: Tensor, dtype: torc
     assert ((result.double().cpu() - expected).abs() <= bound).all()
 
 
-SLOPES = torch.tensor([0.7, 0.31, 0.05, 0.001], device=DEVICE)
+SLOPES = torch.tensor([0.7, 0.31, 0.05, 0.001])
 
 # dim, new rows, heads that share keys, heads with keys, dtype, options
 CASES: list[tuple[int, int, int, int, torch.dtype, dict[str, Any]]] = [
@@ -120,7 +119,11 @@ def test_equals_softmax_in_double_precision(
     span = max(lengths) + count + 3
     query = random(len(lengths), count, kv_heads * shared, dim, dtype=dtype)
     keys, values = random(2, len(lengths), kv_heads, span, dim, dtype=dtype, seed=1)
-    result = attention(query, keys, values, torch.tensor(lengths, device=DEVICE), **options)
+    options = {
+        name: value.to(query.device) if isinstance(value, Tensor) else value
+        for name, value in options.items()
+    }
+    result = attention(query, keys, values, torch.tensor(lengths), **options)
     assert_near(result, *plain_attention(query, keys, values, lengths, **options), dtype)
 
 
@@ -130,11 +133,11 @@ def test_a_sequence_gets_the_same_bits_alone(dtype: torch.dtype, window: int | N
     lengths = [300, 5, 126, 0]
     query = random(4, 3, 4, 64, dtype=dtype)
     keys, values = random(2, 4, 2, 400, 64, dtype=dtype, seed=1)
-    together = attention(query, keys, values, torch.tensor(lengths, device=DEVICE), window=window)
+    together = attention(query, keys, values, torch.tensor(lengths), window=window)
     for index, length in enumerate(lengths):
         one = slice(index, index + 1)
         own = [tensor[one, :, : length + 3 + index].clone() for tensor in (keys, values)]
-        alone = attention(query[one], *own, torch.tensor([length], device=DEVICE), window=window)
+        alone = attention(query[one], *own, torch.tensor([length]), window=window)
         assert torch.equal(alone[0], together[index])
     assert not zeros_kept("arrivals", query.device, 1).any()
 
@@ -144,17 +147,17 @@ def test_what_no_row_sees_is_not_read() -> None:
     lengths, count = [140, 3, 260], 3
     query = random(3, count, 4, 80)
     keys, values = random(2, 3, 1, 300, 80, seed=1)
-    expected = attention(query, keys, values, torch.tensor(lengths, device=DEVICE))
+    expected = attention(query, keys, values, torch.tensor(lengths))
     for index, length in enumerate(lengths):
         for tensor in (keys, values):
             tensor[index, :, length + count :] = float("nan")
-    assert torch.equal(attention(query, keys, values, torch.tensor(lengths, device=DEVICE)), expected)
+    assert torch.equal(attention(query, keys, values, torch.tensor(lengths)), expected)
     assert expected.isfinite().all()
 
 
 @pytest.mark.usefixtures("compared_backend")
 def test_rows_beyond_the_span_see_all_of_it() -> None:
-    lengths = torch.tensor([150, 148], device=DEVICE)
+    lengths = torch.tensor([150, 148])
     query = random(2, 4, 2, 64)
     keys, values = random(2, 2, 1, 150, 64, seed=1)
     result = attention(query, keys, values, lengths)
@@ -163,14 +166,14 @@ def test_rows_beyond_the_span_see_all_of_it() -> None:
 
 @pytest.mark.usefixtures("compared_backend")
 def test_strides() -> None:
-    lengths = torch.tensor([20, 131], device=DEVICE)
+    lengths = torch.tensor([20, 131])
     fused = random(2, 3, 5, 64)
     cache = random(2, 3, 2, 256, 64, seed=1)
     keys, values = cache[0, :2, :, :140], cache[1, :2, :, :140]
     expected = attention(fused[:, :, :4].contiguous(), keys.contiguous(), values.contiguous(), lengths)
     for query in (fused[:, :, :4], fused[:, :, :4].transpose(1, 2).contiguous().transpose(1, 2)):
         assert torch.equal(attention(query, keys, values, lengths), expected)
-    room = torch.zeros(2, 4, 3, 70, device=DEVICE)
+    room = torch.zeros(2, 4, 3, 70)
     out = room[..., 2:66].transpose(1, 2)
     assert attention(fused[:, :, :4], keys, values, lengths, out=out) is out
     assert torch.equal(out, expected)
@@ -187,7 +190,7 @@ def test_append(count: int, heads: int, dim: int, dtype: torch.dtype) -> None:
     keys, values = fused[:, :, :heads], fused[:, :, heads:]
     cached_keys, cached_values = random(2, 4, heads, capacity, dim, dtype=dtype, seed=1)
     before = cached_keys.clone(), cached_values.clone()
-    append(keys, values, cached_keys, cached_values, torch.tensor(lengths, device=DEVICE))
+    append(keys, values, cached_keys, cached_values, torch.tensor(lengths))
     for new, old, cached in zip((keys, values), before, (cached_keys, cached_values), strict=True):
         for b, length in enumerate(lengths):
             # What lies beyond the capacity ends up in the last position, one of it or another.

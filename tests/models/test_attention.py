@@ -61,6 +61,10 @@ def flash_attn_with_kvcache(
     return torch.einsum("bhij,bjhd->bihd", weights, values).to(query.dtype)
 
 
+def placed_model(family: str) -> PreTrainedModel:
+    return tiny_model(family).to(random_tokens(1, 1).device)
+
+
 @pytest.fixture
 def flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if flash-attn were installed and the processor a GPU that it knows."""
@@ -87,7 +91,7 @@ def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 def test_ragged_blocks_give_the_logits_of_a_full_pass(
     family: str, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tiny_model(family)
+    model = placed_model(family)
     implementation = model.config._attn_implementation
     tokens = random_tokens(3, LENGTH)
     expected = plain_logits(model, tokens)
@@ -120,7 +124,7 @@ def test_ragged_blocks_give_the_logits_of_a_full_pass(
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "falcon-alibi"])
 def test_full_slots_reach_nobody(family: str, chosen: str) -> None:
-    model = tiny_model(family)
+    model = placed_model(family)
     tokens = random_tokens(2, 63)
     expected = plain_logits(model, tokens)
     runner = ModelRunner(model, attention=chosen)
@@ -143,8 +147,8 @@ def test_full_slots_reach_nobody(family: str, chosen: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "gemma2", "falcon-alibi"])
 def test_half_precision_is_as_close_as_the_model_itself(family: str, chosen: str) -> None:
     tokens = random_tokens(2, 12)
-    exact = plain_logits(tiny_model(family), tokens)
-    model = tiny_model(family).to(torch.bfloat16)
+    exact = plain_logits(placed_model(family), tokens)
+    model = placed_model(family).to(torch.bfloat16)
     runner = ModelRunner(model, attention=chosen)
     runner.reserve(2, 12)
     runner.prefill(tokens[:, :5], torch.tensor([5, 5]))
@@ -163,7 +167,7 @@ def test_passes_read_nothing_from_the_device(family: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(
         sys.modules["flash_attn"], "flash_attn_with_kvcache", lambda query, *rest, **named: query.clone()
     )
-    runner = ModelRunner(tiny_model(family), attention="flash_attn")
+    runner = ModelRunner(placed_model(family), attention="flash_attn")
     tokens = random_tokens(3, 12)
     with no_host_sync():
         runner.reserve(3, LENGTH)
