@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    # Before anything imports Triton: without a GPU its kernels run in the interpreter.
-    os.environ["TRITON_INTERPRET"] = "1"
+from tests.device import on_device, test_device
 
 _CHI_SQUARE = "chi_square"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--every-law", action="store_true", help="also in Triton's interpreter, which is slow")
+    parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where the tests' tensors lie")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--device") == "cpu":
+        # Before anything imports Triton: on a CPU its kernels run in the interpreter.
+        os.environ["TRITON_INTERPRET"] = "1"
+    elif not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda needs a GPU that torch can use")
 
 
 def is_interpreted(backend: str, request: pytest.FixtureRequest) -> bool:
@@ -31,9 +38,22 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Where `--device` wants the tests' tensors."""
+    device = torch.device(request.config.getoption("--device"))
+    if device.type == "cpu":
+        yield
+        return
+    with on_device(device):
+        yield
+
+
 @pytest.fixture(params=["torch", "numba", "triton"])
 def each_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Runs a test with every implementation of the kernels that a CPU has."""
+    """Runs a test with every implementation of the kernels that its device has."""
+    if request.param == "numba" and test_device().type != "cpu":
+        pytest.skip("Numba's kernels are a CPU's")
     if request.param != "torch":
         pytest.importorskip(request.param, reason=f"{request.param} is not installed")
     monkeypatch.setenv("SPECULATIVE_EFT_BACKEND", request.param)

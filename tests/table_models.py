@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .device import test_device
+
 
 class TableRunner:
     """A `Runner` whose next-token logits depend on the last two tokens, read through a real cache.
@@ -18,10 +20,10 @@ class TableRunner:
     """
 
     def __init__(self, table: np.ndarray) -> None:
-        self.table = torch.from_numpy(table).to(torch.float32)
+        self.device = test_device()
+        self.table = torch.from_numpy(table).to(self.device, torch.float32)
         self.vocab_size = table.shape[-1]
         self.max_context: int | None = None
-        self.device = torch.device("cpu")
         self.lengths = torch.zeros(0, dtype=torch.int64)
         self.tokens = torch.zeros(0, 0, dtype=torch.int64)
 

@@ -34,7 +34,7 @@ from speculative_eft.kernels import (
     verify,
 )
 
-numba = pytest.importorskip("numba", reason="the extra [cpu] is not installed")
+from ..device import test_device
 
 VOCABULARIES = [7, 100, 4_096, 8_193, 32_000, 128_256]
 INFINITY = float("inf")
@@ -42,9 +42,12 @@ INFINITY = float("inf")
 
 @pytest.fixture
 def both(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Any, Any]]:
-    """Runs a function with torch's kernels and with the compiled ones."""
+    """Runs a function with torch's kernels and with the compiled ones: on a GPU Triton's."""
 
     def run(function: Callable[[], Any], compiled: str = "numba") -> tuple[Any, Any]:
+        if test_device().type != "cpu":
+            compiled = "triton"
+        pytest.importorskip(compiled, reason=f"{compiled} is not installed")
         results = []
         for name in ("torch", compiled):
             monkeypatch.setenv("SPECULATIVE_EFT_BACKEND", name)
@@ -90,7 +93,9 @@ def random_case(vocab_size: int, dtype: torch.dtype = torch.float32, experts: in
     tuned = [base + 0.7 * torch.randn(base.shape, generator=generator) for _ in range(experts)]
     temperature = torch.tensor([1.0, 0.0, 0.7])
     alpha = torch.rand(batch, experts, generator=generator)
-    noise = NoiseKey(derive_seeds(5, batch), torch.tensor([0, 3, 2**31]), torch.tensor([9, 0, 4]))
+    noise = NoiseKey(
+        derive_seeds(5, batch).to(test_device()), torch.tensor([0, 3, 2**31]), torch.tensor([9, 0, 4])
+    )
     return Case(
         large=large.to(dtype),
         tuned=[logits.to(dtype) for logits in tuned],
@@ -162,6 +167,9 @@ def test_draft_step(vocab_size: int, stream: Stream, both: Any) -> None:
 
 
 def test_noise_has_the_references_bits() -> None:
+    numba = pytest.importorskip("numba", reason="the extra [cpu] is not installed")
+    if test_device().type != "cpu":
+        pytest.skip("Numba's kernels are a CPU's")
     from speculative_eft.kernels.cpu.noise import exponentials, uniform
 
     @numba.njit
@@ -241,13 +249,14 @@ def test_commit(adaptive: bool, compiled: str, both: Any) -> None:
 
 
 def test_the_backend_is_named_or_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numba", reason="the extra [cpu] is not installed")
     monkeypatch.delenv("SPECULATIVE_EFT_BACKEND", raising=False)
     assert backend(torch.device("cpu")) == "numba"
     assert backend(torch.device("cuda")) == "triton"
     monkeypatch.setenv("SPECULATIVE_EFT_BACKEND", "torch")
     assert backend(torch.device("cpu")) == backend(torch.device("cuda")) == "torch"
     monkeypatch.setenv("SPECULATIVE_EFT_BACKEND", "triton")
-    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="triton needs Triton and tensors on a GPU"):
         backend(torch.device("cpu"))
     monkeypatch.setenv("SPECULATIVE_EFT_BACKEND", "cuda")
@@ -259,6 +268,7 @@ def test_the_backend_is_named_or_chosen(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_torch_keeps_its_number_of_threads() -> None:
+    pytest.importorskip("numba", reason="the extra [cpu] is not installed")
     code = (
         "import torch; torch.set_num_threads(1); "
         "from speculative_eft.kernels.cpu.compile import use_threads; "
@@ -276,7 +286,7 @@ def test_memory(vocab_size: int, dtype: torch.dtype, compiled: str, both: Any) -
 
     def run() -> list[Tensor]:
         generator = torch.Generator().manual_seed(3)
-        memory = new_draft_memory(batch, slots, vocab_size, torch.device("cpu"))
+        memory = new_draft_memory(batch, slots, vocab_size, test_device())
         seen = []
         for turn in range(4):
             # Every other row of a larger tensor: rows are not contiguous.
