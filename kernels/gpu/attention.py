@@ -3,8 +3,10 @@
 The rows of all heads that share keys, `groups * new` of them, are packed into tiles of up to 64, so that a
 key is read once for all of them. A program works on one tile of one sequence and on one split of its
 positions, and goes where the sequence has none there. It leaves the largest score, the mass and the mixed
-values of its rows; the last program of the tile to arrive merges them in the order of the splits. Where one
-split holds all that a tile sees, its program writes the result itself.
+values of its rows, and programs that arrive last merge them in the order of the splits. Where one
+split holds all that a tile sees, its program writes the result itself. Merging takes two steps, so that long
+contexts do not end in one program that reads hundreds of parts: the last program of a bundle of splits to
+arrive merges these, and the last of those that did merges the bundles.
 
 How long a split is follows from the rows that share keys alone, and where the splits lie from nothing: so
 neither the batch nor the span changes a bit of a sequence's result.
@@ -33,6 +35,12 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 _APPENDED_ROWS = 16
 """Vectors that a program appends."""
 
+_BUNDLE = 8
+"""Splits that are merged by one program before what is left of all of them is."""
+
+_STAGES = 2
+"""Of the loop over keys and values. More would leave room for fewer programs."""
+
 _NO_ALIBI, _ALIBI, _ROUNDED_ALIBI = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
@@ -44,7 +52,7 @@ class Tile:
         rows: of a tile, padding included; tiles: of the rows that share keys.
         columns: positions read at once; split: positions of a split.
         width: a head's size, padding included.
-        unroll: splits merged at once.
+        unroll: parts merged at once, so that they are read at once.
     """
 
     rows: int
@@ -54,7 +62,6 @@ class Tile:
     width: int
     unroll: int
     warps: int
-    stages: int
 
 
 def attention_tile(rows: int, dim: int, itemsize: int) -> Tile:
@@ -75,9 +82,8 @@ def attention_tile(rows: int, dim: int, itemsize: int) -> Tile:
         columns=16 if itemsize == 4 else 64 if width <= 128 else 32,
         split=min(shared, 64) * 8,
         width=width,
-        unroll=max(8192 // (padded * width), 1),
+        unroll=min(max(8192 // (padded * width), 1), 4),
         warps=8 if wide else 4,
-        stages=2 if wide or itemsize == 4 else 3,
     )
 
 
@@ -113,13 +119,59 @@ def _falcon_bias(slope, position):
 
 
 @triton.jit
-def _merge(highest, mass, mixed, other_highest, other_mass, other_mixed):
-    """Two parts of a softmax become one; either may be empty, with a largest score of -inf."""
-    both = tl.maximum(highest, other_highest)
-    shift = tl.where(both == float("-inf"), 0.0, both)
-    own, other = tl.exp2(highest - shift), tl.exp2(other_highest - shift)
-    mixed = mixed * own[:, None] + other_mixed * other[:, None]
-    return both, mass * own + other_mass * other, mixed
+def _store_part(partials, records, index, is_row, number, highest, mass, mixed, DIM: tl.constexpr):
+    """Keep what a split or a bundle of them gave each row."""
+    mask = is_row[:, None] & (number < DIM)[None, :]
+    tl.store(partials + index[:, None] * DIM + number[None, :], mixed, mask=mask)
+    tl.store(records + 2 * index, highest, mask=is_row)
+    tl.store(records + 2 * index + 1, mass, mask=is_row)
+
+
+@triton.jit
+def _merge_parts(
+    partials,
+    records,
+    index,
+    stride,
+    is_row,
+    number,
+    begin,
+    end,
+    size,
+    first_split,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """The parts from `begin` to before `end`, of `size` splits each, as one: largest score, mass, values.
+
+    A part lies where its first split's results lay; one that the row does not see at all has a largest score
+    of -inf.
+    """
+    highest = tl.full((ROWS,), float("-inf"), tl.float32)
+    mass = tl.zeros((ROWS,), tl.float32)
+    mixed = tl.zeros((ROWS, WIDTH), tl.float32)
+    for base in range(begin, end, UNROLL):
+        for ahead in tl.static_range(UNROLL):
+            part = base + ahead
+            # A comparison of two scalars is no mask in the interpreter.
+            is_part = is_row & (tl.full((ROWS,), part, tl.int32) < end)
+            place = index + tl.maximum(part * size, first_split) * stride
+            part_highest = tl.load(records + 2 * place, mask=is_part, other=float("-inf"))
+            part_mass = tl.load(records + 2 * place + 1, mask=is_part, other=0.0)
+            part_mixed = tl.load(
+                partials + place[:, None] * DIM + number[None, :],
+                mask=is_part[:, None] & (number < DIM)[None, :],
+                other=0.0,
+            )
+            seen = tl.maximum(highest, part_highest)
+            shift = tl.where(seen == float("-inf"), 0.0, seen)
+            own, other = tl.exp2(highest - shift), tl.exp2(part_highest - shift)
+            mixed = mixed * own[:, None] + part_mixed * other[:, None]
+            mass = mass * own + part_mass * other
+            highest = seen
+    return highest, mass, mixed
 
 
 @triton.jit(do_not_specialize=["new", "groups", "tiles", "span", "splits", "reach"])
@@ -152,6 +204,7 @@ def _attend(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     SPLIT: tl.constexpr,
+    BUNDLE: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
     split = tl.program_id(0)
@@ -228,32 +281,36 @@ def _attend(
     if first_split == last_split:
         tl.store(places, _nearest(mixed / mass[:, None], out.dtype.element_ty), mask=is_inside)
     else:
-        count = groups * new
         unit = sequence * (tl.num_programs(1) // tiles) + head
-        index = (unit * splits + split) * count + row
-        tl.store(partials + index[:, None] * DIM + number[None, :], mixed, mask=is_inside)
-        tl.store(records + 2 * index, highest, mask=is_row)
-        tl.store(records + 2 * index + 1, mass, mask=is_row)
-        if arrive(arrivals, unit * tiles + tile, last_split - first_split + 1):
-            highest = tl.full((ROWS,), float("-inf"), tl.float32)
-            mass = tl.zeros((ROWS,), tl.float32)
-            mixed = tl.zeros((ROWS, WIDTH), tl.float32)
-            for base in range(first_split, last_split + 1, UNROLL):
-                for ahead in tl.static_range(UNROLL):
-                    other = base + ahead
-                    is_other = row < tl.where(other <= last_split, count, 0)
-                    index = (unit * splits + other) * count + row
-                    other_highest = tl.load(records + 2 * index, mask=is_other, other=float("-inf"))
-                    other_mass = tl.load(records + 2 * index + 1, mask=is_other, other=0.0)
-                    other_mixed = tl.load(
-                        partials + index[:, None] * DIM + number[None, :],
-                        mask=is_other[:, None] & is_number[None, :],
-                        other=0.0,
-                    )
-                    highest, mass, mixed = _merge(
-                        highest, mass, mixed, other_highest, other_mass, other_mixed
-                    )
-            tl.store(places, _nearest(mixed / mass[:, None], out.dtype.element_ty), mask=is_inside)
+        # Of the rows' results by the first split.
+        index = unit * splits * (groups * new) + row
+        stride = groups * new
+        bundles = (splits + BUNDLE - 1) // BUNDLE
+        counters = arrivals + (unit * tiles + tile) * (bundles + 1)
+        bundle = split // BUNDLE
+        first_bundle, last_bundle = first_split // BUNDLE, last_split // BUNDLE
+        begin = tl.maximum(bundle * BUNDLE, first_split)
+        end = tl.minimum(bundle * BUNDLE + BUNDLE, last_split + 1)
+        _store_part(partials, records, index + split * stride, is_row, number, highest, mass, mixed, DIM)
+        if arrive(counters, bundle, end - begin):
+            highest, mass, mixed = _merge_parts(
+                partials, records, index, stride, is_row, number, begin, end, 1, first_split, DIM, WIDTH,
+                ROWS, UNROLL,
+            )  # fmt: skip
+            if first_bundle == last_bundle:
+                tl.store(places, _nearest(mixed / mass[:, None], out.dtype.element_ty), mask=is_inside)
+            else:
+                # All of the bundle has been read: its first part becomes its whole.
+                tl.debug_barrier()
+                _store_part(
+                    partials, records, index + begin * stride, is_row, number, highest, mass, mixed, DIM
+                )
+                if arrive(counters, bundles, last_bundle - first_bundle + 1):
+                    highest, mass, mixed = _merge_parts(
+                        partials, records, index, stride, is_row, number, first_bundle, last_bundle + 1,
+                        BUNDLE, first_split, DIM, WIDTH, ROWS, UNROLL,
+                    )  # fmt: skip
+                    tl.store(places, _nearest(mixed / mass[:, None], out.dtype.element_ty), mask=is_inside)
 
 
 @triton.jit(do_not_specialize=["new", "heads", "capacity"])
@@ -334,13 +391,14 @@ def attention(
     if alibi_slopes is not None:
         slopes = alibi_slopes.contiguous()
         alibi = _ROUNDED_ALIBI if alibi_slopes.dtype == torch.bfloat16 else _ALIBI
-    arrivals = zeros_kept("arrivals", query.device, batch * kv_heads * tile.tiles)
+    counters = batch * kv_heads * tile.tiles * (-(-splits // _BUNDLE) + 1)
+    arrivals = zeros_kept("arrivals", query.device, counters)
     _attend[(splits, kv_heads * tile.tiles, batch)](
         query, keys, values, lengths, slopes, out, scratch, scratch[results * dim :], arrivals,
         *map(_strides, (query, keys, values, out)), scale, softcap or 1.0, new, groups, tile.tiles, span,
         splits, min(window or span, span), SOFTCAPPED=softcap is not None, ALIBI=alibi.value, DIM=dim,
-        WIDTH=tile.width, ROWS=tile.rows, COLUMNS=tile.columns, SPLIT=tile.split, UNROLL=tile.unroll,
-        num_warps=tile.warps, num_stages=tile.stages,
+        WIDTH=tile.width, ROWS=tile.rows, COLUMNS=tile.columns, SPLIT=tile.split, BUNDLE=_BUNDLE,
+        UNROLL=tile.unroll, num_warps=tile.warps, num_stages=_STAGES,
     )  # fmt: skip
     return out
 
@@ -378,12 +436,12 @@ def specialisations() -> Iterator[Specialisation]:
             },
             constants={
                 "SOFTCAPPED": False, "ALIBI": 0, "DIM": dim, "WIDTH": tile.width,
-                "ROWS": tile.rows, "COLUMNS": tile.columns, "SPLIT": tile.split,
+                "ROWS": tile.rows, "COLUMNS": tile.columns, "SPLIT": tile.split, "BUNDLE": _BUNDLE,
                 "UNROLL": tile.unroll, **options,
             },
             divisible=frozenset({*vectors, *strides, "partials", "records"}),
             num_warps=tile.warps,
-            num_stages=tile.stages,
+            num_stages=_STAGES,
             wide_loads=(load_vectors,),
         )  # fmt: skip
     vectors = ("keys", "values", "cached_keys", "cached_values")

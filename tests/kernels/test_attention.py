@@ -143,6 +143,20 @@ def test_a_sequence_gets_the_same_bits_alone(dtype: torch.dtype, window: int | N
 
 
 @pytest.mark.usefixtures("_triton")
+@pytest.mark.parametrize("window", [None, 400])
+def test_many_splits(window: int | None) -> None:
+    """More of them than one program merges, in one bundle or two, from the first split or a later one."""
+    lengths, count = [1150, 1021, 900], 3
+    query = random(3, count, 2, 16)
+    keys, values = random(2, 3, 1, 1160, 16, seed=1)
+    result = attention(query, keys, values, torch.tensor(lengths), window=window)
+    assert_near(result, *plain_attention(query, keys, values, lengths, window=window), FP32)
+    alone = attention(query[1:2], keys[1:2], values[1:2], torch.tensor(lengths[1:2]), window=window)
+    assert torch.equal(alone[0], result[1])
+    assert not zeros_kept("arrivals", query.device, 1).any()
+
+
+@pytest.mark.usefixtures("_triton")
 def test_what_no_row_sees_is_not_read() -> None:
     lengths, count = [140, 3, 260], 3
     query = random(3, count, 4, 80)
