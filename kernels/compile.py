@@ -41,7 +41,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-MODULES = ("verify", "filters", "draft", "noise", "commit", "memory")
+MODULES = ("verify", "filters", "draft", "noise", "commit", "memory", "attention")
 
 NARROWEST = 16
 """Bytes that a load of neighbouring logits, keys or values has to have."""
@@ -49,7 +49,7 @@ NARROWEST = 16
 _SOURCE_LINE = re.compile(r"^\s*\.loc\s+(\d+)\s+(\d+)")
 _SOURCE_FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]*)"(?:\s+"([^"]*)")?')
 _NVIDIA_LOAD = re.compile(r"\bld\.global[.\w:]*?(?:\.v(\d+))?\.[busf](\d+)\b")
-_NVIDIA_COPY = re.compile(r"\bcp\.async\.\w+\.shared\.global\s.*?,\s*(?:0x)?(\d+)")
+_NVIDIA_COPY = re.compile(r"\bcp\.async\.\w+\.shared\.global\s.*?,\s*(0x[0-9a-f]+|\d+)")
 _AMD_LOAD = re.compile(r"\b(?:global|buffer|flat)_load_(\w+)")
 _AMD_BYTES = {
     "dwordx4": 16, "b128": 16, "dwordx3": 12, "b96": 12, "dwordx2": 8, "b64": 8, "dword": 4, "b32": 4,
@@ -139,7 +139,7 @@ def _load_bytes(line: str) -> int | None:
     if match := _NVIDIA_LOAD.search(line):
         return int(match[1] or 1) * int(match[2]) // 8
     if match := _NVIDIA_COPY.search(line):
-        return int(match[1])
+        return int(match[1], 0)
     if match := _AMD_LOAD.search(line):
         return next((size for kind, size in _AMD_BYTES.items() if kind in match[1].split("_")), None)
     return None

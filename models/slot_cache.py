@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from speculative_eft.kernels import append
+
+from .attention import Attention
+
 SPAN_MULTIPLE = 64
 """Spans and capacities are multiples of this, so that attention meets few distinct shapes."""
 
@@ -35,13 +39,17 @@ class SlotCache(Cache):
     ever read from the device.
     """
 
-    def __init__(self, slots: int, max_length: int, device: torch.device) -> None:
-        """Make room for `slots` sequences of up to `max_length` tokens."""
+    def __init__(
+        self, slots: int, max_length: int, device: torch.device, attention: Attention = "sdpa"
+    ) -> None:
+        """Make room for `slots` sequences of up to `max_length` tokens, to be read by `attention`."""
         super().__init__(layers=[])
         self.slots = slots
+        self.attention = attention
         # One position more than asked for: tokens beyond `max_length` end up there, where no token within
-        # `max_length` looks.
-        self.capacity = round_up(max_length + 1)
+        # `max_length` looks. flash-attn counts back from a pass's last token, which then must not move.
+        self._spare = SPAN_MULTIPLE if attention == "flash_attn" else 1
+        self.capacity = round_up(max_length + self._spare)
         self.device = device
         self.positions = torch.arange(self.capacity, device=device)
         with _ordinary_tensors():
@@ -55,7 +63,7 @@ class SlotCache(Cache):
 
     def holds(self, batch: int, length: int) -> bool:
         """Whether there is room for `batch` sequences of up to `length` tokens."""
-        return batch <= self.slots and length < self.capacity
+        return batch <= self.slots and length + self._spare <= self.capacity
 
     def restart(self, batch: int) -> None:
         """Empty the cache, keeping its storage, for `batch` sequences in the first slots."""
@@ -68,7 +76,8 @@ class SlotCache(Cache):
 
     def grown(self, slots: int, max_length: int) -> SlotCache:
         """A cache for `slots` sequences of up to `max_length` tokens that holds what this one does."""
-        larger = SlotCache(max(slots, self.slots), max(max_length, self.capacity - 1), self.device)
+        length = max(max_length, self.capacity - self._spare)
+        larger = SlotCache(max(slots, self.slots), length, self.device, self.attention)
         larger.lengths = larger._all_lengths[:slots]
         larger.lengths.copy_(self.lengths)
         for index, layer in self._slots.items():
@@ -93,6 +102,9 @@ class SlotCache(Cache):
         layer = self._slots.get(layer_idx)
         if layer is None:
             layer = self._slots[layer_idx] = self._allocate(keys, values)
+        if self.attention != "sdpa":
+            append(keys, values, layer.keys, layer.values, self.lengths)
+            return layer.visible
         heads = keys.shape[2]
         rows = self._rows.get(heads)
         if rows is None:

@@ -18,7 +18,7 @@ from speculative_eft.bench.kernels.timing import reference_kernels, time_operati
 from speculative_eft.kernels import noise as noise_module
 
 CPU = torch.device("cpu")
-SCRIPTS = ("verify", "filters", "draft", "noise", "commit", "memory")
+SCRIPTS = ("verify", "filters", "draft", "noise", "commit", "memory", "attention")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,7 +46,7 @@ def test_a_script_measures_both_sides(name: str, tmp_path: Path, capsys: pytest.
     assert result == script.content
     assert all(row["microseconds"] > 0 and row["method"] == "wall clock" for row in result["rows"])
     implementations = {row["implementation"] for row in result["rows"]}
-    assert "torch reference" in implementations
+    assert ("torch sdpa" if name == "attention" else "torch reference") in implementations
     if name == "verify":
         assert "mix, softmax, probabilities" in implementations
     assert "no measurements" in capsys.readouterr().out
