@@ -83,6 +83,30 @@ class ModelRunner:
         if self._compiled is not None:
             self._compiled.prepare(self.cache)
 
+    def use(self, batch: int) -> None:
+        """Go on with the first `batch` sequences alone; the caches of the others stay as they are."""
+        self.cache.use(batch)
+
+    @torch.inference_mode()
+    def move(self, source: int, target: int, span: int) -> None:
+        """Copy a sequence's cache, of at most `span` tokens, to another slot."""
+        self.cache.move(source, target, min(round_up(span), self.cache.capacity))
+
+    @torch.inference_mode()
+    def fill_slot(self, slot: int, tokens: Tensor) -> None:
+        """Start the sequence of `slot` anew with int64 `tokens` [1, P], P may be 0; the others stay."""
+        whole = self.cache
+        try:
+            self._take(whole.part(slot))
+            self.prefill(tokens, torch.full((1,), tokens.shape[1], device=self.device))
+        finally:
+            self._take(whole)
+
+    def _take(self, cache: SlotCache) -> None:
+        self.cache = cache
+        if self._compiled is not None:
+            self._compiled.prepare(cache)
+
     def forward(self, tokens: Tensor, span: int) -> Tensor:
         """Run int64 `tokens` [batch, q] and return their logits [batch, q, vocab_size] in the model's dtype.
 

@@ -60,6 +60,8 @@ class SlotCache(Cache):
         self._written = self.positions[:0]
         self._rows: dict[int, Tensor] = {}
         self._slot_rows: dict[int, Tensor] = {}
+        self._whole: SlotCache | None = None
+        self._first = 0
 
     def holds(self, batch: int, length: int) -> bool:
         """Whether there is room for `batch` sequences of up to `length` tokens."""
@@ -82,10 +84,34 @@ class SlotCache(Cache):
         larger.lengths.copy_(self.lengths)
         for index, layer in self._slots.items():
             layout = layer.keys[:, :, :1].transpose(1, 2)
-            copy = larger._slots[index] = larger._allocate(layout, layer.values[:, :, :1].transpose(1, 2))
+            copy = larger._allocate(index, layout, layer.values[:, :, :1].transpose(1, 2))
+            larger._slots[index] = copy
             copy.keys[: self.slots, :, : self.capacity] = layer.keys
             copy.values[: self.slots, :, : self.capacity] = layer.values
         return larger
+
+    def use(self, batch: int) -> None:
+        """Let `lengths` be those of the first `batch` slots; what the others hold stays."""
+        self.lengths = self._all_lengths[:batch]
+
+    def move(self, source: int, target: int, span: int) -> None:
+        """Copy the first `span` positions of one slot, and its length, to another."""
+        for layer in self._slots.values():
+            layer.keys[target, :, :span] = layer.keys[source, :, :span]
+            layer.values[target, :, :span] = layer.values[source, :, :span]
+        self._all_lengths[target] = self._all_lengths[source]
+
+    def part(self, slot: int) -> SlotCache:
+        """One slot as a cache of its own, empty, over the same storage."""
+        one = SlotCache(0, 0, self.device, self.attention)
+        one.slots, one.capacity, one.positions = 1, self.capacity, self.positions
+        one.lengths = one._all_lengths = self._all_lengths[slot : slot + 1]
+        one.lengths.zero_()
+        one._whole, one._first = self, slot
+        one._visible = (1, self.capacity)
+        for index in self._slots:
+            one._slots[index] = one._within(index)
+        return one
 
     def begin(self, positions: Tensor, span: int) -> None:
         """Fix where the next pass writes, int64 [batch, q] below `capacity`, and that it reads `span`."""
@@ -101,7 +127,7 @@ class SlotCache(Cache):
         """Store `keys` and `values` [batch, q, heads, dim]; return views [batch, heads, span, dim]."""
         layer = self._slots.get(layer_idx)
         if layer is None:
-            layer = self._slots[layer_idx] = self._allocate(keys, values)
+            layer = self._slots[layer_idx] = self._allocate(layer_idx, keys, values)
         if self.attention != "sdpa":
             append(keys, values, layer.keys, layer.values, self.lengths)
             return layer.visible
@@ -118,7 +144,7 @@ class SlotCache(Cache):
         layer = self._slots.get(layer_idx)
         if layer is None:
             vectors = torch.empty(0, 0, heads, dim, device=self.device)
-            layer = self._slots[layer_idx] = self._allocate(vectors, vectors)
+            layer = self._slots[layer_idx] = self._allocate(layer_idx, vectors, vectors)
         return layer.keys, layer.values
 
     def update(
@@ -139,15 +165,27 @@ class SlotCache(Cache):
         """Keys and values [slots, heads, capacity, dim] of each layer allocated so far."""
         return [tensor for layer in self._slots.values() for tensor in (layer.keys, layer.values)]
 
-    def _allocate(self, keys: Tensor, values: Tensor) -> _Layer:
+    def _allocate(self, layer_idx: int, keys: Tensor, values: Tensor) -> _Layer:
+        if self._whole is not None:
+            self._whole._slots[layer_idx] = self._whole._allocate(layer_idx, keys, values)
+            return self._within(layer_idx)
+
         def zeros(like: Tensor) -> Tensor:
             shape = (self.slots, like.shape[2], self.capacity, like.shape[3])
             with _ordinary_tensors():
                 return torch.zeros(shape, dtype=like.dtype, device=like.device)
 
-        all_keys, all_values = zeros(keys), zeros(values)
-        rows = (all_keys.flatten(0, 2), all_values.flatten(0, 2))
-        return _Layer(all_keys, all_values, *rows, visible=self._view(all_keys, all_values))
+        return self._layer(zeros(keys), zeros(values))
+
+    def _within(self, layer_idx: int) -> _Layer:
+        """This part of a layer of the whole cache."""
+        assert self._whole is not None
+        layer, own = self._whole._slots[layer_idx], slice(self._first, self._first + self.slots)
+        return self._layer(layer.keys[own], layer.values[own])
+
+    def _layer(self, keys: Tensor, values: Tensor) -> _Layer:
+        rows = (keys.flatten(0, 2), values.flatten(0, 2))
+        return _Layer(keys, values, *rows, visible=self._view(keys, values))
 
     def _view(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         batch, span = self._visible
