@@ -15,6 +15,7 @@ from .bodies import Block, Body, FalconAlibiBody, TransformersBody
 from .configs import position_limit, text_config
 from .describe import vocabulary_rows
 from .llama import LlamaBody
+from .placement import home_device
 from .slot_cache import SlotCache, round_up
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class ModelRunner:
         if attention != "sdpa":
             raise ValueError(f"attention must be 'sdpa', not {attention!r}.")
         self.model = model.train(False)
-        self.device = model.device
+        self.device = home_device(model)
         config = text_config(model.config)
         self.max_context = position_limit(config)
         self.vocab_size = vocabulary_rows(model)
@@ -105,7 +106,7 @@ class ModelRunner:
             logits = logits * self._scale
         if self._softcap is not None:
             logits = torch.tanh(logits / self._softcap) * self._softcap
-        return logits
+        return logits.to(self.device)
 
     def draft(
         self,
