@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 def home_device(model: PreTrainedModel) -> torch.device:
     """The device on which the model takes its tokens: that of its embedding when it runs."""
-    embedding: Any = model.get_input_embeddings()  # type: ignore[no-untyped-call]
+    embedding: Any = model.get_input_embeddings()
     hook = getattr(embedding, "_hf_hook", None)
     for part in (hook, *getattr(hook, "hooks", ())):
         device = getattr(part, "execution_device", None)
