@@ -6,6 +6,7 @@ from .config import EFTConfig
 from .decoder import EFTDecoder, NaiveEFTDecoder
 from .output import EFTOutput, EFTStats, EFTTrace
 from .past import EFTPast
+from .scoring import TokenScores
 
 __all__ = [
     "CUSTOM_GENERATE_FOLDER",
@@ -18,4 +19,5 @@ __all__ = [
     "NaiveEFTDecoder",
     "Streamer",
     "TokenCallback",
+    "TokenScores",
 ]

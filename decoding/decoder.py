@@ -24,7 +24,7 @@ from .output import CACHE_FIELD, EFTOutput, EFTStats, EFTTrace, ordinary
 from .own_prompts import FirstRound, first_round_of_own_prompts
 from .past import EFTPast, extended, fill_cache, kept_lengths
 from .processors import PrefixFunction
-from .request import GenerationOptions, Prompts
+from .request import GenerationOptions, Prompts, read_prompts
 from .round import (
     PhaseTimer,
     RoundPlan,
@@ -33,6 +33,7 @@ from .round import (
     new_trace_buffers,
 )
 from .running import RunningBatch
+from .scoring import TokenScores, score_tokens
 from .stopping import StopWatch, cut
 
 __all__ = ["EFTDecoder", "NaiveEFTDecoder"]
@@ -206,6 +207,31 @@ class EFTDecoder:
             self._check_context(call.prompts, call.tuned_prompts, call.options)
             output = self._generate(call, trace)
         return ordinary(output)
+
+    @property
+    def max_context(self) -> int | None:
+        """Longest sequence that all models support, None if there is no limit."""
+        limits = [runner.max_context for runner in self._all_runners()]
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    def score(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> TokenScores:
+        """What the target says of given tokens, by one pass of each model.
+
+        Args:
+            input_ids: integers [batch, width].
+            attention_mask: [batch, width], 0 where `input_ids` is padding; None where nothing is.
+
+        Raises:
+            ValueError: for bad input, before any model runs.
+        """
+        prompts = read_prompts(input_ids, attention_mask, self.vocab_size)
+        context = self.max_context
+        if context is not None and prompts.longest > context:
+            raise ValueError(f"{prompts.longest} tokens exceed the context of {context} tokens")
+        self._past = None
+        with torch.inference_mode():
+            coefficients = self._coefficients(prompts.tokens.shape[0], self.runners.large.device)
+            return score_tokens(self.runners, prompts, coefficients, self.vocab_size)
 
     def custom_generate(
         self,

@@ -56,8 +56,10 @@ def describe_model(role: str, model: PreTrainedModel, chat_template: bool) -> Mo
 def vocabulary_rows(model: PreTrainedModel) -> int:
     """Rows of the output head, 0 if there is none."""
     head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    # A quantised layer's weight has another shape than what it stands for.
+    rows = getattr(head, "out_features", None)
     weight = getattr(head, "weight", None)
-    return 0 if weight is None else int(weight.shape[0])
+    return int(rows) if isinstance(rows, int) else 0 if weight is None else int(weight.shape[0])
 
 
 def cache_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:

@@ -19,6 +19,7 @@ from transformers import (
 from .configs import layer_windows, text_config
 from .describe import ModelDescription, describe_model, vocabulary_rows
 from .errors import IncompatibleModelsError
+from .placement import home_device, is_dispatched
 from .protocol import EFTRunners
 from .runner import ModelRunner
 from .sources import (
@@ -37,7 +38,9 @@ class EFTModels:
     """A large base model, small tuned models, and the small base model they were tuned from.
 
     All share one vocabulary; sizes of output heads may differ by padding, and ids from `vocab_size` up are
-    never produced. Every model keeps its own dtype; all are on one device.
+    never produced. Every model keeps its own dtype; all take their tokens on one device, from which
+    accelerate may spread a model's layers over others. An id that only some tokenizers know but all heads
+    have a row for follows the law like any other, with the logits that the models give it.
 
     Attributes:
         large_base: the module as given.
@@ -301,12 +304,16 @@ def _check_model(argument: str, model: PreTrainedModel) -> None:
 def _check_devices(models: Iterable[tuple[str, PreTrainedModel]]) -> None:
     devices: dict[torch.device, str] = {}
     for argument, model in models:
+        if is_dispatched(model):
+            devices.setdefault(home_device(model), argument)
+            continue
         for parameter in model.parameters():
             devices.setdefault(parameter.device, argument)
     if len(devices) > 1:
         listed = " and ".join(f"{argument} on {device}" for device, argument in devices.items())
         raise IncompatibleModelsError(
-            f"all models must be on one device, but there is {listed}; move them with .to()."
+            f"all models must take their tokens on one device, but there is {listed}; move them with .to(), "
+            "or give device_map one first device for all."
         )
     for device, argument in devices.items():
         if device.type == "meta":

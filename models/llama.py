@@ -64,8 +64,10 @@ class LlamaBody:
         if f"{kind.__module__}.{kind.__qualname__}" not in _DECODERS or changes_with_length(decoder.config):
             return False
         projections = [module for name, module in decoder.named_modules() if name.endswith("_proj")]
-        return all(type(module) is nn.Linear for module in projections) and all(
-            map(is_plain, decoder.modules())
+        return (
+            all(type(module) is nn.Linear for module in projections)
+            and all(map(is_plain, decoder.modules()))
+            and all(map(is_ordinary, decoder.parameters()))
         )
 
     def __init__(self, decoder: Any, attention: Attention) -> None:
@@ -143,6 +145,11 @@ class LlamaBody:
 def is_plain(module: nn.Module) -> bool:
     """Whether calling `module` does what its class says: no hook, no wrapper, no replaced forward."""
     return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def is_ordinary(weight: nn.Parameter) -> bool:
+    """Whether `weight` holds its numbers as they are: no quantised or distributed tensor."""
+    return type(weight) is nn.Parameter
 
 
 def _read(layer: Any, kind: str) -> Layer:

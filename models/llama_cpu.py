@@ -36,7 +36,7 @@ from speculative_eft.kernels.cpu.memory import MEMORY, NO_MEMORY, arrays, recall
 from speculative_eft.kernels.cpu.products import dot_products
 from speculative_eft.kernels.cpu.sampler import draft_rows
 
-from .llama import LlamaBody, is_plain
+from .llama import LlamaBody, is_ordinary, is_plain
 from .slot_cache import SlotCache
 
 
@@ -52,7 +52,7 @@ class CompiledLlama:
     @staticmethod
     def fits(body: LlamaBody, head: object) -> bool:
         """Whether `body` with output layer `head` is a float32 model on a CPU that these functions know."""
-        if type(head) is not nn.Linear or not is_plain(head):
+        if type(head) is not nn.Linear or not is_plain(head) or not all(map(is_ordinary, head.parameters())):
             return False
         parameters = [*body.decoder.parameters(), *head.parameters()]
         return (

@@ -15,6 +15,7 @@ from .bodies import Block, Body, FalconAlibiBody, TransformersBody
 from .configs import TESTED_FAMILIES, position_limit, text_config
 from .describe import vocabulary_rows
 from .llama import LlamaBody
+from .placement import home_device
 from .slot_cache import SlotCache, round_up
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class ModelRunner:
         """
         self.attention = choose_attention(attention, model)
         self.model = model.train(False)
-        self.device = model.device
+        self.device = home_device(model)
         config = text_config(model.config)
         self.max_context = position_limit(config)
         self.vocab_size = vocabulary_rows(model)
@@ -128,7 +129,7 @@ class ModelRunner:
             logits = logits * self._scale
         if self._softcap is not None:
             logits = torch.tanh(logits / self._softcap) * self._softcap
-        return logits
+        return logits.to(self.device)
 
     def draft(
         self,

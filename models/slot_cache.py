@@ -135,6 +135,8 @@ class SlotCache(Cache):
         rows = self._rows.get(heads)
         if rows is None:
             rows = self._rows[heads] = self._rows_of(heads)
+        if rows.device != layer.key_rows.device:
+            rows = rows.to(layer.key_rows.device)
         layer.key_rows.index_copy_(0, rows, keys.reshape(-1, keys.shape[-1]))
         layer.value_rows.index_copy_(0, rows, values.reshape(-1, values.shape[-1]))
         return layer.visible

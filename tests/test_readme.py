@@ -19,7 +19,9 @@ def test_measurements_are_those_of_the_committed_json() -> None:
     assert with_measurements(README, result) == README
 
 
-def test_the_five_lines_run(capsys: pytest.CaptureFixture[str]) -> None:
-    first, *_ = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+def test_its_python_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    first, drop_in, *_ = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     exec(compile(first, "README.md", "exec"), {})
     assert capsys.readouterr().out.startswith("# Task: Return the larger of two numbers.")
+    exec(compile(drop_in, "README.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("def total(values):\n")

@@ -199,6 +199,18 @@ def test_the_table_of_a_trace(models: EFTModels) -> None:
     )
 
 
+def test_pandas_takes_the_table(models: EFTModels) -> None:
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+    output = EFTDecoder(models).generate(
+        torch.tensor([[5, 6]]), max_new_tokens=6, eos_token_id=[], return_dict_in_generate=True
+    )
+    assert isinstance(output, EFTOutput)
+    assert output.trace is not None
+    frame = pandas.DataFrame(output.trace.table())
+    assert frame.shape == (6, 10)
+    assert frame["token"].tolist() == output.sequences[0, 2:].tolist()
+
+
 def test_outputs_may_be_written_to(models: EFTModels) -> None:
     output = EFTDecoder(models).generate(torch.tensor([[5, 6]]), max_new_tokens=3)
     assert isinstance(output, Tensor)

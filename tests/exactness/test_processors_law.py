@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import RepetitionPenaltyLogitsProcessor
 
 from speculative_eft.decoding import EFTConfig, EFTDecoder, NaiveEFTDecoder, general
 from speculative_eft.decoding.processors import process_rows
@@ -55,9 +56,18 @@ def without_bad_words(logits: np.ndarray, seen: list[int]) -> np.ndarray:
     return changed
 
 
-# The padding on the left is part of what n-grams and words see, as in transformers, but is not penalised.
+def padding_is_penalised() -> bool:
+    """Whether transformers is one of the older ones, whose penalty takes padding for tokens of the prompt."""
+    try:
+        RepetitionPenaltyLogitsProcessor(PENALTY, prompt_ignore_length=torch.tensor([1]))  # type: ignore[arg-type]
+    except ValueError:
+        return True
+    return False
+
+
+# The padding on the left is part of what n-grams and words see, as in transformers.
 CASES: dict[str, tuple[Process, dict[str, Any], bool]] = {
-    "repetition_penalty": (penalised, {"repetition_penalty": PENALTY}, False),
+    "repetition_penalty": (penalised, {"repetition_penalty": PENALTY}, padding_is_penalised()),
     "no_repeat_ngram": (without_repeated_pairs, {"no_repeat_ngram_size": 2}, True),
     "bad_words": (without_bad_words, {"bad_words_ids": [[2], [3, 1], [1, 1, 0]]}, True),
 }

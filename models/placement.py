@@ -1,0 +1,25 @@
+"""Where a model is, also when accelerate keeps its weights elsewhere or spreads its layers over devices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+
+def home_device(model: PreTrainedModel) -> torch.device:
+    """The device on which the model takes its tokens: that of its embedding when it runs."""
+    embedding: Any = model.get_input_embeddings()
+    hook = getattr(embedding, "_hf_hook", None)
+    for part in (hook, *getattr(hook, "hooks", ())):
+        device = getattr(part, "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    weight = getattr(embedding, "weight", None)
+    return model.device if weight is None else weight.device
+
+
+def is_dispatched(model: PreTrainedModel) -> bool:
+    """Whether accelerate's hooks move its weights or its layers' inputs."""
+    return any(hasattr(module, "_hf_hook") for module in model.modules())

@@ -1,0 +1,125 @@
+"""The adapter for lm-evaluation-harness: likelihoods and generation of the target, against enumeration."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from speculative_eft.decoding import EFTConfig, EFTDecoder
+
+from ..exactness.laws import Law, next_token_law
+from ..exactness.sampling import table_runners
+from ..table_models import random_tables
+from ..tokenizers_of_words import tokenizer_of
+
+pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install speculative-eft[eval]")
+
+from speculative_eft.bench.harness import SpeculativeEFT
+
+WORDS = ("a", "b", "c", "d", "e")
+TABLES = random_tables(7, len(WORDS))
+ALPHA, BETA = 0.8, 1.3
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    decoder = EFTDecoder(table_runners(TABLES), EFTConfig(ALPHA, BETA, draft_tokens=3))
+    return SpeculativeEFT(decoder=decoder, tokenizer=tokenizer_of(WORDS), max_length=12, batch_size=3)
+
+
+def requests(*arguments: tuple[Any, ...]) -> list[Any]:
+    return [SimpleNamespace(args=one) for one in arguments]
+
+
+def log_law(tokens: list[int]) -> np.ndarray:
+    before, last = [0, *tokens][-2:]
+    return np.log(next_token_law(TABLES, Law(alpha=(ALPHA,), beta=BETA), before, last))
+
+
+def enumerated(context: list[int], continuation: list[int]) -> tuple[float, bool]:
+    total, greedy = 0.0, True
+    for index, token in enumerate(continuation):
+        law = log_law([*context, *continuation[:index]])
+        total += law[token]
+        greedy &= int(law.argmax()) == token
+    return float(total), greedy
+
+
+def test_likelihoods(model: Any) -> None:
+    cases = [("a b", " c"), ("c d e", " a a b"), ("b", " e d"), ("a", " a"), ("e e", " b c d a")]
+    found = model.loglikelihood(requests(*cases))
+    for (context, continuation), (log_prob, greedy) in zip(cases, found, strict=True):
+        ids = [[WORDS.index(word) for word in text.split()] for text in (context, continuation)]
+        wanted = enumerated(*ids)
+        assert log_prob == pytest.approx(wanted[0], abs=1e-4)
+        assert greedy == wanted[1]
+
+
+def test_likelihoods_of_everything_sum_to_one(model: Any) -> None:
+    cases = [("b c", f" {one} {other}") for one in WORDS for other in WORDS]
+    found = model.loglikelihood(requests(*cases))
+    assert sum(math.exp(log_prob) for log_prob, _ in found) == pytest.approx(1.0, abs=1e-5)
+    assert sum(greedy for _, greedy in found) == 1
+
+
+def test_rolling_likelihood_is_that_of_the_whole_text_in_windows(model: Any) -> None:
+    words = list("abcdeabcaedcbadbeacdbe")
+    (found,) = model.loglikelihood_rolling(requests((" ".join(words),)))
+    ids = [WORDS.index(word) for word in words]
+    prefix = model.prefix_token_id
+    # Windows of 11 tokens; the last one has the full context.
+    wanted = sum(log_law([prefix, *ids[:index]])[ids[index]] for index in range(11))
+    wanted += sum(log_law(ids[10:index])[ids[index]] for index in range(11, 22))
+    assert found == pytest.approx(float(wanted), abs=1e-3)
+
+
+def test_generation_is_the_targets_and_ends_before_a_string(model: Any) -> None:
+    free, stopped = model.generate_until(
+        requests(
+            ("a b", {"until": [], "max_gen_toks": 6}),
+            ("a b", {"until": ["zz"], "max_gen_toks": 6}),
+        )
+    )
+    ids = [0, 1]
+    for _ in range(6):
+        ids.append(int(log_law(ids).argmax()))
+    text = "".join(WORDS[token] for token in ids[2:])
+    assert free == stopped == text
+    until = text[3:5]
+    (cut,) = model.generate_until(requests(("a b", {"until": until, "max_gen_toks": 6})))
+    assert cut == text[: text.index(until)]
+
+
+def test_sampling_reproduces_and_batches_change_nothing() -> None:
+    def run(batch_size: int) -> list[str]:
+        decoder = EFTDecoder(table_runners(TABLES), EFTConfig(draft_tokens=2))
+        model = SpeculativeEFT(
+            decoder=decoder, tokenizer=tokenizer_of(WORDS), max_length=20, batch_size=batch_size, seed=5
+        )
+        options = {"until": ["dd"], "max_gen_toks": 8, "do_sample": True, "temperature": 1.0}
+        return list(model.generate_until(requests(*((text, options) for text in ("a", "b c", "d d e")))))
+
+    assert run(1) == run(3)
+
+
+def test_scores_know_padding_on_either_side() -> None:
+    decoder = EFTDecoder(table_runners(TABLES), EFTConfig(draft_tokens=2))
+    ids = torch.tensor([[1, 2, 3, 0], [0, 1, 2, 3]])
+    scores = decoder.score(ids, torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]]))
+    assert torch.equal(scores.log_probs[0], scores.log_probs[1])
+    assert scores.log_probs.shape == (2, 2)
+    with pytest.raises(ValueError, match="input_ids holds the id 9"):
+        decoder.score(torch.tensor([[9]]))
+
+
+def test_the_harness_finds_the_model() -> None:
+    from lm_eval.api.registry import get_model
+
+    assert get_model("speculative_eft") is SpeculativeEFT
+    with pytest.raises(ValueError, match="model_args must name large_base, small_tuned and small_base"):
+        SpeculativeEFT.create_from_arg_string("large_base=x")
