@@ -99,14 +99,23 @@ def _paths(specialisation: Specialisation, name: str) -> list[tuple[int, ...]]:
 
 
 def _compile(specialisation: Specialisation, target: str) -> Any:
-    signature = dict(specialisation.signature) | dict.fromkeys(specialisation.constants, "constexpr")
+    signature = dict(specialisation.signature)
+    constants: dict[Any, Any] = {}
+    for name, value in specialisation.constants.items():
+        first, *fields = name.split(".")
+        if fields:
+            (field,) = fields
+            constants[_paths(specialisation, name)[0]] = value
+            signature[first] = signature[first]._replace(**{field: "constexpr"})
+        else:
+            constants[name], signature[name] = value, "constexpr"
     ordered = {name: signature[name] for name in specialisation.kernel.arg_names}
     attributes = {
         path: [["tt.divisibility", 16]]
         for name in specialisation.divisible
         for path in _paths(specialisation, name)
     }
-    source = ASTSource(specialisation.kernel, ordered, dict(specialisation.constants), attributes)
+    source = ASTSource(specialisation.kernel, ordered, constants, attributes)
     options = {
         "num_warps": specialisation.num_warps,
         "num_stages": specialisation.num_stages,

@@ -80,8 +80,8 @@ def _verify(
     ids = split * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = ids < vocab_size
     p = tl.load(target + (sequence * rows + accepted) * vocab_size + ids, mask=inside, other=0.0)
-    places = draft + (sequence * drafted + accepted) * vocab_size + ids
-    q = tl.load(places, mask=inside & is_rejected, other=0.0)
+    drafted_row = draft + (sequence * drafted + accepted) * vocab_size + ids
+    q = tl.load(drafted_row, mask=inside & is_rejected, other=0.0)
     race = exponential_tile(seed, counter, accepted, RESIDUAL, split, COLUMNS)
     place = partials + sequence * splits + split
     field = splits.to(tl.int64) * batch

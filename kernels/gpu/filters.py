@@ -153,7 +153,7 @@ def _mass_of_model(models, search, rows, model, sequence, row, index, split, ids
     logits = tl.where(usable, logits, float("-inf"))
     top = tl.max(logits)
     mass = tl.sum(tl.exp(logits - tl.where(top == float("-inf"), 0.0, top)))
-    field = rows.batch.to(tl.int64) * rows.count * rows.splits
+    field = tl.cast(rows.batch, tl.int64) * rows.count * rows.splits
     place = search.partials + (2 + 2 * model) * field + index * rows.splits + split
     tl.store(place, top)
     tl.store(place + field, mass)
@@ -163,7 +163,7 @@ def _mass_of_model(models, search, rows, model, sequence, row, index, split, ids
 def _shift(models, search, rows, sequence, index, SPLITS: tl.constexpr):
     """What the normalisers add to the large model's delta, which is one of normalised laws."""
     splits = tl.arange(0, SPLITS)
-    field = rows.batch.to(tl.int64) * rows.count * rows.splits
+    field = tl.cast(rows.batch, tl.int64) * rows.count * rows.splits
     shift = 0.0
     for model in tl.static_range(len(models.logits)):
         weight = tl.load(models.delta_weights + sequence * models.weight_stride + model)
@@ -192,7 +192,7 @@ def _bracket(
     counts = tl.load(place)
     tl.store(place, 0)
     splits = tl.arange(0, SPLITS)[None, :]
-    field = rows.batch.to(tl.int64) * rows.count * rows.splits
+    field = tl.cast(rows.batch, tl.int64) * rows.count * rows.splits
     place = search.partials + index * rows.splits + splits
     bests = tl.load(place, mask=splits < rows.splits, other=float("-inf"))
     winners = tl.load(place + field, mask=splits < rows.splits, other=2147483647.0).to(tl.int64)
@@ -269,7 +269,7 @@ def _survey(
         place = search.partials + index * rows.splits + split
         tl.store(place, best)
         winner = tl.min(tl.where(mixed == best, ids, 2147483647))
-        tl.store(place + rows.batch.to(tl.int64) * rows.count * rows.splits, winner.to(tl.float32))
+        tl.store(place + tl.cast(rows.batch, tl.int64) * rows.count * rows.splits, winner.to(tl.float32))
         if LAW == 2:
             for model in tl.static_range(len(models.logits)):
                 if tl.load(models.delta_weights + sequence * models.weight_stride + model) != 0.0:

@@ -24,7 +24,8 @@ class Specialisation:
         kernel: the function that `triton.jit` made.
         signature: argument -> Triton type, such as "*bf16", "i64", "fp32"; for a tuple a tuple of types, for
             a named tuple one of its own class. Constants need not be listed.
-        constants: path -> value, for constexpr arguments and for None.
+        constants: path -> value, for constexpr arguments, for None, and for integers inside a named tuple
+            that are 1, which Triton makes constants.
         divisible: paths of pointers and integers that are multiples of 16; of a tuple, everything inside.
         num_warps, num_stages: as at the launch.
         launches: how many launches the operation takes with this variant, all its kernels together.

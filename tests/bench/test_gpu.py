@@ -26,15 +26,16 @@ def run(one: Stage) -> tuple[dict[str, Any], list[Any]]:
     return report, kept
 
 
-WRITE = "import sys, pathlib, time; pathlib.Path(sys.argv[1]).write_text('[1]'); print('said'); "
+RESULT = {"rows": 1}
+WRITE = "import sys, pathlib, time; pathlib.Path(sys.argv[1]).write_text('{\"rows\": 1}'); print('said'); "
 
 
 def test_a_stage_reports_its_end() -> None:
     report, kept = run(stage(WRITE))
-    assert report["status"] == "passed" and report["result"] == [1] and kept == [[1]]
+    assert report["status"] == "passed" and report["result"] == RESULT and kept == [RESULT]
     assert report["output_tail"] == "said\n"
     report, _ = run(stage(WRITE + "sys.exit(3)"))
-    assert (report["status"], report["exit_status"], report["result"]) == ("failed", 3, [1])
+    assert (report["status"], report["exit_status"], report["result"]) == ("failed", 3, RESULT)
     report, kept = run(stage("raise SystemExit('broken')"))
     assert (report["status"], report["result"], kept) == ("failed", None, [])
 
@@ -42,7 +43,7 @@ def test_a_stage_reports_its_end() -> None:
 def test_a_stage_is_stopped_and_what_it_wrote_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "_REFRESH", 0.5)
     report, kept = run(stage(WRITE + "sys.stdout.flush(); time.sleep(600)", seconds=3.0))
-    assert (report["status"], report["exit_status"], report["result"]) == ("timed out", None, [1])
+    assert (report["status"], report["exit_status"], report["result"]) == ("timed out", None, RESULT)
     assert report["seconds"] < 60 and kept and report["output_tail"] == "said\n"
 
 
