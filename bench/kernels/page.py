@@ -20,7 +20,7 @@ COMPILED = "kernels-compiled.json"
 _DTYPES = {"bf16", "fp16", "fp32"}
 _FIGURES = {
     "implementation", "microseconds", "lower_quartile", "upper_quartile", "bytes_moved", "share_of_copy",
-    "replays", "cold", "method", "left_out", "failed",
+    "gigabytes_per_second", "replays", "cold", "method", "left_out", "failed",
 }  # fmt: skip
 
 

@@ -140,8 +140,8 @@ class Script:
         """Print the rows, each kind of label a column, and the bars."""
         console = Console(width=None if sys.stdout.isatty() else 150)
         figures = {
-            "microseconds", "lower_quartile", "upper_quartile", "bytes_moved", "share_of_copy", "replays",
-            "cold", "method", "left_out", "failed",
+            "microseconds", "lower_quartile", "upper_quartile", "bytes_moved", "share_of_copy",
+            "gigabytes_per_second", "replays", "cold", "method", "left_out", "failed",
         }  # fmt: skip
         labels = list(dict.fromkeys(key for row in self.content["rows"] for key in row if key not in figures))
         table = Table(*labels)

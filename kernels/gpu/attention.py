@@ -75,7 +75,7 @@ def attention_tile(rows: int, dim: int, itemsize: int) -> Tile:
     shared = max(power_of_two(rows), 16)
     # Tensor cores do not multiply float32, and registers hold few rows and columns then.
     padded = min(shared, 64 if itemsize == 2 else 16)
-    wide = (padded == 64 or itemsize == 4) and width >= 128
+    wide = (padded == 64 and width >= 128) or (itemsize == 4 and width > 128)
     return Tile(
         rows=padded,
         tiles=-(-rows // padded),
@@ -282,9 +282,9 @@ def _attend(
         tl.store(places, _nearest(mixed / mass[:, None], out.dtype.element_ty), mask=is_inside)
     else:
         unit = sequence * (tl.num_programs(1) // tiles) + head
-        # Of the rows' results by the first split.
-        index = unit * splits * (groups * new) + row
         stride = groups * new
+        # Where the rows' parts of split 0 lie.
+        index = unit * splits * stride + row
         bundles = (splits + BUNDLE - 1) // BUNDLE
         counters = arrivals + (unit * tiles + tile) * (bundles + 1)
         bundle = split // BUNDLE
@@ -426,7 +426,7 @@ def specialisations() -> Iterator[Specialisation]:
         )
         yield Specialisation(
             operation="attention",
-            name=f"{dtype}, heads of {dim}, {rows} rows{named}",
+            name=f"{dtype} heads of {dim}, {rows} rows{named}",
             kernel=_attend,
             signature={
                 **dict.fromkeys(vectors, f"*{dtype}"), "lengths": "*i64", "slopes": slopes,
@@ -449,7 +449,7 @@ def specialisations() -> Iterator[Specialisation]:
     for dtype, dim in (("bf16", 128), ("bf16", 80), ("fp16", 128), ("fp32", 128)):
         yield Specialisation(
             operation="append",
-            name=f"{dtype}, heads of {dim}",
+            name=f"{dtype} heads of {dim}",
             kernel=_append,
             signature={
                 **dict.fromkeys(vectors, f"*{dtype}"), "lengths": "*i64", **strides,
