@@ -303,17 +303,16 @@ class EFTDecoder:
         longest = max(call.prompts.longest, call.tuned_prompts.longest)
         if call.processing is None:
             buffers = ScoreBuffers(None, None)
-            rounds, displaced = self._run(state, plan, longest, timer, trace, streamer, watch, first)
+            rounds = self._run(state, plan, longest, timer, trace, streamer, watch, first)
         else:
             self._report_general(call)
             buffers = new_score_buffers(state, self.vocab_size, options.output_scores, options.output_logits)
             rounds = self._run_general(state, plan, call, longest, timer, trace, buffers, watch, first)
-            displaced = set()
         if watch is not None:
             cut(state, trace, watch.stopped, options.pad_token_id)
         if streamer is not None and hasattr(streamer, "end"):
             streamer.end()
-        return self._output(call, state, rounds, timer, trace, buffers, displaced)
+        return self._output(call, state, rounds, timer, trace, buffers)
 
     def _kept(self, call: Call) -> tuple[Tensor, Tensor] | None:
         """For each prompt, the tokens that the bases' and the tuned models' caches hold already."""
@@ -414,7 +413,7 @@ class EFTDecoder:
         streamer: Streamer | TokenCallback | None,
         watch: StopWatch | None = None,
         first: FirstRound | None = None,
-    ) -> tuple[int, set[int]]:
+    ) -> int:
         batch = state.done.shape[0]
         running = RunningBatch(
             self.runners,
@@ -447,7 +446,7 @@ class EFTDecoder:
             running.compact([index for index, row in enumerate(rows) if row[1] < 0])
             timer.mark("other")
         running.restore()
-        return rounds, running.displaced
+        return rounds
 
     def _run_general(
         self,
@@ -495,7 +494,6 @@ class EFTDecoder:
         timer: PhaseTimer,
         trace: TraceBuffers | None,
         buffers: ScoreBuffers,
-        displaced: set[int],
     ) -> Tensor | EFTOutput:
         input_ids, options = call.input_ids, call.options
         new = int(state.generated.max())
@@ -503,8 +501,8 @@ class EFTDecoder:
         sequences = torch.cat([input_ids, output.to(input_ids)], dim=1)
         if options.use_cache:
             self._past = EFTPast(
-                base=extended(call.prompts, output, state.generated, displaced),
-                tuned=extended(call.tuned_prompts, output, state.generated, displaced),
+                base=extended(call.prompts, output, state.generated),
+                tuned=extended(call.tuned_prompts, output, state.generated),
             )
         if not options.return_dict_in_generate:
             return sequences

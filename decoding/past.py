@@ -39,14 +39,10 @@ class EFTPast:
         return 0
 
 
-def extended(prompts: Prompts, output: Tensor, generated: Tensor, displaced: set[int]) -> Prompts:
-    """Prompts followed by what was generated, but for the last token, which is in no cache.
-
-    Of sequences that are `displaced` the caches hold nothing where the next call would look.
-    """
+def extended(prompts: Prompts, output: Tensor, generated: Tensor) -> Prompts:
+    """Prompts followed by what was generated, but for the last token, which is in no cache."""
     lengths = prompts.lengths + generated.to(prompts.lengths) - 1
-    lengths[list(displaced)] = 0
-    width = max(int(lengths.max()), 1)
+    width = int(lengths.max())
     tokens = torch.cat([prompts.tokens, torch.zeros_like(output)], dim=1)
     column = torch.arange(output.shape[1], device=tokens.device)
     places = (prompts.lengths[:, None] + column).clamp(max=tokens.shape[1] - 1)

@@ -14,7 +14,7 @@ from speculative_eft.kernels import RoundState
 from speculative_eft.models import CapturedFunctions, EFTRunners, Runner
 
 from .round import PhaseTimer, RoundPlan, TraceBuffers, draft_phase, verify_phase
-from .sequences import exchange, narrowed, rows_of
+from .sequences import exchange, narrowed
 
 __all__ = ["Report", "RunningBatch"]
 
@@ -46,7 +46,6 @@ class RunningBatch:
     Attributes:
         order: the sequence in each row of the state.
         rows: how many rows, the first ones, take part in the rounds to come.
-        displaced: sequences whose cache is not in the row where it was filled, or is overwritten.
     """
 
     def __init__(
@@ -68,7 +67,6 @@ class RunningBatch:
         self.runners, self.state, self.plan, self.trace = runners, state, plan, trace
         self.order = list(range(len(lengths)))
         self.rows = len(lengths)
-        self.displaced: set[int] = set()
         self._lengths, self._limits = list(lengths), list(limits)
         self._graphs = graphs
         self._sent: deque[_Sent] = deque()
@@ -118,11 +116,12 @@ class RunningBatch:
             return verify_phase(self.runners, state, plan, draft, span, timer, trace)
         # Few spans, so that few graphs are captured: what lies beyond a sequence's length is not read.
         span = -(-span // _SPAN_STEP) * _SPAN_STEP
-        return self._graphs.run(
+        report: Tensor = self._graphs.run(
             (self.rows, drafted, span),
             lambda: draft_phase(self.runners, state, plan, drafted, span),
             lambda draft: verify_phase(self.runners, state, plan, draft, span, PhaseTimer(), trace),
         )
+        return report
 
     def _send(self, report: Tensor, sequences: list[int], most: int) -> _Sent:
         if report.device.type != "cuda":
@@ -134,7 +133,7 @@ class RunningBatch:
             self._pinned.remove(pinned)
         self._pinned.append(pinned)
         pinned.copy_(report, non_blocking=True)
-        arrived = torch.cuda.Event()
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
         arrived.record()
         return _Sent(pinned, arrived, sequences, most)
 
@@ -165,29 +164,24 @@ class RunningBatch:
         free = [row for row in range(rows) if is_done[row]]
         for row in range(rows, self.rows):
             if not is_done[row]:
-                self._move(row, free.pop())
+                self._exchange(row, free.pop())
         self.rows = rows
         self._narrow()
 
-    def _move(self, row: int, target: int) -> None:
-        span = self._span([self.order[row]], 0)
+    def _exchange(self, first: int, second: int) -> None:
+        span = self._span((self.order[first], self.order[second]), 0)
         for runner in self._runners():
-            runner.move(row, target, span)
-        exchange(self.state, row, target)
+            runner.exchange(first, second, span)
+        exchange(self.state, first, second)
         if self.trace is not None:
-            exchange(self.trace, row, target)
-        self.displaced.update((self.order[row], self.order[target]))
-        self.order[row], self.order[target] = self.order[target], self.order[row]
+            exchange(self.trace, first, second)
+        self.order[first], self.order[second] = self.order[second], self.order[first]
 
     def restore(self) -> None:
-        """Put the rows of the state back in the order of the sequences; the caches stay as they are."""
-        batch = len(self.order)
-        if self.order != list(range(batch)):
-            rows = torch.tensor([self.order.index(index) for index in range(batch)])
-            rows = rows.to(self.state.done.device)
-            for part in (self.state, self.trace):
-                for tensor in () if part is None else rows_of(part):
-                    tensor.copy_(tensor[rows])
-            self.order = list(range(batch))
+        """Give every sequence the row of its number again."""
+        for row in range(len(self.order)):
+            if self.order[row] != row:
+                self._exchange(row, self.order.index(row))
+        self.rows = len(self.order)
         for runner in self._runners():
-            runner.use(batch)
+            runner.use(self.rows)

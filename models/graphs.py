@@ -56,7 +56,8 @@ class CapturedFunctions:
         if self._used >= self.budget:
             return None
         free, _ = torch.cuda.mem_get_info(self.device)
-        graphs, result = [], ()
+        graphs: list[torch.cuda.CUDAGraph] = []
+        result: tuple[Any, ...] = ()
         try:
             for function in functions:
                 graph = torch.cuda.CUDAGraph()

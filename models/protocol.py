@@ -41,8 +41,8 @@ class Runner(Protocol):
     def use(self, batch: int) -> None:
         """Go on with the first `batch` sequences alone: `lengths` are theirs."""
 
-    def move(self, source: int, target: int, span: int) -> None:
-        """Copy a sequence's cache, of at most `span` tokens, and its length to another slot."""
+    def exchange(self, first: int, second: int, span: int) -> None:
+        """Let two sequences, of at most `span` tokens, change slots, and their lengths with them."""
 
     def fill_slot(self, slot: int, tokens: Tensor) -> None:
         """Start the sequence of `slot` anew with int64 `tokens` [1, P], P may be 0; the others stay."""

@@ -89,9 +89,9 @@ class ModelRunner:
         self.cache.use(batch)
 
     @torch.inference_mode()
-    def move(self, source: int, target: int, span: int) -> None:
-        """Copy a sequence's cache, of at most `span` tokens, to another slot."""
-        self.cache.move(source, target, min(round_up(span), self.cache.capacity))
+    def exchange(self, first: int, second: int, span: int) -> None:
+        """Let two sequences, of at most `span` tokens, change slots."""
+        self.cache.exchange(first, second, min(round_up(span), self.cache.capacity))
 
     @torch.inference_mode()
     def fill_slot(self, slot: int, tokens: Tensor) -> None:

@@ -94,12 +94,16 @@ class SlotCache(Cache):
         """Let `lengths` be those of the first `batch` slots; what the others hold stays."""
         self.lengths = self._all_lengths[:batch]
 
-    def move(self, source: int, target: int, span: int) -> None:
-        """Copy the first `span` positions of one slot, and its length, to another."""
+    def exchange(self, first: int, second: int, span: int) -> None:
+        """Let two slots change what they hold in their first `span` positions, and their lengths."""
         for layer in self._slots.values():
-            layer.keys[target, :, :span] = layer.keys[source, :, :span]
-            layer.values[target, :, :span] = layer.values[source, :, :span]
-        self._all_lengths[target] = self._all_lengths[source]
+            for stored in (layer.keys[:, :, :span], layer.values[:, :, :span]):
+                held = stored[first].clone()
+                stored[first] = stored[second]
+                stored[second] = held
+        held = self._all_lengths[first].clone()
+        self._all_lengths[first] = self._all_lengths[second]
+        self._all_lengths[second] = held
 
     def part(self, slot: int) -> SlotCache:
         """One slot as a cache of its own, empty, over the same storage."""

@@ -40,9 +40,9 @@ class TableRunner:
     def use(self, batch: int) -> None:
         self.lengths = self.all_lengths[:batch]
 
-    def move(self, source: int, target: int, span: int) -> None:
-        self.tokens[target, : span + 1] = self.tokens[source, : span + 1]
-        self.all_lengths[target] = self.all_lengths[source]
+    def exchange(self, first: int, second: int, span: int) -> None:
+        for held in (self.tokens[:, : span + 1], self.all_lengths):
+            held[[first, second]] = held[[second, first]]
 
     def fill_slot(self, slot: int, tokens: Tensor) -> None:
         self.tokens[slot, 1 : tokens.shape[1] + 1] = tokens[0]
