@@ -7,6 +7,7 @@ from .decoder import EFTDecoder, NaiveEFTDecoder
 from .output import EFTOutput, EFTStats, EFTTrace
 from .past import EFTPast
 from .scoring import TokenScores
+from .slots import SlotBatch, SlotOptions, SlotProgress
 
 __all__ = [
     "CUSTOM_GENERATE_FOLDER",
@@ -17,6 +18,9 @@ __all__ = [
     "EFTStats",
     "EFTTrace",
     "NaiveEFTDecoder",
+    "SlotBatch",
+    "SlotOptions",
+    "SlotProgress",
     "Streamer",
     "TokenCallback",
     "TokenScores",

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, StoppingCriteria
 
-from speculative_eft.kernels import Coefficients, DraftMemory, RoundState, new_draft_memory, warm_up
+from speculative_eft.kernels import (
+    Coefficients,
+    DraftMemory,
+    RoundState,
+    Sampling,
+    new_draft_memory,
+    warm_up,
+)
 from speculative_eft.models import CapturedFunctions, EFTModels, EFTRunners, graph_budget
 
 from .adapter import continue_for_transformers
@@ -32,7 +39,7 @@ from .round import (
     new_round_state,
     new_trace_buffers,
 )
-from .running import RunningBatch
+from .running import CapturedBatch, RunningBatch
 from .scoring import TokenScores, score_tokens
 from .stopping import StopWatch, cut
 
@@ -59,17 +66,19 @@ class EFTDecoder:
         experts = len(self.runners.tuned)
         if len(self.config.alphas) not in (1, experts):
             raise ValueError(f"alpha has {len(self.config.alphas)} values for {experts} tuned models")
-        self.vocab_size = min(runner.vocab_size for runner in self._all_runners())
+        self.vocab_size = min(runner.vocab_size for runner in self.all_runners())
         warm_up(self.runners.large.device)
         self.policy = self._policy()
         self._past: EFTPast | None = None
         device = self.runners.large.device
         # On a GPU the host starts a round before it has read the last one, and replays what it captured.
-        self._lagging = device.type == "cuda"
-        self._graphs = CapturedFunctions(device, graph_budget(device)) if self._lagging else None
+        self.lagging = device.type == "cuda"
+        graphs = CapturedFunctions(device, graph_budget(device)) if self.lagging else None
+        self.captured = None if graphs is None else CapturedBatch(graphs)
         self._general_is_reported = False
 
-    def _all_runners(self) -> list[Any]:
+    def all_runners(self) -> list[Any]:
+        """The runners of the large base, the tuned models and the small base."""
         return [self.runners.large, *self.runners.tuned, self.runners.base]
 
     def _policy(self) -> DraftLengthPolicy | None:
@@ -211,7 +220,7 @@ class EFTDecoder:
     @property
     def max_context(self) -> int | None:
         """Longest sequence that all models support, None if there is no limit."""
-        limits = [runner.max_context for runner in self._all_runners()]
+        limits = [runner.max_context for runner in self.all_runners()]
         return min((limit for limit in limits if limit is not None), default=None)
 
     def score(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> TokenScores:
@@ -293,6 +302,8 @@ class EFTDecoder:
         trace = None
         if options.return_dict_in_generate and with_trace:
             trace = new_trace_buffers(state, len(self.runners.tuned))
+        if self.captured is not None:
+            state, plan, trace = self.captured.take((state, plan, trace), self.runners)
         watch = None
         if call.criteria:
             watch = StopWatch(call.criteria, call.input_ids, options.max_new_tokens, options.pad_token_id)
@@ -330,7 +341,7 @@ class EFTDecoder:
             _log.warning("%s: not known to the fused rounds; decoding takes the general, slower path", names)
 
     def _check_context(self, prompts: Prompts, tuned_prompts: Prompts, options: GenerationOptions) -> None:
-        for runner in self._all_runners():
+        for runner in self.all_runners():
             longest = (tuned_prompts if runner in self.runners.tuned else prompts).longest
             context = runner.max_context
             if context is not None and longest + options.max_new_tokens > context:
@@ -367,41 +378,71 @@ class EFTDecoder:
     ) -> tuple[RoundState, RoundPlan]:
         batch = prompts.tokens.shape[0]
         device = self.runners.large.device
-        draft_lens = self._first_draft_lens(batch, device)
-        longest_draft = self.policy.longest if self.policy is not None else int(draft_lens.max())
-        draft_lens.clamp_(max=options.max_new_tokens - 1)
-        room = options.max_new_tokens + longest_draft + 1
-        for runner in self._all_runners():
+        room = options.max_new_tokens + self.longest_draft + 1
+        for runner in self.all_runners():
             is_tuned = runner in self.runners.tuned
             own = tuned_prompts if is_tuned else prompts
             held = None if kept is None else kept[is_tuned]
             fill_cache(runner, own, room, held, options.prefill_chunk_size)
         last_token = prompts.tokens.gather(1, (prompts.lengths - 1)[:, None])[:, 0].to(device)
-        state = new_round_state(
-            last_token=last_token,
-            prompt_lengths=prompts.lengths.to(device),
-            seeds=seeds.to(device),
-            max_new_tokens=options.max_new_tokens,
-            draft_lens=draft_lens,
-            longest_draft=longest_draft,
-            pad_token_id=options.pad_token_id,
-            memory=self._new_memory(batch, longest_draft, device),
-            lagging=self._lagging,
-        )
+        state = self.new_state(
+            last_token, prompts.lengths.to(device), seeds.to(device), options.max_new_tokens,
+            options.pad_token_id,
+        )  # fmt: skip
         temperature = options.temperature
         draft_temperature = self.config.draft_temperature if temperature > 0 else None
-        plan = RoundPlan(
+        plan = self.new_plan(
+            options.sampling(batch, self.vocab_size, temperature, device),
+            options.sampling(batch, self.vocab_size, draft_temperature or temperature, device),
+            options.eos_token_ids,
+            options.return_dict_in_generate,
+        )
+        return state, plan
+
+    @property
+    def longest_draft(self) -> int:
+        """Most tokens that a round may draft."""
+        if self.policy is not None:
+            return self.policy.longest
+        return int(self._first_draft_lens(1, torch.device("cpu")))
+
+    def new_state(
+        self, last_token: Tensor, lengths: Tensor, seeds: Tensor, max_new_tokens: int, pad_token_id: int
+    ) -> RoundState:
+        """The state of sequences whose prompts, of `lengths` tokens, are filled up to `last_token`.
+
+        All of these are int64 [batch]. Memory of the draft and draft lengths are those of the config.
+        """
+        batch, device = last_token.shape[0], last_token.device
+        draft_lens = self._first_draft_lens(batch, device).clamp_(max=max_new_tokens - 1)
+        return new_round_state(
+            last_token=last_token,
+            prompt_lengths=lengths,
+            seeds=seeds,
+            max_new_tokens=max_new_tokens,
+            draft_lens=draft_lens,
+            longest_draft=self.longest_draft,
+            pad_token_id=pad_token_id,
+            memory=self._new_memory(batch, self.longest_draft, device),
+            lagging=self.lagging,
+        )
+
+    def new_plan(
+        self, sampling: Sampling, draft_sampling: Sampling, eos_token_ids: Sequence[int], statistics: bool
+    ) -> RoundPlan:
+        """The plan of rounds of this decoder's law for sequences with this sampling."""
+        batch, device = sampling.temperature.shape[0], sampling.temperature.device
+        return RoundPlan(
             coefficients=self._coefficients(batch, device),
-            sampling=options.sampling(batch, self.vocab_size, temperature, device),
-            draft_sampling=options.sampling(batch, self.vocab_size, draft_temperature or temperature, device),
+            sampling=sampling,
+            draft_sampling=draft_sampling,
             acceptance=self.config.acceptance,
             drafts_as_pair=self._drafts_as_pair(),
             vocab_size=self.vocab_size,
-            eos_token_ids=torch.tensor(options.eos_token_ids, dtype=torch.int64, device=device),
+            eos_token_ids=torch.tensor(eos_token_ids, dtype=torch.int64, device=device),
             draft_length_rule=None if self.policy is None else self.policy.rule(device),
-            statistics=options.return_dict_in_generate,
+            statistics=statistics,
         )
-        return state, plan
 
     def _run(
         self,
@@ -422,7 +463,7 @@ class EFTDecoder:
             trace,
             [longest_prompt] * batch,
             (longest_prompt + state.limits).tolist(),
-            self._graphs,
+            self.captured,
         )
         if first is not None:
             running.runners = first.runners
@@ -443,7 +484,8 @@ class EFTDecoder:
             if first is not None:
                 drafted = first.finish(state, drafted)
                 running.runners, first = self.runners, None
-            running.compact([index for index, row in enumerate(rows) if row[1] < 0])
+            if drafted >= 0:
+                running.compact([index for index, row in enumerate(rows) if row[1] < 0])
             timer.mark("other")
         running.restore()
         return rounds
@@ -497,7 +539,7 @@ class EFTDecoder:
     ) -> Tensor | EFTOutput:
         input_ids, options = call.input_ids, call.options
         new = int(state.generated.max())
-        output = state.output[:, :new]
+        output = state.output[:, :new].clone()
         sequences = torch.cat([input_ids, output.to(input_ids)], dim=1)
         if options.use_cache:
             self._past = EFTPast(
@@ -522,11 +564,11 @@ class EFTDecoder:
         traced = None
         if trace is not None:
             traced = EFTTrace(
-                source_ids=trace.source[:, :new],
-                large=trace.large[:, :new],
-                tuned=[tuned[:, :new] for tuned in trace.tuned],
-                base=trace.base[:, :new],
-                target=trace.target[:, :new],
+                source_ids=trace.source[:, :new].clone(),
+                large=trace.large[:, :new].clone(),
+                tuned=[tuned[:, :new].clone() for tuned in trace.tuned],
+                base=trace.base[:, :new].clone(),
+                target=trace.target[:, :new].clone(),
                 tokens=output,
             )
         width = self.runners.large.vocab_size

@@ -45,6 +45,8 @@ __all__ = [
 
 SOURCE_DRAFT, SOURCE_RESIDUAL, SOURCE_BONUS = 0, 1, 2
 
+_OUTPUT_STEP = 256
+
 
 @dataclass(frozen=True)
 class RoundPlan:
@@ -106,6 +108,9 @@ def new_round_state(
     def counts() -> Tensor:
         return torch.zeros(batch, dtype=torch.int64, device=device)
 
+    # Few shapes, so that what was captured for one serves many.
+    capacity = -(-max_new_tokens // _OUTPUT_STEP) * _OUTPUT_STEP if lagging else max_new_tokens
+
     def reals() -> Tensor:
         return torch.zeros(batch, dtype=torch.float32, device=device)
 
@@ -118,7 +123,7 @@ def new_round_state(
         limits=torch.full_like(last_token, max_new_tokens),
         done=torch.zeros(batch, dtype=torch.bool, device=device),
         draft_lens=draft_lens,
-        output=torch.full((batch, max_new_tokens + 1), pad_token_id, dtype=torch.int64, device=device),
+        output=torch.full((batch, capacity + 1), pad_token_id, dtype=torch.int64, device=device),
         accepted_history=reals(),
         tested_history=reals(),
         drafted=counts(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
@@ -14,9 +14,9 @@ from speculative_eft.kernels import RoundState
 from speculative_eft.models import CapturedFunctions, EFTRunners, Runner
 
 from .round import PhaseTimer, RoundPlan, TraceBuffers, draft_phase, verify_phase
-from .sequences import exchange, narrowed
+from .sequences import exchange, narrowed, refill
 
-__all__ = ["Report", "RunningBatch"]
+__all__ = ["CapturedBatch", "Report", "RunningBatch"]
 
 Report: TypeAlias = dict[int, list[int]]
 """For each sequence of a round: tokens committed, the next draft length (-1 when done), and the tokens."""
@@ -25,6 +25,37 @@ _ROUNDS_AHEAD = 1
 """Rounds that a host starts before it reads the first one's report, so that a GPU never waits for it."""
 
 _SPAN_STEP = 1024
+
+
+Parts: TypeAlias = tuple[RoundState, RoundPlan, "TraceBuffers | None"]
+
+
+@dataclass
+class CapturedBatch:
+    """What the graphs of a batch's rounds read and write: kept from call to call, since they know addresses.
+
+    Attributes:
+        parts: the state, plan and trace of all rows.
+        narrowed: the same of fewer rows, by their number.
+        lengths: of the runners' caches, which tell whether these are still the same.
+        graphs: captures the rounds.
+    """
+
+    graphs: CapturedFunctions
+    parts: Parts | None = None
+    narrowed: dict[int, Parts] = field(default_factory=dict)
+    lengths: list[Tensor] = field(default_factory=list)
+
+    def take(self, parts: Parts, runners: EFTRunners) -> Parts:
+        """`parts`, or those of the call before, which now hold the same and which the graphs know."""
+        lengths = [runner.lengths for runner in (runners.large, *runners.tuned, runners.base)]
+        same = [own.data_ptr() for own in self.lengths] == [own.data_ptr() for own in lengths]
+        if self.parts is not None and same and refill(list(self.parts), list(parts)):
+            return self.parts
+        self.graphs.clear()
+        self.narrowed.clear()
+        self.parts, self.lengths = parts, lengths
+        return parts
 
 
 @dataclass
@@ -56,19 +87,19 @@ class RunningBatch:
         trace: TraceBuffers | None,
         lengths: Sequence[int],
         limits: Sequence[int],
-        graphs: CapturedFunctions | None = None,
+        captured: CapturedBatch | None = None,
     ) -> None:
         """Take sequences 0, 1, ... that are filled, in the rows of these numbers.
 
         Args:
             lengths, limits: of each the length in the longest of its caches, and the most it can become.
-            graphs: captures the rounds; None runs them as they are.
+            captured: has graphs of the rounds, and has taken these parts; None runs them as they are.
         """
+        self._captured = captured
         self.runners, self.state, self.plan, self.trace = runners, state, plan, trace
         self.order = list(range(len(lengths)))
         self.rows = len(lengths)
-        self._lengths, self._limits = list(lengths), list(limits)
-        self._graphs = graphs
+        self._lengths, self._limits = dict(enumerate(lengths)), dict(enumerate(limits))
         self._sent: deque[_Sent] = deque()
         self._pinned: deque[Tensor] = deque(maxlen=_ROUNDS_AHEAD + 1)
         self._narrow()
@@ -76,17 +107,11 @@ class RunningBatch:
     def _narrow(self) -> None:
         for runner in self._runners():
             runner.use(self.rows)
-        whole = self.rows == self.state.done.shape[0]
-        trace = self.trace
-        self._parts = (
-            (self.state, self.plan, trace)
-            if whole
-            else (
-                narrowed(self.state, self.rows),
-                narrowed(self.plan, self.rows),
-                None if trace is None else narrowed(trace, self.rows),
-            )
-        )
+        kept = {} if self._captured is None else self._captured.narrowed
+        if self.rows not in kept:
+            trace = None if self.trace is None else narrowed(self.trace, self.rows)
+            kept[self.rows] = narrowed(self.state, self.rows), narrowed(self.plan, self.rows), trace
+        self._parts = kept[self.rows]
 
     def _runners(self) -> list[Runner]:
         return [self.runners.large, *self.runners.tuned, self.runners.base]
@@ -110,13 +135,13 @@ class RunningBatch:
 
     def _round(self, drafted: int, span: int, timer: PhaseTimer) -> Tensor:
         state, plan, trace = self._parts
-        if self._graphs is None:
+        if self._captured is None:
             draft = draft_phase(self.runners, state, plan, drafted, span)
             timer.mark("draft")
             return verify_phase(self.runners, state, plan, draft, span, timer, trace)
         # Few spans, so that few graphs are captured: what lies beyond a sequence's length is not read.
         span = -(-span // _SPAN_STEP) * _SPAN_STEP
-        report: Tensor = self._graphs.run(
+        report: Tensor = self._captured.graphs.run(
             (self.rows, drafted, span),
             lambda: draft_phase(self.runners, state, plan, drafted, span),
             lambda draft: verify_phase(self.runners, state, plan, draft, span, PhaseTimer(), trace),
@@ -142,8 +167,31 @@ class RunningBatch:
             sent.arrived.synchronize()
         report = dict(zip(sent.sequences, sent.report.tolist(), strict=True))
         for index, (count, *_) in report.items():
-            self._lengths[index] += count
+            if index in self._lengths:
+                self._lengths[index] += count
         return report
+
+    def join(self, sequence: int, length: int, limit: int) -> int:
+        """Give a new sequence the first row that takes part in no round, which is free; returns the row."""
+        row = self.rows
+        if row == len(self.order):
+            self.order.append(sequence)
+        else:
+            for known in (self._lengths, self._limits):
+                known.pop(self.order[row], None)
+            self.order[row] = sequence
+        self._lengths[sequence], self._limits[sequence] = length, limit
+        self.rows += 1
+        self._narrow()
+        return row
+
+    def plan_anew(self, plan: RoundPlan) -> None:
+        """Go on with another plan, whose rows are in the present order."""
+        self.plan = plan
+        if self._captured is not None:
+            taken = self._captured.take((self.state, plan, self.trace), self.runners)
+            self.state, self.plan, self.trace = taken
+        self._narrow()
 
     def end(self, sequences: Sequence[int]) -> None:
         """Mark sequences that the host ended."""
@@ -158,14 +206,17 @@ class RunningBatch:
         is_done = [index in done for index in self.order[: self.rows]]
         live = is_done.count(False)
         # With graphs a power of two, so that few are captured.
-        rows = live if self._graphs is None else 1 << max(live - 1, 0).bit_length()
-        if live == 0 or rows >= self.rows:
+        rows = live if self._captured is None else 1 << max(live - 1, 0).bit_length()
+        if rows >= self.rows:
             return
         free = [row for row in range(rows) if is_done[row]]
         for row in range(rows, self.rows):
             if not is_done[row]:
                 self._exchange(row, free.pop())
         self.rows = rows
+        if rows == 0:
+            # Rounds ahead of the host did nothing.
+            self._sent.clear()
         self._narrow()
 
     def _exchange(self, first: int, second: int) -> None:

@@ -1,4 +1,4 @@
-"""The sequences of a batch as rows of its tensors: narrowing to some, and moving one to another's place."""
+"""The sequences of a batch as rows of its tensors: some of them, two that change places, others instead."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-__all__ = ["exchange", "narrowed", "rows_of"]
+__all__ = ["exchange", "narrowed", "put", "refill"]
 
 Part = TypeVar("Part")
 
@@ -16,7 +16,7 @@ _SHARED = frozenset({"tested_at", "accepted_at", "eos_token_ids", "thresholds"})
 """Tensors of a batch's parts that hold nothing of a single sequence."""
 
 
-def rows_of(part: Any) -> Iterator[Tensor]:
+def _rows_of(part: Any) -> Iterator[Tensor]:
     """Every tensor of `part`, a dataclass that may hold others, whose first dimension counts sequences."""
     for field in dataclasses.fields(part):
         value = getattr(part, field.name)
@@ -25,7 +25,7 @@ def rows_of(part: Any) -> Iterator[Tensor]:
         elif isinstance(value, list):
             yield from value
         elif dataclasses.is_dataclass(value):
-            yield from rows_of(value)
+            yield from _rows_of(value)
 
 
 def narrowed(part: Part, batch: int) -> Part:
@@ -44,7 +44,45 @@ def narrowed(part: Part, batch: int) -> Part:
 
 def exchange(part: Any, first: int, second: int) -> None:
     """Let two sequences of `part` change places."""
-    for tensor in rows_of(part):
+    for tensor in _rows_of(part):
         held = tensor[first].clone()
         tensor[first] = tensor[second]
         tensor[second] = held
+
+
+def put(part: Any, row: int, one: Any) -> None:
+    """Write `one`, which holds a single sequence, into a row of `part`."""
+    for tensor, own in zip(_rows_of(part), _rows_of(one), strict=True):
+        tensor[row] = own[0]
+
+
+def refill(kept: Any, new: Any) -> bool:
+    """Write what `new` holds into the tensors of `kept`, if the two are alike but for these."""
+    if not _alike(kept, new):
+        return False
+    _write(kept, new)
+    return True
+
+
+def _alike(kept: Any, new: Any) -> bool:
+    if isinstance(kept, Tensor) and isinstance(new, Tensor):
+        return kept.shape == new.shape and kept.dtype == new.dtype
+    if isinstance(kept, list) and isinstance(new, list):
+        return len(kept) == len(new) and all(map(_alike, kept, new))
+    if dataclasses.is_dataclass(kept) and type(kept) is type(new):
+        names = [field.name for field in dataclasses.fields(kept)]
+        return all(_alike(getattr(kept, name), getattr(new, name)) for name in names)
+    return bool(kept == new)
+
+
+def _write(kept: Any, new: Any) -> None:
+    if isinstance(kept, Tensor):
+        # Several rows in one place are of constants, which are the same in both.
+        if 0 not in kept.stride():
+            kept.copy_(new)
+    elif isinstance(kept, list):
+        for own, other in zip(kept, new, strict=True):
+            _write(own, other)
+    elif dataclasses.is_dataclass(kept):
+        for field in dataclasses.fields(kept):
+            _write(getattr(kept, field.name), getattr(new, field.name))

@@ -1,0 +1,209 @@
+"""Sequences that join and leave while others run, in a fixed number of slots."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from speculative_eft.kernels import Sampling
+
+from .decoder import EFTDecoder
+from .round import PhaseTimer, RoundPlan
+from .running import RunningBatch
+from .sequences import put
+
+__all__ = ["SlotBatch", "SlotOptions", "SlotProgress"]
+
+
+@dataclass(frozen=True)
+class SlotOptions:
+    """How one sequence is sampled.
+
+    Attributes:
+        max_new_tokens: at least 1.
+        seed: an int of 64 bits; with it the output depends on nothing else.
+        temperature: 0 for greedy decoding.
+        top_k: 0 keeps all tokens; top_p: in (0, 1]; min_p: in [0, 1).
+    """
+
+    max_new_tokens: int
+    seed: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value, low, high in (
+            ("max_new_tokens", self.max_new_tokens, 1, None),
+            ("temperature", self.temperature, 0, None),
+            ("top_k", self.top_k, 0, None),
+            ("top_p", self.top_p, 0, 1),
+            ("min_p", self.min_p, 0, 1),
+        ):
+            if value < low or (high is not None and value > high):
+                upper = "" if high is None else f" and at most {high}"
+                raise ValueError(f"{name} must be at least {low}{upper}, got {value!r}")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed must be an int of 64 bits, got {self.seed!r}")
+
+
+@dataclass(frozen=True)
+class SlotProgress:
+    """What a step did for one sequence: its new tokens, and whether it has ended."""
+
+    tokens: list[int]
+    ended: bool
+
+
+class SlotBatch:
+    """Continuous batching: sequences run together, each from when it joins until it ends.
+
+    A sequence's output is what it would be alone: its noise is its own, its slot is emptied before it is
+    used, and rounds depend on nothing in its neighbours.
+
+    Args:
+        decoder: whose models and law are used; it must not be used otherwise meanwhile.
+        slots: most sequences at a time.
+        max_length: most tokens of a prompt and its continuation.
+        eos_token_ids: any of them ends a sequence.
+
+    Raises:
+        ValueError: if `slots` or `max_length` is out of range.
+    """
+
+    def __init__(
+        self, decoder: EFTDecoder, slots: int, max_length: int, eos_token_ids: tuple[int, ...] = ()
+    ) -> None:
+        runners = decoder.runners
+        context = min(
+            (runner.max_context for runner in decoder.all_runners() if runner.max_context is not None),
+            default=None,
+        )
+        if slots < 1:
+            raise ValueError(f"slots must be at least 1, got {slots}")
+        if max_length < 2 or (context is not None and max_length > context):
+            raise ValueError(f"max_length must lie in 2..{context or 'any'}, got {max_length}")
+        self.decoder, self.slots, self.max_length = decoder, slots, max_length
+        self._eos = eos_token_ids
+        self._device = runners.large.device
+        for runner in decoder.all_runners():
+            runner.reserve(slots, max_length + decoder.longest_draft + 1)
+        nothing = torch.zeros(3, slots, dtype=torch.int64, device=self._device)
+        state = decoder.new_state(*nothing.unbind(), max_length, 0)
+        self._options: dict[int, SlotOptions] = {}
+        self._first_lens: dict[int, int] = {}
+        self._joined = 0
+        self._drafted = 0
+        self._timer = PhaseTimer()
+        self._running = RunningBatch(
+            runners, state, self._plan([]), None, [], [], decoder.captured  # nobody runs yet
+        )  # fmt: skip
+
+    @property
+    def free(self) -> int:
+        """Sequences that could join now."""
+        return self.slots - self._running.rows
+
+    def _plan(self, order: list[int]) -> RoundPlan:
+        """A plan for all slots, of which the first hold the sequences of `order`."""
+        unused = SlotOptions(1, 0)
+        options = [self._options.get(index, unused) for index in order]
+        options += [unused] * (self.slots - len(options))
+        vocab_size = self.decoder.vocab_size
+        own = self.decoder.config.draft_temperature
+
+        def column(values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=self._device)
+
+        def sampling(temperatures: list[float]) -> Sampling:
+            greedy = [value == 0 for value in temperatures]
+            top_k = [option.top_k or vocab_size for option in options]
+            used = [option for option in options if option.temperature > 0]
+            return Sampling(
+                temperature=column(temperatures),
+                top_k=column([min(k, vocab_size) for k in top_k], torch.int64)
+                if any(0 < option.top_k < vocab_size for option in used)
+                else None,
+                top_p=column([option.top_p for option in options])
+                if any(option.top_p < 1 for option in used)
+                else None,
+                min_p=column([option.min_p for option in options])
+                if any(option.min_p > 0 for option in used)
+                else None,
+                any_greedy=any(greedy),
+                all_greedy=all(greedy),
+            )
+
+        temperatures = [option.temperature for option in options]
+        drafts = [own if own is not None and value > 0 else value for value in temperatures]
+        return self.decoder.new_plan(sampling(temperatures), sampling(drafts), self._eos, False)
+
+    def join(self, prompt: Tensor, options: SlotOptions) -> int:
+        """Start the continuation of `prompt`, int64 [length]; returns the sequence's number.
+
+        Raises:
+            ValueError: if no slot is free, or the prompt is empty, too long, or outside the vocabulary.
+        """
+        length = prompt.numel()
+        if self.free == 0:
+            raise ValueError(f"all {self.slots} slots are taken: step until one is free")
+        if prompt.dim() != 1 or length == 0 or prompt.is_floating_point():
+            raise ValueError("prompt must be an integer tensor of shape [length] with at least one token")
+        if length + options.max_new_tokens > self.max_length:
+            raise ValueError(
+                f"a prompt of {length} tokens and max_new_tokens={options.max_new_tokens} exceed max_length="
+                f"{self.max_length}"
+            )
+        if not (int(prompt.min()) >= 0 and int(prompt.max()) < self.decoder.vocab_size):
+            raise ValueError(f"prompt holds an id outside the vocabulary of {self.decoder.vocab_size} ids")
+        prompt = prompt.to(self._device, torch.int64)
+        sequence = self._joined
+        self._joined += 1
+        self._options[sequence] = options
+        row = self._running.join(sequence, length, length + options.max_new_tokens)
+        for runner in self.decoder.all_runners():
+            runner.fill_slot(row, prompt[None, :-1])
+        ids = {"dtype": torch.int64, "device": self._device}
+        one = self.decoder.new_state(
+            prompt[-1:],
+            torch.tensor([length], **ids),  # type: ignore[arg-type]
+            torch.tensor([options.seed], **ids),  # type: ignore[arg-type]
+            self.max_length,
+            0,
+        )
+        one.limits.fill_(options.max_new_tokens)
+        one.draft_lens.clamp_(max=options.max_new_tokens - 1)
+        if one.offered_lens is not None:
+            one.offered_lens.copy_(one.draft_lens)
+        put(self._running.state, row, one)
+        self._running.plan_anew(self._plan(self._running.order[: self._running.rows]))
+        self._first_lens[sequence] = int(one.draft_lens)
+        self._drafted = max(self._drafted, self._first_lens[sequence])
+        return sequence
+
+    def step(self) -> dict[int, SlotProgress]:
+        """Run one round; for each sequence whose report has arrived what it did. Nothing if nobody runs."""
+        if self._running.rows == 0:
+            return {}
+        report = self._running.advance(self._drafted, self._timer)
+        if report is None:
+            return {}
+        progress = {
+            index: SlotProgress(tokens[:count], following < 0)
+            for index, (count, following, *tokens) in report.items()
+            if index in self._options
+        }
+        for index in report:
+            self._first_lens.pop(index, None)
+        self._drafted = max(0, *(row[1] for row in report.values()), *self._first_lens.values())
+        ended = [index for index, own in progress.items() if own.ended]
+        for index in ended:
+            del self._options[index]
+        if ended:
+            rows = self._running.rows
+            self._running.compact([i for i in self._running.order[:rows] if i not in self._options])
+            self._running.plan_anew(self._plan(self._running.order[: self._running.rows]))
+        return progress
