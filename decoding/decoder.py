@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -68,7 +69,8 @@ class EFTDecoder:
             raise ValueError(f"alpha has {len(self.config.alphas)} values for {experts} tuned models")
         self.vocab_size = min(runner.vocab_size for runner in self.all_runners())
         warm_up(self.runners.large.device)
-        self.policy = self._policy()
+        if self.models is None and self.config.draft_tokens == "auto" and self.config.cost_ratio is None:
+            raise ValueError('draft_tokens="auto" with bare runners needs cost_ratio')
         self._past: EFTPast | None = None
         device = self.runners.large.device
         # On a GPU the host starts a round before it has read the last one, and replays what it captured.
@@ -81,19 +83,16 @@ class EFTDecoder:
         """The runners of the large base, the tuned models and the small base."""
         return [self.runners.large, *self.runners.tuned, self.runners.base]
 
-    def _policy(self) -> DraftLengthPolicy | None:
+    @cached_property
+    def policy(self) -> DraftLengthPolicy | None:
+        """Chooses draft lengths, by costs measured when it is first needed; None where they are fixed."""
         if self.config.draft_tokens != "auto":
             return None
         if self.config.cost_ratio is not None:
-            return DraftLengthPolicy(self.config.cost_ratio)
-        if self.models is None:
-            raise ValueError('draft_tokens="auto" with bare runners needs cost_ratio')
-        sizes = [
-            sum(parameter.numel() for parameter in model.parameters())
-            for model in (self.models.large_base, *self.models.small_tuned, self.models.small_base)
-        ]
-        stepping = sum(sizes[1:]) if self._drafts_as_pair() else sum(sizes[1:-1])
-        return DraftLengthPolicy(stepping / sizes[0])
+            return DraftLengthPolicy(self.config.cost_ratio, self.config.row_cost)
+        assert self.models is not None
+        costs = self.models.step_costs(self._drafts_as_pair(), self.config.expected_batch)
+        return DraftLengthPolicy(costs.cost_ratio, costs.row_cost)
 
     def _alphas(self) -> tuple[float, ...]:
         alphas = self.config.alphas
@@ -332,6 +331,8 @@ class EFTDecoder:
             return None
         if past.base.tokens.shape[0] != call.prompts.tokens.shape[0]:
             return None
+        if past.reservations != self.runners.large.reservations:
+            return None
         return kept_lengths(past.base, call.prompts), kept_lengths(past.tuned, call.tuned_prompts)
 
     def _report_general(self, call: Call) -> None:
@@ -543,6 +544,7 @@ class EFTDecoder:
         sequences = torch.cat([input_ids, output.to(input_ids)], dim=1)
         if options.use_cache:
             self._past = EFTPast(
+                reservations=self.runners.large.reservations,
                 base=extended(call.prompts, output, state.generated),
                 tuned=extended(call.tuned_prompts, output, state.generated),
             )
@@ -560,6 +562,8 @@ class EFTDecoder:
             accepted_by_position=tuple(accepted / count for accepted, count in pairs if count),
             expected_acceptance=float(state.expected.sum() / tested) if tested else 0.0,
             seconds=timer.seconds,
+            cost_ratio=None if self.policy is None else self.policy.cost_ratio,
+            row_cost=None if self.policy is None else self.policy.row_cost,
         )
         traced = None
         if trace is not None:

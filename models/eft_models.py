@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from .configs import layer_windows, text_config
+from .costs import StepCosts, measure_step_costs
 from .describe import ModelDescription, describe_model, vocabulary_rows
 from .errors import IncompatibleModelsError
 from .placement import home_device, is_dispatched
@@ -86,6 +87,7 @@ class EFTModels:
         self.attention = attention
         self._with_template: set[str] = set()
         self._runners: EFTRunners | None = None
+        self._step_costs: dict[tuple[bool, int], StepCosts] = {}
         if not self.small_tuned:
             raise IncompatibleModelsError("small_tuned must hold at least one model.")
         for argument, model in self._by_argument():
@@ -158,6 +160,17 @@ class EFTModels:
                 base=ModelRunner(self.small_base, self.attention),
             )
         return self._runners
+
+    def step_costs(self, pair: bool, batch: int) -> StepCosts:
+        """What a draft's step and a row cost for `batch` sequences, measured in the first call and kept.
+
+        `pair` is whether the small base drafts along with the tuned models.
+        """
+        if (pair, batch) not in self._step_costs:
+            runners = self.runners()
+            drafting = [*runners.tuned, runners.base] if pair else runners.tuned
+            self._step_costs[pair, batch] = measure_step_costs(runners, drafting, batch)
+        return self._step_costs[pair, batch]
 
     def describe(self) -> list[ModelDescription]:
         """A row for each model: large base, tuned models, small base."""

@@ -27,6 +27,9 @@ class Runner(Protocol):
 
     device: torch.device
 
+    reservations: int
+    """How often `reserve` was called: what the caches hold is its last caller's."""
+
     @property
     def lengths(self) -> Tensor:
         """int64 [batch]: tokens in the cache of each sequence, in one storage from `reserve` to `reserve`."""

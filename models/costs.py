@@ -1,0 +1,71 @@
+"""What a step of each model costs, measured once: by it draft lengths are chosen."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+from .protocol import EFTRunners, Runner
+
+__all__ = ["StepCosts", "measure_step_costs"]
+
+_REPEATS = 9
+_PROMPT = 32
+_ROWS = 5
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """Costs in units of one step of the large model, rounded to powers of two, so that they repeat.
+
+    Attributes:
+        cost_ratio: one step of the models that draft.
+        row_cost: what one more row of each sequence adds to a pass of the large model; 0 below 1/32.
+    """
+
+    cost_ratio: float
+    row_cost: float
+
+
+def measure_step_costs(runners: EFTRunners, drafting: Sequence[Runner], batch: int) -> StepCosts:
+    """Time a few passes over short sequences. What the runners' caches hold is lost."""
+    large = _seconds(runners.large, batch, 1)
+    small = sum(_seconds(runner, batch, 1) for runner in drafting)
+    more = (_seconds(runners.large, batch, _ROWS) - large) / (_ROWS - 1)
+    return StepCosts(_rounded(small / large), _rounded(more / large))
+
+
+def _rounded(ratio: float) -> float:
+    return 2.0 ** round(math.log2(ratio)) if ratio > 2**-5.5 else 0.0
+
+
+def _seconds(runner: Runner, batch: int, rows: int) -> float:
+    """Seconds of one pass over `rows` tokens of each of `batch` sequences."""
+    tokens = torch.zeros(batch, rows, dtype=torch.int64, device=runner.device)
+    runner.reserve(batch, _PROMPT + rows)
+    runner.lengths.fill_(_PROMPT)
+    runner.forward(tokens, _PROMPT + rows)
+    if runner.device.type != "cuda":
+        return median(_clocked(runner, tokens) for _ in range(_REPEATS))
+    # As rounds run: without the time that a host takes to launch.
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        runner.forward(tokens, _PROMPT + rows)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    begin.record()
+    for _ in range(_REPEATS):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1000 / _REPEATS
+
+
+def _clocked(runner: Runner, tokens: torch.Tensor) -> float:
+    start = time.perf_counter()
+    runner.forward(tokens, _PROMPT + tokens.shape[1])
+    return time.perf_counter() - start
