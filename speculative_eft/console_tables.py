@@ -6,21 +6,26 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
     from speculative_eft.bench.comparison import Comparison, Spread
+    from speculative_eft.bench.regressions import Change
     from speculative_eft.decoding import EFTStats
     from speculative_eft.models import ModelDescription
 
 __all__ = [
+    "changes_table",
     "comparison_table",
     "count_text",
+    "latency_table",
     "memory_table",
     "models_table",
     "phases_table",
     "size_text",
     "stats_table",
+    "text_table",
     "verdict",
 ]
 
@@ -174,4 +179,45 @@ def memory_table(models: Sequence[ModelDescription], context: int, batch: int) -
     table.add_row(
         "in all", size_text(sum(weights)), size_text(sum(caches)), size_text(sum(weights) + sum(caches))
     )
+    return table
+
+
+def latency_table(comparison: Comparison) -> Table:
+    """A row a decoder: how long one waits for tokens, and the memory it took."""
+    table = _table(None, "milliseconds", "first token", "per token p50", "p95", "p99", "peak memory")
+    for row in comparison.measurements:
+        waits = row.milliseconds_per_token
+        table.add_row(
+            row.name,
+            f"{1000 * row.seconds_to_first_token.median:.1f}",
+            *(f"{value:.2f}" for value in (waits.p50, waits.p95, waits.p99)),
+            _NOTHING if row.peak_memory_bytes is None else size_text(row.peak_memory_bytes),
+        )
+    return table
+
+
+def text_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Cells that are text already; quartiles in brackets go below their medians."""
+    table = _table(title, *heads)
+    for row in rows:
+        table.add_row(*(escape(cell.replace(" [", "\n[")) for cell in row))
+    return table
+
+
+def changes_table(changes: Sequence[Change]) -> Table:
+    """A row a decoder and setting of two benchmarks."""
+    table = _table(None, "setting", "decoder", "", "before", "after", "change", "noise", "")
+    styles = {"slower": "bold red", "faster": "green", "same": ""}
+    for change in changes:
+        table.add_row(
+            change.label,
+            change.name,
+            change.quantity,
+            f"{change.before:.2f}",
+            f"{change.after:.2f}",
+            f"{100 * change.change:+.1f}%",
+            f"{100 * change.tolerance:.1f}%",
+            change.verdict,
+            style=styles[change.verdict],
+        )
     return table
