@@ -127,6 +127,9 @@ def break_evens(report: Report) -> list[dict[str, Any]]:
             key=lambda result: result.setting.batch,
         )
         for name in baselines_of(report):
+            if name == TUNED:
+                # Never overtaken: it makes none of the large model's passes.
+                continue
             ratios = [
                 (result.setting.batch, result.comparison.ratio(report.plan.chosen, name).median)
                 for result in own
@@ -178,7 +181,8 @@ def _loss(result: Result, chosen: str, baseline: str, ratio: Spread) -> Loss:
     grown = sorted((phase for phase in PHASES if more[phase] > 0), key=lambda phase: -more[phase])
     fallen = sorted((phase for phase in PHASES if more[phase] < 0), key=lambda phase: more[phase])
     parts = [f"{_PHASE_NAMES[phase]} {1000 * more[phase]:+.0f}" for phase in grown[:3]]
-    reason = f"microseconds a token: {', '.join(parts)}" if parts else "no phase grew; the prefill did"
+    reason = "hardly, with quartiles on both sides of 1; " if ratio.upper_quartile >= 1 else ""
+    reason += f"microseconds a token: {', '.join(parts)}" if parts else "no phase grew; the prefill did"
     if fallen:
         saved = ", ".join(f"{_PHASE_NAMES[phase]} {1000 * more[phase]:+.0f}" for phase in fallen[:2])
         reason += f"; saved: {saved}"
@@ -191,6 +195,11 @@ def _loss(result: Result, chosen: str, baseline: str, ratio: Spread) -> Loss:
                 f"; a pass of the large model over a draft takes {pass_own:.2f} ms where one over a token "
                 "takes "
                 f"{pass_other:.2f} ms, and gives {own.tokens_per_round:.2f} tokens a sequence"
+            )
+        idle = 1 - sum(own.run_tokens) / own.tokens_per_round / (own.rounds * result.comparison.batch)
+        if idle > 0.05:
+            reason += (
+                f"; {100 * idle:.0f}% of the places in its rounds are of sequences that are done already"
             )
     return Loss(result.setting.label, baseline, ratio, more, reason)
 

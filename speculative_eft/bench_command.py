@@ -224,7 +224,12 @@ def bench(
     resume: Annotated[
         bool, typer.Option("--resume", rich_help_panel=OUTPUT, help="Go on where PREFIX.json ends.")
     ] = False,
-    with_html: Annotated[bool, option("The HTML report, which needs matplotlib.", None, OUTPUT)] = True,
+    with_html: Annotated[
+        bool,
+        typer.Option(
+            "--html/--no-html", rich_help_panel=OUTPUT, help="The HTML report, which needs matplotlib."
+        ),
+    ] = True,
 ) -> None:
     """Measure speculative EFT and every baseline, interleaved in one process, and write a report."""
     if invocation.invoked_subcommand is not None:
