@@ -102,7 +102,7 @@ def figures(report: Report) -> dict[str, tuple[str, Figure]]:
                 _draw_phases(axis, report, result)
             for axis in axes[len(grid) :]:
                 axis.remove()
-            _legend_below(figure, axes[:1])
+            _legend_below(figure, axes[:1], columns=len(PHASES))
             made["phases"] = (
                 "Where the time goes: milliseconds for one new token of any sequence of the batch, by phase, "
                 "prefill left out. Less is faster.",
@@ -143,15 +143,13 @@ def figures(report: Report) -> dict[str, tuple[str, Figure]]:
     return made
 
 
-def _legend_below(figure: Figure, axes: Sequence[Axes]) -> None:
+def _legend_below(figure: Figure, axes: Sequence[Axes], columns: int = 3) -> None:
     """One legend for all panels, under them, where it hides nothing."""
     found: dict[str, Artist] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             found.setdefault(str(label), handle)
-    figure.legend(
-        handles=list(found.values()), labels=list(found), loc="outside lower center", ncols=min(5, len(found))
-    )
+    figure.legend(handles=list(found.values()), labels=list(found), loc="outside lower center", ncols=columns)
 
 
 def _draw_draft_lengths(axis: Axes, report: Report, result: Result) -> None:

@@ -44,7 +44,7 @@ def changes(before: Report, after: Report) -> list[Change]:
     """What both reports have: each decoder's ratio to naive EFT, and naive EFT's own speed.
 
     The tolerance of a cell is the largest of 5%, both reports' noise in that setting (the median of the
-    chosen decoder against itself), and two standard errors of each median, taken from the quartiles of its
+    chosen decoder against itself), and three standard errors of each median, taken from the quartiles of its
     pairs, put together.
 
     Raises:
@@ -81,7 +81,7 @@ def changes(before: Report, after: Report) -> list[Change]:
                     before=spreads[0].median,
                     after=spreads[1].median,
                     change=spreads[1].median / spreads[0].median - 1,
-                    tolerance=max(_LEAST, *offs, 2 * sum(error**2 for error in errors) ** 0.5),
+                    tolerance=max(_LEAST, *offs, 3 * sum(error**2 for error in errors) ** 0.5),
                 )
             )
     if not found:

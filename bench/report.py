@@ -18,21 +18,30 @@ from .analysis import (
 )
 from .benchmark import Report, Result
 from .comparison import Measurement, Spread
-from .plan import AGAIN
+from .plan import AGAIN, LARGE
 
-__all__ = ["Table", "against_baselines", "break_even_sentences", "html_page", "machine_line", "main_table"]
+__all__ = [
+    "Table",
+    "against_baselines",
+    "break_even_sentences",
+    "html_page",
+    "machine_line",
+    "main_table",
+    "spread_text",
+    "sweep_rows",
+]
 
 Table = tuple[list[str], list[list[str]]]
 """Column heads, and rows of cells."""
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222 }
-body { max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
+body { max-width: 80rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.2rem } h3 { font-size: 1rem }
 table { border-collapse: collapse; font-size: 13px; margin: .5rem 0 1rem }
 th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #ddd; vertical-align: top }
 td, th { white-space: nowrap } .wide th { text-align: left }
-.wide td { white-space: normal; text-align: left }
+.wide td { white-space: normal; text-align: left } .wide td:nth-child(2) { white-space: nowrap }
 th:first-child, td:first-child { text-align: left } th { border-bottom: 2px solid #888 }
 .scroll { overflow-x: auto } figure { margin: 1rem 0 } figure svg { max-width: 100%; height: auto }
 figcaption, .note { color: #555; font-size: 13px }
@@ -152,6 +161,18 @@ def _prediction_table(result: Result) -> Table:
         "over large, model", "measured",
     ]  # fmt: skip
     return heads, rows
+
+
+def sweep_rows(report: Report) -> Table:
+    """A row a setting in which one quantity is varied."""
+    rows = []
+    for result in report.results:
+        if result.setting.varied is not None:
+            row = result.comparison[report.plan.chosen]
+            ratios = (row.ratio, result.comparison.ratio(row.name, LARGE))
+            cells = [result.setting.label, *map(spread_text, ratios), f"{row.tokens_per_round:.2f}"]
+            rows.append([*cells, _number(row.acceptance_rate, 3)])
+    return ["setting", "over naive EFT", "over large alone", "tokens a round", "acceptance"], rows
 
 
 def _loss_table(found: Sequence[Loss]) -> Table:

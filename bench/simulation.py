@@ -45,6 +45,7 @@ def random_models(large: str, tuned: list[str], base: str, dtype: str, device: s
             except OSError as error:
                 known = ", ".join(SHAPES)
                 raise ValueError(f"{name!r} has no configuration, and is not one of {known}") from error
+        config.name_or_path = name
         wanted = config.dtype or torch.float32 if dtype == "auto" else getattr(torch, dtype)
         with torch.device(device or "cpu"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=wanted)  # type: ignore[no-untyped-call]

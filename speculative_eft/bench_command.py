@@ -372,13 +372,20 @@ def _measure(models: EFTModels, ids: list[list[int]], report: Report, file: Path
         transient=True,
         disable=not err.is_terminal,
     )
+
+    def announce(label: str) -> None:
+        progress.update(task, description=label)
+        if not err.is_terminal:
+            # A log has no bar, but it can tell how far the run is.
+            err.print(f"Measuring {label}", markup=False, soft_wrap=True)
+
     with progress:
         task = progress.add_task("Measuring", total=total_runs(report, len(ids)))
         run_benchmark(
             models,
             ids,
             report,
-            on_setting=lambda setting: progress.update(task, description=setting.label),
+            on_setting=lambda setting: announce(setting.label),
             on_run=lambda: progress.advance(task),
             on_result=lambda: report.save(file),
         )
@@ -418,7 +425,7 @@ def _write_html(report: Report, json_file: Path) -> Path:
 def _show(report: Report, out: Console) -> None:
     from . import console_tables as tables
     from .bench.analysis import losses, noise_sentence
-    from .bench.report import against_baselines, break_even_sentences, machine_line
+    from .bench.report import against_baselines, break_even_sentences, machine_line, sweep_rows
 
     if report.simulated_acceptance is not None:
         out.print(
@@ -426,13 +433,17 @@ def _show(report: Report, out: Console) -> None:
             "draft.",
             style="bold red",
         )
-    for result in report.results:
+    for result in report.grid():
         title = f"{result.setting.label}: {result.comparison.runs} runs of each; medians over quartiles"
         if report.simulated_acceptance is not None:
             title += " (simulated)"
         out.print(tables.comparison_table(result.comparison, title))
         out.print(tables.latency_table(result.comparison))
         out.print(tables.phases_table(result.comparison))
+    swept = sweep_rows(report)
+    if swept[1]:
+        title = f"{report.plan.chosen}, one quantity varied at a time: ratios of tokens/s"
+        out.print(tables.text_table(title, *swept))
     heads, rows = against_baselines(report)
     out.print(tables.text_table(f"{report.plan.chosen}: ratios of tokens/s over each baseline", heads, rows))
     lines = [f"{loss.label}: slower than {loss.baseline} ({loss.reason})." for loss in losses(report)]

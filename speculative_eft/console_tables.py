@@ -41,9 +41,10 @@ def _table(title: str | None, first: str, *others: str) -> Table:
         padding=(0, 0, 0, 1),
         pad_edge=False,
     )
-    table.add_column(first, no_wrap=True)
+    # On a narrow console names wrap, between words, and numbers do not.
+    table.add_column(first, overflow="fold", min_width=12)
     for name in others:
-        table.add_column(name, justify="right", overflow="fold")
+        table.add_column(name, justify="right", no_wrap=True)
     return table
 
 
@@ -197,22 +198,26 @@ def latency_table(comparison: Comparison) -> Table:
 
 
 def text_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Cells that are text already; quartiles in brackets go below their medians."""
-    table = _table(title, *heads)
-    for row in rows:
-        table.add_row(*(escape(cell.replace(" [", "\n[")) for cell in row))
+    """Cells that are text already; quartiles in brackets go below their medians, as in other tables."""
+    table = _table(title, heads[0], *(head.replace(", ", ",\n") for head in heads[1:]))
+    for first, *cells in rows:
+        below = (cell.replace(" [", "\n").replace(", ", "-").rstrip("]") for cell in cells)
+        table.add_row(escape(first), *below)
     return table
 
 
 def changes_table(changes: Sequence[Change]) -> Table:
     """A row a decoder and setting of two benchmarks."""
-    table = _table(None, "setting", "decoder", "", "before", "after", "change", "noise", "")
+    table = _table("Times naive EFT, and naive EFT's tokens/s", "", "before", "after", "change", "noise", "")
     styles = {"slower": "bold red", "faster": "green", "same": ""}
+    label = None
     for change in changes:
+        if change.label != label:
+            label = change.label
+            table.add_section()
+            table.add_row(f"[bold]{label}[/]")
         table.add_row(
-            change.label,
-            change.name,
-            change.quantity,
+            f"  {change.name}",
             f"{change.before:.2f}",
             f"{change.after:.2f}",
             f"{100 * change.change:+.1f}%",
