@@ -73,7 +73,7 @@ def _cpu_name() -> str:
 
 
 def source_commit() -> str | None:
-    """The commit this package runs from, marked if the files differ from it; None away from a checkout."""
+    """The commit this package runs from, marked if its Python differs; None away from a checkout."""
     root = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str | None:
@@ -87,7 +87,7 @@ def source_commit() -> str | None:
     top = git("rev-parse", "--show-toplevel")
     if top is None or Path(top) != root:
         return None
-    changed = git("status", "--porcelain", "--untracked-files=no")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
     return f"{git('rev-parse', '--short=12', 'HEAD')}{' with changes' if changed else ''}"
 
 
