@@ -23,7 +23,7 @@ __all__ = ["forced_runners", "random_models"]
 
 # Logits far enough apart that the softmax of a row puts next to everything on one token.
 _STEP = 30.0
-# Sequences agree at other positions; 997 and the period have no common divisor.
+# Sequences and prompts agree at other positions; 997 and the period have no common divisor.
 _PERIOD, _STRIDE = 4093, 997
 
 
@@ -86,6 +86,7 @@ class _ForcedRunner:
         self.vocab_size = runner.vocab_size
         self.max_context = runner.max_context
         self.device = runner.device
+        self._offsets = torch.zeros(0, 1, dtype=torch.int64, device=runner.device)
 
     @property
     def lengths(self) -> Tensor:
@@ -99,8 +100,7 @@ class _ForcedRunner:
         batch, rows = tokens.shape
         # New memory a call: a draft keeps the rows of every step.
         logits = torch.zeros(batch, rows, self.vocab_size, device=self.device)
-        columns = torch.arange(rows, device=self.device) + self.lengths[:, None]
-        columns = columns + _STRIDE * torch.arange(batch, device=self.device)[:, None]
+        columns = torch.arange(rows, device=self.device) + self.lengths[:, None] + self._offsets
         logits[..., :2] = self._peaks[columns % self._peaks.shape[0]]
         return logits
 
@@ -120,3 +120,7 @@ class _ForcedRunner:
 
     def prefill(self, tokens: Tensor, prompt_lengths: Tensor, chunk: int = 512) -> None:
         self._runner.prefill(tokens, prompt_lengths, chunk)
+        batch, width = tokens.shape
+        self._offsets = _STRIDE * torch.arange(batch, device=self.device)[:, None]
+        if width:
+            self._offsets = self._offsets + _STRIDE * tokens[:, :1]

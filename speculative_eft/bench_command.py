@@ -331,8 +331,8 @@ def _prompt_ids(
     if simulate_acceptance is not None:
         import torch
 
-        drawn = torch.randint(models.vocab_size, (8, 32), generator=torch.Generator().manual_seed(0))
-        return drawn.tolist(), "8 of 32 random tokens"
+        drawn = torch.randint(models.vocab_size, (most, 32), generator=torch.Generator().manual_seed(0))
+        return drawn.tolist(), f"{most} of 32 random tokens"
     from .bench.prompts import read_prompt_file
     from .models.demo import held_out_prompts
 
