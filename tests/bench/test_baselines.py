@@ -58,3 +58,9 @@ def test_it_minds_the_context() -> None:
     trio.large.max_context = 8
     with pytest.raises(ValueError, match="context of 8"):
         LargeOnlyDecoder(trio).generate(torch.tensor([[1, 2, 3]]), max_new_tokens=6)
+
+
+@pytest.mark.parametrize("option", [{"repetition_penalty": 1.2}, {"stop_strings": "a"}, {"max_time": 3.0}])
+def test_options_it_does_not_read_are_refused(option: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(option))} is not supported"):
+        LargeOnlyDecoder(runners()).generate(torch.tensor([[1, 2, 3]]), **option)
