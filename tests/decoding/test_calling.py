@@ -232,6 +232,7 @@ def test_text_streamers(models: EFTModels, capsys: pytest.CaptureFixture[str]) -
     assert "".join(iterator) == wanted
     thread.join()
 
+    assert torch.equal(decoder.generate(inputs=ids, **options), decoder.generate(ids, **options))
     models.large_base.generate(
         ids, **options, custom_generate=decoder.custom_generate, eft_streamer=TextStreamer(models.tokenizer)
     )
