@@ -190,7 +190,8 @@ class EFTDecoder:
         given = Arguments(
             input_ids if inputs is None else inputs, attention_mask, generation_config, generation_kwargs,
             seed, tuned_input_ids, tuned_attention_mask, chat, chat_rendering, logits_processor,
-            stopping_criteria, prefix_allowed_tokens_fn, tokenizer, past_key_values if cache is None else cache, streamer,
+            stopping_criteria, prefix_allowed_tokens_fn, tokenizer,
+            past_key_values if cache is None else cache, streamer,
         )  # fmt: skip
         with torch.inference_mode():
             call = read_call(
