@@ -152,7 +152,7 @@ def test_processors_that_do_not_see_the_draft_are_found_out(
     prompt, padding = PROMPTS[1], [0] * 4
     copies = 4 * COPIES
     ids = torch.tensor([padding + prompt]).repeat(copies, 1)
-    mask = torch.tensor([padding + [1]]).repeat(copies, 1)
+    mask = torch.tensor([[*padding, 1]]).repeat(copies, 1)
     monkeypatch.setattr(general, "process_rows", blind)
     output = EFTDecoder(table_runners(tables), EFTConfig(draft_tokens=4)).generate(
         ids, mask, seed=8, do_sample=True, top_k=0, max_new_tokens=LENGTH, **options
