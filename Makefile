@@ -7,11 +7,12 @@ BIN := $(VENV)/bin
 # Keeps the repository's root off sys.path, where kernels/ would hide the Hub's package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: help setup demo test lint types wheel clean
+.PHONY: help setup demo test lint types wheel gpu clean
 
 help:
 	@echo "make demo    set up, then sample from the bundled trio and measure it"
 	@echo "make test    set up, then lint, type-check and run every test"
+	@echo "make gpu     test and measure on this machine's NVIDIA GPU, with PYTHON's own packages"
 	@echo "make wheel   build the wheel into dist/"
 	@echo "make clean   remove the virtual environment and build products"
 
@@ -33,12 +34,21 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# mypy follows folders, not setuptools' mapping of them: show it the import package as it will be.
+# The import package as setuptools will map it, for what follows folders and knows no such mapping.
+define mapped_package
+	@rm -rf .build/$(1) && mkdir -p .build/$(1)/speculative_eft
+	@ln -s $(CURDIR)/speculative_eft/* .build/$(1)/speculative_eft/
+	@ln -s $(addprefix $(CURDIR)/,kernels models decoding bench) .build/$(1)/speculative_eft/
+endef
+
 types: setup
-	@rm -rf .build/types && mkdir -p .build/types/speculative_eft
-	@ln -s $(CURDIR)/speculative_eft/* .build/types/speculative_eft/
-	@ln -s $(addprefix $(CURDIR)/,kernels models decoding bench) .build/types/speculative_eft/
+	$(call mapped_package,types)
 	cd .build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p speculative_eft
+
+# Installs nothing: torch, triton, transformers and pytest must be there. GPU_OPTIONS="--quick --only STAGE".
+gpu:
+	$(call mapped_package,gpu)
+	@PYTHONPATH=$(CURDIR)/.build/gpu $(PYTHON) -m speculative_eft.bench.gpu $(GPU_OPTIONS)
 
 wheel: setup
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, StoppingCriteria
 
 from speculative_eft.kernels import Coefficients, DraftMemory, RoundState, new_draft_memory, warm_up
-from speculative_eft.models import EFTModels, EFTRunners
+from speculative_eft.models import CapturedFunctions, EFTModels, EFTRunners, graph_budget
 
 from .adapter import continue_for_transformers
 from .call import Arguments, Call, Streamer, TokenCallback, read_call
@@ -31,8 +31,8 @@ from .round import (
     TraceBuffers,
     new_round_state,
     new_trace_buffers,
-    speculative_round,
 )
+from .running import RunningBatch
 from .scoring import TokenScores, score_tokens
 from .stopping import StopWatch, cut
 
@@ -63,6 +63,10 @@ class EFTDecoder:
         warm_up(self.runners.large.device)
         self.policy = self._policy()
         self._past: EFTPast | None = None
+        device = self.runners.large.device
+        # On a GPU the host starts a round before it has read the last one, and replays what it captured.
+        self._lagging = device.type == "cuda"
+        self._graphs = CapturedFunctions(device, graph_budget(device)) if self._lagging else None
         self._general_is_reported = False
 
     def _all_runners(self) -> list[Any]:
@@ -385,6 +389,7 @@ class EFTDecoder:
             longest_draft=longest_draft,
             pad_token_id=options.pad_token_id,
             memory=self._new_memory(batch, longest_draft, device),
+            lagging=self._lagging,
         )
         temperature = options.temperature
         draft_temperature = self.config.draft_temperature if temperature > 0 else None
@@ -412,27 +417,38 @@ class EFTDecoder:
         watch: StopWatch | None = None,
         first: FirstRound | None = None,
     ) -> int:
-        runners = self.runners if first is None else first.runners
+        batch = state.done.shape[0]
+        running = RunningBatch(
+            self.runners,
+            state,
+            plan,
+            trace,
+            [longest_prompt] * batch,
+            (longest_prompt + state.limits).tolist(),
+            self._graphs,
+        )
+        if first is not None:
+            running.runners = first.runners
         drafted = int(state.draft_lens.max())
-        most_generated = rounds = 0
-        totals = [0] * state.done.shape[0]
+        rounds = 0
         while drafted >= 0:
-            span = longest_prompt + most_generated + drafted + 1
-            report = speculative_round(runners, state, plan, drafted, span, timer, trace)
+            report = running.advance(drafted, timer, wait=first is not None)
             rounds += 1
-            rows = report.tolist()
+            if report is None:
+                continue
+            rows = [report.get(index, [0, -1]) for index in range(batch)]
             if watch is not None:
-                _end(state, watch.see(rows))
+                running.end(watch.see(rows))
             for index, (count, _, *tokens) in enumerate(rows):
-                totals[index] += count
                 if streamer is not None and count:
                     _stream(streamer, index, tokens[:count])
-            most_generated = max(totals)
             drafted = max(row[1] for row in rows)
             if first is not None:
                 drafted = first.finish(state, drafted)
-                runners, first = self.runners, None
+                running.runners, first = self.runners, None
+            running.compact([index for index, row in enumerate(rows) if row[1] < 0])
             timer.mark("other")
+        running.restore()
         return rounds
 
     def _run_general(

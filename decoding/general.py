@@ -18,18 +18,16 @@ from speculative_eft.kernels import (
     RoundState,
     Sampling,
     Stream,
-    commit,
     draft_logits,
     draft_step,
     recall,
-    remember,
     target_logits,
     verify,
 )
 from speculative_eft.models import EFTRunners
 
 from .processors import Processing, process_rows
-from .round import PhaseTimer, RoundPlan, TraceBuffers, record_trace
+from .round import PhaseTimer, RoundPlan, TraceBuffers, commit_phase
 
 __all__ = ["ScoreBuffers", "general_round", "new_score_buffers"]
 
@@ -140,27 +138,8 @@ def general_round(
         None,
         plan.statistics,
     )
-    if state.memory is not None:
-        remember(state.memory, large, base, block, verdict.accepted_lens, state.done)
-    timer.mark("verify")
-    is_replaced = verdict.accepted_lens < state.draft_lens
-    stepped = [True] * len(runners.tuned) + [plan.drafts_as_pair]
-    lengths = [runner.lengths for runner in (*runners.tuned, runners.base)]
-    report = commit(
-        state,
-        draft_tokens,
-        verdict.accepted_lens,
-        verdict.next_token,
-        verdict.expected_acceptance,
-        plan.eos_token_ids,
-        plan.draft_length_rule,
-        [(runners.large.lengths, False), *zip(lengths, stepped, strict=True)],
-    )
-    if trace is not None and verdict.log_probs is not None:
-        record_trace(
-            trace, state, report, verdict.accepted_lens, is_replaced, [large, base, *tuned],
-            verdict.log_probs, plan.vocab_size,
-        )  # fmt: skip
+    logits_of_all = [large, base, *tuned]
+    report = commit_phase(runners, state, plan, draft_tokens, verdict, logits_of_all, timer, trace)
     for buffer, rows_of_all in ((buffers.scores, scores), (buffers.logits, logits)):
         if buffer is not None:
             _keep(buffer, rows_of_all, report, state.generated)

@@ -18,6 +18,7 @@ from speculative_eft.kernels import (
     RoundState,
     Sampling,
     Stream,
+    Verdict,
     commit,
     draft_step,
     recall,
@@ -30,13 +31,16 @@ __all__ = [
     "SOURCE_BONUS",
     "SOURCE_DRAFT",
     "SOURCE_RESIDUAL",
+    "Drafted",
     "PhaseTimer",
     "RoundPlan",
     "TraceBuffers",
+    "commit_phase",
+    "draft_phase",
     "new_round_state",
     "new_trace_buffers",
-    "record_trace",
     "speculative_round",
+    "verify_phase",
 ]
 
 SOURCE_DRAFT, SOURCE_RESIDUAL, SOURCE_BONUS = 0, 1, 2
@@ -88,12 +92,14 @@ def new_round_state(
     longest_draft: int,
     pad_token_id: int,
     memory: DraftMemory | None,
+    lagging: bool = False,
 ) -> RoundState:
     """State of a batch that has been prefilled up to its last prompt token.
 
     Args:
         last_token, prompt_lengths, seeds, draft_lens: int64 [batch].
         longest_draft: an upper bound on any draft length.
+        lagging: whether the host starts a round before it has read the last one's report.
     """
     batch, device = last_token.shape[0], last_token.device
 
@@ -122,6 +128,7 @@ def new_round_state(
         tested_at=torch.zeros(longest_draft, dtype=torch.int64, device=device),
         accepted_at=torch.zeros(longest_draft, dtype=torch.int64, device=device),
         memory=memory,
+        offered_lens=draft_lens.clone() if lagging else None,
     )
 
 
@@ -154,6 +161,24 @@ class PhaseTimer:
         self._last = now
 
 
+@dataclass(frozen=True)
+class Drafted:
+    """What drafting leaves to verification.
+
+    Attributes:
+        tokens: int64 [batch, drafted].
+        tuned: for each tuned model its logits, [batch, drafted + 1, >= vocab].
+        base: the small base's logits where it drafted along, of the same shape, else None.
+        correction: float32 [batch, drafted, vocab], added to the logits that the tokens were drawn from; None
+            without a memory.
+    """
+
+    tokens: Tensor
+    tuned: list[Tensor]
+    base: Tensor | None
+    correction: Tensor | None
+
+
 def speculative_round(
     runners: EFTRunners,
     state: RoundState,
@@ -169,26 +194,50 @@ def speculative_round(
     own state alone: `drafted` beyond its own draft length changes nothing for it.
 
     Args:
-        drafted: tokens the batch drafts, at least every live sequence's `draft_lens`; 0 is one step of
-            plain sampling from the target.
+        drafted: tokens the batch drafts, at least every live sequence's `draft_lens`, or where there are
+            `offered_lens` at least those; 0 is one step of plain sampling from the target.
         span: upper bound, known to the host, on any cache's length after the round.
 
     Returns:
         The report of `commit`, which is all the host needs to read.
     """
-    noise = NoiseKey(seeds=state.seeds, rounds=state.rounds, positions=state.positions)
-    draft_tokens, tuned, paired_base, correction = _draft(runners, state, plan, noise, drafted, span)
+    draft = draft_phase(runners, state, plan, drafted, span)
     timer.mark("draft")
-    block = torch.cat([state.last_token[:, None], draft_tokens], dim=1)
+    return verify_phase(runners, state, plan, draft, span, timer, trace)
+
+
+def draft_phase(runners: EFTRunners, state: RoundState, plan: RoundPlan, drafted: int, span: int) -> Drafted:
+    """The first half of a round: `drafted + 1` steps of the models that draft."""
+    if state.offered_lens is not None:
+        # The host chose `drafted` before it knew the lengths that the last round asked for.
+        offered = torch.minimum(state.draft_lens, state.offered_lens)
+        state.offered_lens.copy_(state.draft_lens)
+        state.draft_lens.copy_(offered)
+    noise = NoiseKey(seeds=state.seeds, rounds=state.rounds, positions=state.positions)
+    return _draft(runners, state, plan, noise, drafted, span)
+
+
+def verify_phase(
+    runners: EFTRunners,
+    state: RoundState,
+    plan: RoundPlan,
+    draft: Drafted,
+    span: int,
+    timer: PhaseTimer,
+    trace: TraceBuffers | None = None,
+) -> Tensor:
+    """The second half of a round: scoring, verification and commit; returns the report of `commit`."""
+    noise = NoiseKey(seeds=state.seeds, rounds=state.rounds, positions=state.positions)
+    block = torch.cat([state.last_token[:, None], draft.tokens], dim=1)
     large = runners.large.forward(block, span)
     timer.mark("large")
-    base = runners.base.forward(block, span) if paired_base is None else paired_base
+    base = runners.base.forward(block, span) if draft.base is None else draft.base
     timer.mark("base")
     verdict = verify(
         large,
-        tuned,
+        draft.tuned,
         base,
-        draft_tokens,
+        draft.tokens,
         state.draft_lens,
         plan.coefficients,
         plan.sampling,
@@ -196,11 +245,31 @@ def speculative_round(
         noise,
         plan.acceptance,
         plan.vocab_size,
-        correction,
+        draft.correction,
         plan.statistics,
     )
+    return commit_phase(
+        runners, state, plan, draft.tokens, verdict, [large, base, *draft.tuned], timer, trace
+    )
+
+
+def commit_phase(
+    runners: EFTRunners,
+    state: RoundState,
+    plan: RoundPlan,
+    draft_tokens: Tensor,
+    verdict: Verdict,
+    logits: Sequence[Tensor],
+    timer: PhaseTimer,
+    trace: TraceBuffers | None,
+) -> Tensor:
+    """The end of a round: what is remembered, committed and traced; returns the report of `commit`.
+
+    `logits` are the large base's, the small base's and the tuned models', [batch, drafted + 1, >= vocab].
+    """
     if state.memory is not None:
-        remember(state.memory, large, base, block, verdict.accepted_lens, state.done)
+        block = torch.cat([state.last_token[:, None], draft_tokens], dim=1)
+        remember(state.memory, logits[0], logits[1], block, verdict.accepted_lens, state.done)
     timer.mark("verify")
     is_replaced = None if trace is None else verdict.accepted_lens < state.draft_lens
     stepped = [True] * len(runners.tuned) + [plan.drafts_as_pair]
@@ -216,8 +285,7 @@ def speculative_round(
         [(runners.large.lengths, False), *zip(lengths, stepped, strict=True)],
     )
     if trace is not None and is_replaced is not None and verdict.log_probs is not None:
-        logits = [large, base, *tuned]
-        record_trace(
+        _record_trace(
             trace,
             state,
             report,
@@ -233,11 +301,7 @@ def speculative_round(
 
 def _draft(
     runners: EFTRunners, state: RoundState, plan: RoundPlan, noise: NoiseKey, drafted: int, span: int
-) -> tuple[Tensor, list[Tensor], Tensor | None, Tensor | None]:
-    """Draft tokens [batch, drafted], the tuned logits and, for a pair, the base's, with drafted + 1 rows.
-
-    Last comes the correction of the draft's logits, [batch, drafted, vocabulary], if there is a memory.
-    """
+) -> Drafted:
     stream = Stream.SHARED if plan.acceptance == "shared_seed" else Stream.DRAFT
     if len(runners.tuned) == 1 and not plan.drafts_as_pair:
         whole = runners.tuned[0].draft(
@@ -252,7 +316,7 @@ def _draft(
         )
         if whole is not None:
             draft_tokens, logits, correction = whole
-            return draft_tokens, [logits], None, correction
+            return Drafted(draft_tokens, [logits], None, correction)
     token = state.last_token
     tokens: list[Tensor] = []
     tuned_rows: list[list[Tensor]] = [[] for _ in runners.tuned]
@@ -284,10 +348,10 @@ def _draft(
     draft_tokens = torch.stack(tokens, dim=1) if tokens else state.last_token.new_empty(token.shape[0], 0)
     tuned = [torch.stack(rows, dim=1) for rows in tuned_rows]
     paired_base = torch.stack(base_rows, dim=1) if base_rows else None
-    return draft_tokens, tuned, paired_base, torch.stack(corrections, dim=1) if corrections else None
+    return Drafted(draft_tokens, tuned, paired_base, torch.stack(corrections, dim=1) if corrections else None)
 
 
-def record_trace(
+def _record_trace(
     trace: TraceBuffers,
     state: RoundState,
     report: Tensor,

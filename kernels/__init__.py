@@ -1,5 +1,6 @@
 """Pure tensor operations: the mix, its filters, the noise, and the verification of drafts."""
 
+from .attention import HEAD_DIMS, LARGEST_HEAD_DIM, MOST_ROWS, append, attention
 from .backend import Backend, backend, warm_up
 from .commit import DraftLengthRule, RoundState, commit, committed_tokens
 from .draft import draft_step
@@ -10,6 +11,9 @@ from .noise import NoiseKey, Stream, derive_seeds, exponential_noise, gumbel_noi
 from .verify import AcceptanceRule, Verdict, verify
 
 __all__ = [
+    "HEAD_DIMS",
+    "LARGEST_HEAD_DIM",
+    "MOST_ROWS",
     "AcceptanceRule",
     "Backend",
     "Coefficients",
@@ -20,6 +24,8 @@ __all__ = [
     "Sampling",
     "Stream",
     "Verdict",
+    "append",
+    "attention",
     "backend",
     "commit",
     "committed_tokens",

@@ -34,6 +34,8 @@ class RoundState:
         expected: float32 [batch], total of sum min(p, q) over the tested tokens.
         tested_at, accepted_at: int64 [largest draft length], totals by position in the draft.
         memory: what drafts are corrected by, or None.
+        offered_lens: int64 [batch], the draft lengths that the host knew of when it started the next round,
+            which then drafts no more; None where it has read every report by then.
     """
 
     last_token: Tensor
@@ -54,6 +56,7 @@ class RoundState:
     tested_at: Tensor
     accepted_at: Tensor
     memory: DraftMemory | None = None
+    offered_lens: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-MODULES = ("verify", "filters", "draft", "noise", "commit", "memory")
+MODULES = ("verify", "filters", "draft", "noise", "commit", "memory", "attention")
 
 NARROWEST = 16
 """Bytes that a load of neighbouring logits, keys or values has to have."""
@@ -49,7 +49,7 @@ NARROWEST = 16
 _SOURCE_LINE = re.compile(r"^\s*\.loc\s+(\d+)\s+(\d+)")
 _SOURCE_FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]*)"(?:\s+"([^"]*)")?')
 _NVIDIA_LOAD = re.compile(r"\bld\.global[.\w:]*?(?:\.v(\d+))?\.[busf](\d+)\b")
-_NVIDIA_COPY = re.compile(r"\bcp\.async\.\w+\.shared\.global\s.*?,\s*(?:0x)?(\d+)")
+_NVIDIA_COPY = re.compile(r"\bcp\.async\.\w+\.shared\.global\s.*?,\s*(0x[0-9a-f]+|\d+)")
 _AMD_LOAD = re.compile(r"\b(?:global|buffer|flat)_load_(\w+)")
 _AMD_BYTES = {
     "dwordx4": 16, "b128": 16, "dwordx3": 12, "b96": 12, "dwordx2": 8, "b64": 8, "dword": 4, "b32": 4,
@@ -63,7 +63,7 @@ class Report:
     """What one variant takes on one target.
 
     Attributes:
-        registers: a thread; spills: bytes a thread, or on AMD registers; shared: bytes a program.
+        registers: a thread; spills: bytes of memory a thread; shared: bytes a program.
         load: bytes of the narrowest load that is meant to be wide; None where none is.
         launches: of the whole operation.
     """
@@ -99,19 +99,30 @@ def _paths(specialisation: Specialisation, name: str) -> list[tuple[int, ...]]:
 
 
 def _compile(specialisation: Specialisation, target: str) -> Any:
-    signature = dict(specialisation.signature) | dict.fromkeys(specialisation.constants, "constexpr")
+    signature = dict(specialisation.signature)
+    constants: dict[Any, Any] = {}
+    for name, value in specialisation.constants.items():
+        first, *fields = name.split(".")
+        if fields:
+            (field,) = fields
+            constants[_paths(specialisation, name)[0]] = value
+            signature[first] = signature[first]._replace(**{field: "constexpr"})
+        else:
+            constants[name], signature[name] = value, "constexpr"
     ordered = {name: signature[name] for name in specialisation.kernel.arg_names}
     attributes = {
         path: [["tt.divisibility", 16]]
         for name in specialisation.divisible
         for path in _paths(specialisation, name)
     }
-    source = ASTSource(specialisation.kernel, ordered, dict(specialisation.constants), attributes)
+    source = ASTSource(specialisation.kernel, ordered, constants, attributes)
     options = {
         "num_warps": specialisation.num_warps,
         "num_stages": specialisation.num_stages,
         "enable_fp_fusion": True,
     }
+    if specialisation.registers is not None and TARGETS[target].backend == "cuda":
+        options["maxnreg"] = specialisation.registers
     return triton.compile(source, target=TARGETS[target], options=options)
 
 
@@ -128,7 +139,7 @@ def _load_bytes(line: str) -> int | None:
     if match := _NVIDIA_LOAD.search(line):
         return int(match[1] or 1) * int(match[2]) // 8
     if match := _NVIDIA_COPY.search(line):
-        return int(match[1])
+        return int(match[1], 0)
     if match := _AMD_LOAD.search(line):
         return next((size for kind, size in _AMD_BYTES.items() if kind in match[1].split("_")), None)
     return None
@@ -156,7 +167,7 @@ def _narrowest_load(assembly: str, wide: Mapping[str, list[range]]) -> int | Non
 
 
 def _nvidia_resources(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread, and bytes of registers spilled."""
+    """Registers a thread, and bytes of memory it spills them to."""
     tools = Path(import_module("triton.backends.nvidia").__file__ or "").parent / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -171,7 +182,8 @@ def _amd_resources(assembly: str) -> tuple[int, int]:
     def number(name: str) -> int:
         return max((int(value) for value in re.findall(rf"\.{name}:\s+(\d+)", assembly)), default=0)
 
-    return number("vgpr_count"), number("vgpr_spill_count") + number("sgpr_spill_count")
+    # Scalar registers spill to lanes of vector registers, which is no memory.
+    return number("vgpr_count"), 4 * number("vgpr_spill_count") + number("private_segment_fixed_size")
 
 
 def report_on(specialisation: Specialisation, target: str) -> Report:

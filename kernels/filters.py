@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .mix import top_p_set
+from .mix import log_softmax, top_p_set
 
 __all__ = ["Sampling", "plain_or_warped", "warp"]
 
@@ -59,19 +59,19 @@ def warp(logits: Tensor, sampling: Sampling) -> Tensor:
     logits = logits / temperature
     empty = logits.amax(dim=-1) == -torch.inf
     logits[..., 0].masked_fill_(empty, 0.0)
-    log_law = torch.log_softmax(logits, dim=-1)
+    log_law = log_softmax(logits)
     if sampling.top_k is not None:
         ordered = torch.sort(log_law, dim=-1, descending=True).values
         last = (sampling.top_k - 1)[:, None, None].expand(*log_law.shape[:-1], 1)
         log_law = log_law.masked_fill(log_law < ordered.gather(-1, last), -torch.inf)
     if sampling.top_p is not None:
-        log_law = torch.log_softmax(log_law, dim=-1)
+        log_law = log_softmax(log_law)
         log_law = log_law.masked_fill(~top_p_set(log_law, sampling.top_p), -torch.inf)
     if sampling.min_p is not None:
         threshold = log_law.amax(dim=-1, keepdim=True) + sampling.min_p.log()[:, None, None]
         log_law = log_law.masked_fill(log_law < threshold, -torch.inf)
     if sampling.filtered:
-        log_law = torch.log_softmax(log_law, dim=-1)
+        log_law = log_softmax(log_law)
     return log_law
 
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from .eft_models import TrioReport as TrioReport
     from .eft_models import inspect_trio as inspect_trio
     from .errors import IncompatibleModelsError as IncompatibleModelsError
+    from .graphs import CapturedFunctions as CapturedFunctions
+    from .graphs import graph_budget as graph_budget
     from .protocol import EFTRunners as EFTRunners
     from .protocol import Runner as Runner
     from .runner import ModelRunner as ModelRunner
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from .sources import find_sources as find_sources
 
 _HOMES = {
+    "CapturedFunctions": "graphs",
     "EFTModels": "eft_models",
     "EFTRunners": "protocol",
     "IncompatibleModelsError": "errors",
@@ -31,6 +34,7 @@ _HOMES = {
     "SlotCache": "slot_cache",
     "TrioReport": "eft_models",
     "find_sources": "sources",
+    "graph_budget": "graphs",
     "inspect_trio": "eft_models",
 }
 

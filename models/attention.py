@@ -1,17 +1,94 @@
-"""Attention over a ragged cache: masks that know each sequence's length, and the functions that use them."""
+"""Attention over a ragged cache, in the ways that `ModelRunner` can be told: with torch, Triton, flash-attn.
+
+torch's takes masks that know each sequence's length; the others take the lengths themselves.
+"""
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
+from functools import cache, partial
+from importlib.util import find_spec
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
-ATTENTION = "speculative_eft_sdpa"
-"""Name under which `ragged_sdpa` is registered with transformers."""
+from speculative_eft.kernels import HEAD_DIMS, LARGEST_HEAD_DIM, MOST_ROWS, attention, backend
+
+from .configs import TESTED_FAMILIES, text_config
+
+Attention: TypeAlias = Literal["sdpa", "triton", "flash_attn"]
+
+REGISTERED: dict[Attention, str] = {
+    "sdpa": "speculative_eft_sdpa",
+    "triton": "speculative_eft_triton",
+    # transformers takes a name with "flash" in it for its own.
+    "flash_attn": "speculative_eft_kvcache",
+}
+"""Names under which the attention functions are registered with transformers."""
+
+FLASH_DTYPES = (torch.float16, torch.bfloat16)
+
+
+def choose_attention(asked: str, model: PreTrainedModel) -> Attention:
+    """The attention that `model` is to be run with: what is `asked` for, or for `"auto"` what fits.
+
+    `"auto"` is Triton's on a GPU where the kernel is compiled ahead of time for the model's size of head,
+    else torch's.
+
+    Raises:
+        ValueError: if `asked` is none of them, or cannot run this model here.
+    """
+    if asked not in ("auto", *get_args(Attention)):
+        choices = ", ".join(map(repr, ("auto", *get_args(Attention))))
+        raise ValueError(f"attention must be one of {choices}, not {asked!r}.")
+    if asked == "auto":
+        fits = model.device.type == "cuda" and _head_dim(model) in HEAD_DIMS
+        return "triton" if fits and not _obstacle("triton", model) else "sdpa"
+    chosen = cast(Attention, asked)
+    if problem := _obstacle(chosen, model):
+        raise ValueError(f"attention={chosen!r} cannot run {type(model).__name__}: {problem}; 'auto' can.")
+    return chosen
+
+
+def _head_dim(model: PreTrainedModel) -> int:
+    config = text_config(model.config)
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _obstacle(chosen: Attention, model: PreTrainedModel) -> str | None:
+    """Why `model` cannot be run with `chosen`, if it cannot."""
+    if chosen == "sdpa":
+        return None
+    config, dim = text_config(model.config), _head_dim(model)
+    if config.model_type not in TESTED_FAMILIES:
+        return f"it is not tested with {config.model_type} models"
+    if not model._supports_attention_backend and not getattr(config, "alibi", False):
+        return "these models have an attention of their own"
+    if dim > LARGEST_HEAD_DIM:
+        return f"its heads of {dim} numbers are larger than {LARGEST_HEAD_DIM}"
+    if chosen == "triton":
+        usable = backend(model.device) == "triton"
+        return None if usable else f"it needs Triton and a model on a GPU, not on {model.device}"
+    if find_spec("flash_attn") is None:
+        return "flash-attn is not installed (pip install 'speculative-eft[flash]')"
+    if model.dtype not in FLASH_DTYPES:
+        return f"flash-attn takes float16 or bfloat16, not {str(model.dtype).removeprefix('torch.')}"
+    if dim % 8:
+        return f"flash-attn takes heads of a multiple of 8 numbers, not {dim}"
+    if _compute_capability(model.device) < (8, 0):
+        return f"flash-attn needs an NVIDIA GPU of compute capability 8.0 or newer, not {model.device}"
+    return None
+
+
+def _compute_capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+def attention_for(chosen: Attention, rows: int) -> Attention:
+    """The attention for a pass of `rows` tokens a sequence: Triton's is for few."""
+    return "sdpa" if chosen == "triton" and rows > MOST_ROWS else chosen
 
 
 def ragged_bias(positions: Tensor, columns: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
@@ -81,9 +158,82 @@ def ragged_sdpa(
 
     Raises ValueError for a module with attention sinks, which `attend` does not know.
     """
-    if s_aux is not None:
-        raise ValueError(f"{type(module).__name__} uses attention sinks, which are not supported.")
+    _refuse_sinks(module, s_aux)
     return attend(query, key, value, attention_mask, scaling, softcap), None
 
 
-AttentionInterface.register(ATTENTION, ragged_sdpa)
+def _refuse_sinks(module: nn.Module, s_aux: Tensor | None) -> None:
+    if s_aux is not None:
+        raise ValueError(f"{type(module).__name__} uses attention sinks, which are not supported.")
+
+
+def visible_lengths(chosen: Attention, lengths: Tensor, rows: int, span: int) -> Tensor:
+    """What `attend_ragged` has to know of `lengths`, int64 [batch], for a pass of `rows` tokens a sequence.
+
+    Shaped like a mask [batch, 1, 1, 1]: that is the one argument that all of transformers' models hand on
+    untouched.
+    """
+    if chosen == "flash_attn":
+        lengths = (lengths + rows).clamp(max=span).to(torch.int32)
+    return lengths.view(-1, 1, 1, 1)
+
+
+def attend_ragged(
+    chosen: Attention,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+) -> Tensor:
+    """Attention of `query` [batch, q, heads, dim] over [batch, kv_heads, span, dim], with no mask.
+
+    `lengths` are `visible_lengths` for this `chosen`. Other arguments as in `kernels.attention`. Returns
+    [batch, q, heads, dim].
+    """
+    lengths = lengths.view(-1)
+    if chosen == "triton":
+        return attention(query, keys, values, lengths, scale, window, softcap, alibi_slopes)
+    from flash_attn import flash_attn_with_kvcache
+
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    mixed = flash_attn_with_kvcache(
+        query,
+        keys.transpose(1, 2),
+        values.transpose(1, 2),
+        cache_seqlens=lengths,
+        softmax_scale=scale,
+        causal=True,
+        window_size=(-1, -1) if window is None else (window - 1, 0),
+        softcap=softcap or 0.0,
+        # It adds them after the scale, and does not round them as Falcon does.
+        alibi_slopes=None if alibi_slopes is None else alibi_slopes.float() * scale,
+    )
+    return cast(Tensor, mixed)
+
+
+def _ragged(
+    chosen: Attention,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """`attend_ragged`, called as transformers' attention modules do, with lengths in the mask's place."""
+    _refuse_sinks(module, s_aux)
+    query = query.transpose(1, 2)
+    return attend_ragged(chosen, query, key, value, attention_mask, scaling, sliding_window, softcap), None
+
+
+AttentionInterface.register(REGISTERED["sdpa"], ragged_sdpa)
+AttentionInterface.register(REGISTERED["triton"], partial(_ragged, "triton"))
+AttentionInterface.register(REGISTERED["flash_attn"], partial(_ragged, "flash_attn"))

@@ -10,10 +10,17 @@ from inspect import signature
 from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .attention import ATTENTION, ragged_bias
+from .attention import (
+    REGISTERED,
+    Attention,
+    attend_ragged,
+    attention_for,
+    ragged_bias,
+    visible_lengths,
+)
 from .configs import changes_with_length, layer_windows, position_limit
 from .slot_cache import SlotCache
 
@@ -44,17 +51,19 @@ class Body(Protocol):
 class TransformersBody:
     """Any decoder of transformers that takes a mask, positions and a cache from outside."""
 
-    def __init__(self, decoder: PreTrainedModel, attention: str) -> None:
-        """Run `decoder` with transformers' attention function `attention`.
+    def __init__(self, decoder: PreTrainedModel, attention: Attention, takes_ours: bool) -> None:
+        """Run `decoder` with `attention`; `takes_ours` says whether it asks transformers for that function.
 
         Raises ValueError for a decoder that keeps another state than keys and values.
         """
         config = decoder.config
         self.decoder = decoder
         self.attention = attention
-        # Our attention function makes one row of every head that shares keys, so the mask has them too.
+        # The others know `sdpa` by name.
+        self.names: dict[Attention, str] = REGISTERED if takes_ours else {"sdpa": "sdpa"}
+        # Our sdpa makes one row of every head that shares keys, so the mask has them too.
         kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        self.groups = int(config.num_attention_heads // kv_heads) if attention == ATTENTION else 1
+        self.groups = int(config.num_attention_heads // kv_heads) if takes_ours else 1
         self.windows = layer_windows(config)
         self.position_limit = position_limit(config)
         # Newer versions of transformers have another name for it.
@@ -71,29 +80,41 @@ class TransformersBody:
 
     def __call__(self, block: Block, cache: SlotCache) -> Tensor:
         positions = block.positions
-        rows = positions.repeat(1, self.groups) if self.groups > 1 and positions.shape[1] > 1 else positions
-        dtype = self.decoder.dtype
-        biases = {
-            kind: ragged_bias(rows, block.columns, window, dtype) for kind, window in self.windows.items()
-        }
+        attention = attention_for(self.attention, positions.shape[1])
+        masks = self._masks(attention, block, cache)
         if self.position_limit is not None:
             # Only padding stands beyond the limit, but a table of positions has no row for it.
             positions = positions.clamp(max=self.position_limit - 1)
         with ExitStack() as stack:
-            self._prepare(block, stack)
+            self._prepare(attention, block, stack)
             output = self.decoder(
                 input_ids=block.tokens,
-                attention_mask=biases if len(biases) > 1 else next(iter(biases.values())),
+                attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
                 position_ids=positions,
                 use_cache=True,
                 **{self.cache_argument: cache},
             )
         return cast(Tensor, output.last_hidden_state)
 
-    def _prepare(self, block: Block, stack: ExitStack) -> None:
+    def _masks(self, attention: Attention, block: Block, cache: SlotCache) -> dict[str, Tensor]:
+        """For each kind of layer what `attention` takes as its mask."""
+        positions = block.positions
+        rows = positions.shape[1]
+        if attention != "sdpa":
+            lengths = visible_lengths(attention, cache.lengths, rows, block.columns.shape[0])
+            return dict.fromkeys(self.windows, lengths)
+        if self.groups > 1 and rows > 1:
+            positions = positions.repeat(1, self.groups)
+        dtype = self.decoder.dtype
+        return {
+            kind: ragged_bias(positions, block.columns, window, dtype)
+            for kind, window in self.windows.items()
+        }
+
+    def _prepare(self, attention: Attention, block: Block, stack: ExitStack) -> None:
         """Set what our pass needs and the model's owner may want otherwise."""
         config = self.decoder.config
-        stack.enter_context(replaced(config, "_attn_implementation", self.attention))
+        stack.enter_context(replaced(config, "_attn_implementation", self.names[attention]))
         if self.has_experts and block.tokens.numel() <= _FEW_TOKENS:
             # The others ask the device how many tokens each expert got.
             grouped = self.decoder.device.type == "cuda" and self.decoder.dtype == torch.bfloat16
@@ -108,9 +129,11 @@ class TransformersBody:
 class FalconAlibiBody:
     """Falcon with alibi, whose own forward makes the bias from a mask that all sequences share."""
 
-    def __init__(self, decoder: PreTrainedModel) -> None:
-        self.decoder: Any = decoder
-        self.slopes = torch.empty(0)
+    def __init__(self, decoder: Any, attention: Attention) -> None:
+        self.decoder = decoder
+        self.attention = attention
+        self.bias = torch.empty(0)
+        self.ragged = [_RaggedFalconAttention(layer.self_attention, attention) for layer in self.decoder.h]
 
     def prepare(self, cache: SlotCache) -> None:
         """Make the bias of every head at every position of `cache` [1, heads, 1, capacity]."""
@@ -119,17 +142,46 @@ class FalconAlibiBody:
         config = self.decoder.config
         seen = torch.ones(1, cache.capacity, dtype=torch.int64, device=self.decoder.device)
         alibi = build_alibi_tensor(seen, config.num_attention_heads, self.decoder.dtype)
-        self.slopes = alibi[None] / math.sqrt(config.hidden_size // config.num_attention_heads)
+        self.bias = alibi[None] / math.sqrt(config.hidden_size // config.num_attention_heads)
+        for attention in self.ragged:
+            # At position 1 stand the slopes; Falcon rounds them, and all else, to bfloat16.
+            attention.slopes = alibi[:, 0, 1].to(torch.bfloat16).contiguous()
 
     def __call__(self, block: Block, cache: SlotCache) -> Tensor:
-        allowed = ragged_bias(block.positions, block.columns, None, self.slopes.dtype)
-        bias = self.slopes[..., : block.columns.shape[0]] + allowed
-        hidden = self.decoder.word_embeddings(block.tokens)
-        with replaced(self.decoder.config, "_attn_implementation", "sdpa"):
+        rows, span = block.positions.shape[1], block.columns.shape[0]
+        attention = attention_for(self.attention, rows)
+        with ExitStack() as stack:
+            if attention == "sdpa":
+                allowed = ragged_bias(block.positions, block.columns, None, self.bias.dtype)
+                bias = self.bias[..., :span] + allowed
+                stack.enter_context(replaced(self.decoder.config, "_attn_implementation", "sdpa"))
+            else:
+                bias = visible_lengths(attention, cache.lengths, rows, span)
+                for layer, ragged in zip(self.decoder.h, self.ragged, strict=True):
+                    stack.enter_context(replaced(layer, "self_attention", ragged))
+            hidden = self.decoder.word_embeddings(block.tokens)
             for layer in self.decoder.h:
                 # Given an alibi a layer applies no rotation; the numbers it reads from the mask alone.
                 hidden = layer(hidden, alibi=bias, attention_mask=bias, layer_past=cache, use_cache=True)[0]
         return cast(Tensor, self.decoder.ln_f(hidden))
+
+
+class _RaggedFalconAttention(nn.Module):
+    """In the place of a layer's attention that cannot be told which function to use."""
+
+    def __init__(self, own: Any, attention: Attention) -> None:
+        super().__init__()
+        self.own = own
+        self.attention = attention
+        self.slopes = torch.empty(0)
+
+    def forward(
+        self, hidden: Tensor, attention_mask: Tensor, layer_past: SlotCache, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        query, key, value = self.own._split_heads(self.own.query_key_value(hidden))
+        keys, values = layer_past.write(self.own.layer_idx, key, value)
+        mixed = attend_ragged(self.attention, query, keys, values, attention_mask, alibi_slopes=self.slopes)
+        return self.own.dense(mixed.flatten(2)), None
 
 
 @contextmanager

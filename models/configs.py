@@ -7,6 +7,12 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+TESTED_FAMILIES = frozenset({
+    "falcon", "gemma2", "gemma3", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "olmo2",
+    "opt", "phi3", "qwen2", "qwen3",
+})  # fmt: skip
+"""Values of `config.model_type` whose runner the tests compare with the plain model."""
+
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The part of `config` that describes the text decoder."""

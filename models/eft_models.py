@@ -50,6 +50,7 @@ class EFTModels:
         chat_tokenizer: that of the first tuned model with a chat template, or None. It may know tokens that
             the bases have never seen.
         vocab_size: the smallest of the models' output heads.
+        attention: how attention is computed, as asked for.
     """
 
     large_base: PreTrainedModel
@@ -58,6 +59,7 @@ class EFTModels:
     tokenizer: PreTrainedTokenizerBase | None
     chat_tokenizer: PreTrainedTokenizerBase | None
     vocab_size: int
+    attention: str
 
     def __init__(
         self,
@@ -65,9 +67,12 @@ class EFTModels:
         small_tuned: PreTrainedModel | Sequence[PreTrainedModel],
         small_base: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        attention: str = "auto",
         chat_tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         """Take loaded modules. They stay where they are and as they are, but for `eval()`.
+
+        `attention` is how all of them compute attention, see `ModelRunner`.
 
         Raises IncompatibleModelsError, a ValueError, if one is not a causal language model, if one keeps a
         recurrent state or has an encoder, if vocabularies differ by more than padding, or if the models are
@@ -78,6 +83,7 @@ class EFTModels:
         self.small_base = small_base
         self.tokenizer = tokenizer
         self.chat_tokenizer = chat_tokenizer
+        self.attention = attention
         self._with_template: set[str] = set()
         self._runners: EFTRunners | None = None
         if not self.small_tuned:
@@ -101,11 +107,13 @@ class EFTModels:
         tensor_parallel: int = 1,
         trust_remote_code: bool = False,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        attention: str = "auto",
     ) -> EFTModels:
         """Load models by folder or Hub name, after checking all of them.
 
         `dtype` and `device_map` mean what they mean to transformers' `from_pretrained`, except that naming a
         single device, such as `"cuda"`, does not need accelerate. `tokenizer` replaces the large base's own.
+        `attention` is how all of them compute attention, see `ModelRunner`.
 
         Raises IncompatibleModelsError, a ValueError, before anything is loaded if a model cannot be found or
         run or if tokenizers differ (see `find_sources`), if `tensor_parallel` is not 1, and for whatever
@@ -121,7 +129,7 @@ class EFTModels:
             tokenizer = _load_tokenizer(sources, trust_remote_code)
         with_template = [source for source in sources[1:-1] if source.has_chat_template]
         chat_tokenizer = _load_tokenizer(with_template, trust_remote_code)
-        models = cls(loaded[0], loaded[1:-1], loaded[-1], tokenizer, chat_tokenizer)
+        models = cls(loaded[0], loaded[1:-1], loaded[-1], tokenizer, attention, chat_tokenizer)
         models._with_template = {source.argument for source in sources if source.has_chat_template}
         return models
 
@@ -140,13 +148,14 @@ class EFTModels:
     def runners(self) -> EFTRunners:
         """The models' runners, built in the first call and kept.
 
-        Raises ValueError for an architecture that turns out not to run with one length for each sequence.
+        Raises ValueError for an architecture that turns out not to run with one length for each sequence, and
+        for an `attention` that cannot run one of the models.
         """
         if self._runners is None:
             self._runners = EFTRunners(
-                large=ModelRunner(self.large_base),
-                tuned=[ModelRunner(model) for model in self.small_tuned],
-                base=ModelRunner(self.small_base),
+                large=ModelRunner(self.large_base, self.attention),
+                tuned=[ModelRunner(model, self.attention) for model in self.small_tuned],
+                base=ModelRunner(self.small_base, self.attention),
             )
         return self._runners
 

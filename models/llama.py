@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from .attention import attend, ragged_bias
+from .attention import Attention, attend, attend_ragged, attention_for, ragged_bias, visible_lengths
 from .bodies import Block
 from .configs import changes_with_length, layer_windows
 from .slot_cache import SlotCache
@@ -70,9 +70,10 @@ class LlamaBody:
             and all(map(is_ordinary, decoder.parameters()))
         )
 
-    def __init__(self, decoder: Any) -> None:
+    def __init__(self, decoder: Any, attention: Attention) -> None:
         """Take a `decoder` that `fits`."""
         config = decoder.config
+        self.attention = attention
         self.decoder = decoder
         self.eps = config.rms_norm_eps
         self.heads = config.num_attention_heads
@@ -102,11 +103,15 @@ class LlamaBody:
         batch, length = block.tokens.shape
         count, heads, dim = batch * length, self.heads, self.dim
         hidden = F.embedding(block.tokens.reshape(-1), self.decoder.embed_tokens.weight)
-        rows = block.positions.repeat(1, self.groups) if length > 1 else block.positions
-        dtype = hidden.dtype
-        biases = {
-            kind: ragged_bias(rows, block.columns, window, dtype) for kind, window in self.windows.items()
-        }
+        attention = attention_for(self.attention, length)
+        if attention == "sdpa":
+            rows = block.positions.repeat(1, self.groups) if length > 1 else block.positions
+            biases = {
+                kind: ragged_bias(rows, block.columns, window, hidden.dtype)
+                for kind, window in self.windows.items()
+            }
+        else:
+            lengths = visible_lengths(attention, cache.lengths, length, block.columns.shape[0])
         rotation = self.rotations.index_select(0, block.positions.view(-1)).unsqueeze(1)
         cos, sin = rotation[..., :dim], rotation[..., dim:]
 
@@ -120,9 +125,13 @@ class LlamaBody:
             both = torch.addcmul(both * cos, both.roll(dim // 2, -1), sin).view(batch, length, -1, dim)
             value = value.view(batch, length, self.kv_heads, dim)
             keys, values = cache.write(index, both[:, :, heads:], value)
-            query = both[:, :, :heads].transpose(1, 2)
-            mixed = attend(query, keys, values, biases[layer.kind]).reshape(count, heads * dim)
-            hidden = hidden + F.linear(mixed, *layer.output)
+            query = both[:, :, :heads]
+            if attention == "sdpa":
+                mixed = attend(query.transpose(1, 2), keys, values, biases[layer.kind])
+            else:
+                window = self.windows[layer.kind]
+                mixed = attend_ragged(attention, query, keys, values, lengths, window=window)
+            hidden = hidden + F.linear(mixed.reshape(count, heads * dim), *layer.output)
             inputs = self._norm(hidden, layer.mlp_norm)
             gated = layer.activation(F.linear(inputs, *layer.gate)) * F.linear(inputs, *layer.up)
             hidden = hidden + F.linear(gated, *layer.down)

@@ -29,7 +29,7 @@ class Runner(Protocol):
 
     @property
     def lengths(self) -> Tensor:
-        """int64 [batch]: tokens in the cache of each sequence. One storage from `reserve` to `reserve`."""
+        """int64 [batch]: tokens in the cache of each sequence, in one storage from `reserve` to `reserve`."""
         ...
 
     def reserve(self, batch: int, length: int, keep: bool = False) -> None:
@@ -37,6 +37,15 @@ class Runner(Protocol):
 
         With `keep` the tokens in the cache, which must be of as many sequences, stay.
         """
+
+    def use(self, batch: int) -> None:
+        """Go on with the first `batch` sequences alone: `lengths` are theirs."""
+
+    def exchange(self, first: int, second: int, span: int) -> None:
+        """Let two sequences, of at most `span` tokens, change slots, and their lengths with them."""
+
+    def fill_slot(self, slot: int, tokens: Tensor) -> None:
+        """Start the sequence of `slot` anew with int64 `tokens` [1, P], P may be 0; the others stay."""
 
     def forward(self, tokens: Tensor, span: int) -> Tensor:
         """Run int64 `tokens` [batch, q] and return their logits [batch, q, vocab_size].

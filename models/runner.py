@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 
 from speculative_eft.kernels import Coefficients, DraftMemory, NoiseKey, Sampling, Stream, backend
 
-from .attention import ATTENTION
+from .attention import Attention, choose_attention
 from .bodies import Block, Body, FalconAlibiBody, TransformersBody
-from .configs import position_limit, text_config
+from .configs import TESTED_FAMILIES, position_limit, text_config
 from .describe import vocabulary_rows
 from .llama import LlamaBody
 from .placement import home_device
@@ -20,12 +20,6 @@ from .slot_cache import SlotCache, round_up
 
 if TYPE_CHECKING:
     from .llama_cpu import CompiledLlama
-
-TESTED_FAMILIES = frozenset({
-    "falcon", "gemma2", "gemma3", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "olmo2",
-    "opt", "phi3", "qwen2", "qwen3",
-})  # fmt: skip
-"""Values of `config.model_type` whose runner the tests compare with the plain model."""
 
 
 class ModelRunner:
@@ -37,28 +31,33 @@ class ModelRunner:
     lengths and whatever padding stands behind them. The model itself is left as it was, but for `eval()`.
     """
 
-    def __init__(self, model: PreTrainedModel, attention: str = "sdpa") -> None:
+    def __init__(self, model: PreTrainedModel, attention: str = "auto") -> None:
         """Take `model`, which stays on its device and in its dtype.
 
-        `attention` is the way attention is computed; `"sdpa"` is torch's scaled_dot_product_attention.
-        Raises ValueError for another `attention`, and for a model that this runner cannot run: an untested
-        architecture is compared with its own plain forward pass and refused if the logits differ.
+        `attention` is how attention is computed: `"sdpa"` by torch's scaled_dot_product_attention with a
+        mask, `"triton"` by the kernel of `kernels.attention` (with sdpa for blocks of more than 16 tokens),
+        `"flash_attn"` by flash-attn's `flash_attn_with_kvcache`, and `"auto"` by Triton's kernel on a GPU
+        where it knows the model and its size of head, else by sdpa. `self.attention` says which it is.
+
+        Raises ValueError for an `attention` that cannot run this model here, and for a model that this runner
+        cannot run: an untested architecture is compared with its own plain forward pass and refused if the
+        logits differ.
         """
-        if attention != "sdpa":
-            raise ValueError(f"attention must be 'sdpa', not {attention!r}.")
+        self.attention = choose_attention(attention, model)
         self.model = model.train(False)
         self.device = home_device(model)
         config = text_config(model.config)
         self.max_context = position_limit(config)
         self.vocab_size = vocabulary_rows(model)
-        self._body = _choose_body(model)
+        self._body = _choose_body(model, self.attention)
         self._head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
         self._softcap = getattr(config, "final_logit_softcapping", None)
         # Cohere multiplies its logits, Granite divides them.
         self._scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
         logits_change = self._scale != 1.0 or self._softcap is not None
-        self._compiled = None if logits_change else _compile_for_cpu(self._body, self._head)
-        self.cache = SlotCache(0, 0, self.device)
+        plain = self.attention == "sdpa" and not logits_change
+        self._compiled = _compile_for_cpu(self._body, self._head) if plain else None
+        self.cache = SlotCache(0, 0, self.device, self.attention)
         if config.model_type not in TESTED_FAMILIES:
             self._compare_with_model()
 
@@ -79,11 +78,35 @@ class ModelRunner:
                 self.cache = self.cache.grown(batch, length)
         else:
             if not self.cache.holds(batch, length):
-                self.cache = SlotCache(batch, length, self.device)
+                self.cache = SlotCache(batch, length, self.device, self.attention)
             self.cache.restart(batch)
         self._body.prepare(self.cache)
         if self._compiled is not None:
             self._compiled.prepare(self.cache)
+
+    def use(self, batch: int) -> None:
+        """Go on with the first `batch` sequences alone; the caches of the others stay as they are."""
+        self.cache.use(batch)
+
+    @torch.inference_mode()
+    def exchange(self, first: int, second: int, span: int) -> None:
+        """Let two sequences, of at most `span` tokens, change slots."""
+        self.cache.exchange(first, second, min(round_up(span), self.cache.capacity))
+
+    @torch.inference_mode()
+    def fill_slot(self, slot: int, tokens: Tensor) -> None:
+        """Start the sequence of `slot` anew with int64 `tokens` [1, P], P may be 0; the others stay."""
+        whole = self.cache
+        try:
+            self._take(whole.part(slot))
+            self.prefill(tokens, torch.full((1,), tokens.shape[1], device=self.device))
+        finally:
+            self._take(whole)
+
+    def _take(self, cache: SlotCache) -> None:
+        self.cache = cache
+        if self._compiled is not None:
+            self._compiled.prepare(cache)
 
     def forward(self, tokens: Tensor, span: int) -> Tensor:
         """Run int64 `tokens` [batch, q] and return their logits [batch, q, vocab_size] in the model's dtype.
@@ -197,17 +220,16 @@ class ModelRunner:
                 f"{name} cannot be run with one length for each sequence: its logits would not be its own; "
                 f"give a model of a tested family ({', '.join(sorted(TESTED_FAMILIES))})."
             ) from failure
-        self.cache = SlotCache(0, 0, self.device)
+        self.cache = SlotCache(0, 0, self.device, self.attention)
 
 
-def _choose_body(model: PreTrainedModel) -> Body:
+def _choose_body(model: PreTrainedModel, attention: Attention) -> Body:
     decoder: PreTrainedModel = model.get_decoder()  # type: ignore[no-untyped-call]
     if LlamaBody.fits(decoder):
-        return LlamaBody(decoder)
+        return LlamaBody(decoder, attention)
     if decoder.config.model_type == "falcon" and decoder.config.alibi:
-        return FalconAlibiBody(decoder)
-    # Models that do not ask transformers for their attention function know `sdpa` by name.
-    return TransformersBody(decoder, ATTENTION if model._supports_attention_backend else "sdpa")
+        return FalconAlibiBody(decoder, attention)
+    return TransformersBody(decoder, attention, model._supports_attention_backend)
 
 
 def _compile_for_cpu(body: Body, head: Any) -> CompiledLlama | None:

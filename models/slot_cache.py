@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from speculative_eft.kernels import append
+
+from .attention import Attention
+
 SPAN_MULTIPLE = 64
 """Spans and capacities are multiples of this, so that attention meets few distinct shapes."""
 
@@ -35,13 +39,17 @@ class SlotCache(Cache):
     ever read from the device.
     """
 
-    def __init__(self, slots: int, max_length: int, device: torch.device) -> None:
-        """Make room for `slots` sequences of up to `max_length` tokens."""
+    def __init__(
+        self, slots: int, max_length: int, device: torch.device, attention: Attention = "sdpa"
+    ) -> None:
+        """Make room for `slots` sequences of up to `max_length` tokens, to be read by `attention`."""
         super().__init__(layers=[])
         self.slots = slots
+        self.attention = attention
         # One position more than asked for: tokens beyond `max_length` end up there, where no token within
-        # `max_length` looks.
-        self.capacity = round_up(max_length + 1)
+        # `max_length` looks. flash-attn counts back from a pass's last token, which then must not move.
+        self._spare = SPAN_MULTIPLE if attention == "flash_attn" else 1
+        self.capacity = round_up(max_length + self._spare)
         self.device = device
         self.positions = torch.arange(self.capacity, device=device)
         with _ordinary_tensors():
@@ -52,10 +60,12 @@ class SlotCache(Cache):
         self._written = self.positions[:0]
         self._rows: dict[int, Tensor] = {}
         self._slot_rows: dict[int, Tensor] = {}
+        self._whole: SlotCache | None = None
+        self._first = 0
 
     def holds(self, batch: int, length: int) -> bool:
         """Whether there is room for `batch` sequences of up to `length` tokens."""
-        return batch <= self.slots and length < self.capacity
+        return batch <= self.slots and length + self._spare <= self.capacity
 
     def restart(self, batch: int) -> None:
         """Empty the cache, keeping its storage, for `batch` sequences in the first slots."""
@@ -68,15 +78,44 @@ class SlotCache(Cache):
 
     def grown(self, slots: int, max_length: int) -> SlotCache:
         """A cache for `slots` sequences of up to `max_length` tokens that holds what this one does."""
-        larger = SlotCache(max(slots, self.slots), max(max_length, self.capacity - 1), self.device)
+        length = max(max_length, self.capacity - self._spare)
+        larger = SlotCache(max(slots, self.slots), length, self.device, self.attention)
         larger.lengths = larger._all_lengths[:slots]
         larger.lengths.copy_(self.lengths)
         for index, layer in self._slots.items():
             layout = layer.keys[:, :, :1].transpose(1, 2)
-            copy = larger._slots[index] = larger._allocate(layout, layer.values[:, :, :1].transpose(1, 2))
+            copy = larger._allocate(index, layout, layer.values[:, :, :1].transpose(1, 2))
+            larger._slots[index] = copy
             copy.keys[: self.slots, :, : self.capacity] = layer.keys
             copy.values[: self.slots, :, : self.capacity] = layer.values
         return larger
+
+    def use(self, batch: int) -> None:
+        """Let `lengths` be those of the first `batch` slots; what the others hold stays."""
+        self.lengths = self._all_lengths[:batch]
+
+    def exchange(self, first: int, second: int, span: int) -> None:
+        """Let two slots change what they hold in their first `span` positions, and their lengths."""
+        for layer in self._slots.values():
+            for stored in (layer.keys[:, :, :span], layer.values[:, :, :span]):
+                held = stored[first].clone()
+                stored[first] = stored[second]
+                stored[second] = held
+        held = self._all_lengths[first].clone()
+        self._all_lengths[first] = self._all_lengths[second]
+        self._all_lengths[second] = held
+
+    def part(self, slot: int) -> SlotCache:
+        """One slot as a cache of its own, empty, over the same storage."""
+        one = SlotCache(0, 0, self.device, self.attention)
+        one.slots, one.capacity, one.positions = 1, self.capacity, self.positions
+        one.lengths = one._all_lengths = self._all_lengths[slot : slot + 1]
+        one.lengths.zero_()
+        one._whole, one._first = self, slot
+        one._visible = (1, self.capacity)
+        for index in self._slots:
+            one._slots[index] = one._within(index)
+        return one
 
     def begin(self, positions: Tensor, span: int) -> None:
         """Fix where the next pass writes, int64 [batch, q] below `capacity`, and that it reads `span`."""
@@ -92,7 +131,10 @@ class SlotCache(Cache):
         """Store `keys` and `values` [batch, q, heads, dim]; return views [batch, heads, span, dim]."""
         layer = self._slots.get(layer_idx)
         if layer is None:
-            layer = self._slots[layer_idx] = self._allocate(keys, values)
+            layer = self._slots[layer_idx] = self._allocate(layer_idx, keys, values)
+        if self.attention != "sdpa":
+            append(keys, values, layer.keys, layer.values, self.lengths)
+            return layer.visible
         heads = keys.shape[2]
         rows = self._rows.get(heads)
         if rows is None:
@@ -108,7 +150,7 @@ class SlotCache(Cache):
         layer = self._slots.get(layer_idx)
         if layer is None:
             vectors = torch.empty(0, 0, heads, dim, device=self.device)
-            layer = self._slots[layer_idx] = self._allocate(vectors, vectors)
+            layer = self._slots[layer_idx] = self._allocate(layer_idx, vectors, vectors)
         return layer.keys, layer.values
 
     def update(
@@ -129,15 +171,27 @@ class SlotCache(Cache):
         """Keys and values [slots, heads, capacity, dim] of each layer allocated so far."""
         return [tensor for layer in self._slots.values() for tensor in (layer.keys, layer.values)]
 
-    def _allocate(self, keys: Tensor, values: Tensor) -> _Layer:
+    def _allocate(self, layer_idx: int, keys: Tensor, values: Tensor) -> _Layer:
+        if self._whole is not None:
+            self._whole._slots[layer_idx] = self._whole._allocate(layer_idx, keys, values)
+            return self._within(layer_idx)
+
         def zeros(like: Tensor) -> Tensor:
             shape = (self.slots, like.shape[2], self.capacity, like.shape[3])
             with _ordinary_tensors():
                 return torch.zeros(shape, dtype=like.dtype, device=like.device)
 
-        all_keys, all_values = zeros(keys), zeros(values)
-        rows = (all_keys.flatten(0, 2), all_values.flatten(0, 2))
-        return _Layer(all_keys, all_values, *rows, visible=self._view(all_keys, all_values))
+        return self._layer(zeros(keys), zeros(values))
+
+    def _within(self, layer_idx: int) -> _Layer:
+        """This part of a layer of the whole cache."""
+        assert self._whole is not None
+        layer, own = self._whole._slots[layer_idx], slice(self._first, self._first + self.slots)
+        return self._layer(layer.keys[own], layer.values[own])
+
+    def _layer(self, keys: Tensor, values: Tensor) -> _Layer:
+        rows = (keys.flatten(0, 2), values.flatten(0, 2))
+        return _Layer(keys, values, *rows, visible=self._view(keys, values))
 
     def _view(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         batch, span = self._visible

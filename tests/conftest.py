@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    # Before anything imports Triton: without a GPU its kernels run in the interpreter.
-    os.environ["TRITON_INTERPRET"] = "1"
+from tests.device import on_device, test_device
 
 _CHI_SQUARE = "chi_square"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--every-law", action="store_true", help="also in Triton's interpreter, for an hour")
     parser.addoption("--write-docs", action="store_true", help="write the tables that tests make into docs/")
-    parser.addoption("--every-law", action="store_true", help="also in Triton's interpreter, which is slow")
+    parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where the tests' tensors lie")
 
 
-def is_interpreted(backend: str, request: pytest.FixtureRequest) -> bool:
-    """Whether a test with kernels of `backend` should spare Triton's interpreter."""
-    slow = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    return slow and not request.config.getoption("--every-law")
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--device") == "cpu":
+        # Before anything imports Triton: on a CPU its kernels run in the interpreter.
+        os.environ["TRITON_INTERPRET"] = "1"
+    elif not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda needs a GPU that torch can use")
+
+
+def is_interpreted(backend: str) -> bool:
+    """Whether kernels of `backend` run in Triton's interpreter, which is slow."""
+    return backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def is_spared(backend: str, request: pytest.FixtureRequest) -> bool:
+    """Whether kernels of `backend` run in Triton's interpreter and --every-law was not given."""
+    return is_interpreted(backend) and not request.config.getoption("--every-law")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -32,9 +45,53 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _patch_triton_once() -> None:
+    """Its interpreter prepares the language at each call inside a kernel; at each launch is enough."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    try:
+        import triton.language as tl
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    prepare: Any = interpreter._patch_lang
+    everything = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+    prepared: list[Any] = []
+
+    def prepare_once(function: Any) -> Any:
+        if prepared:
+            return None
+        scope = prepare(everything)
+        restore = scope.restore
+
+        def forget() -> None:
+            prepared.clear()
+            restore()
+
+        scope.restore = forget
+        prepared.append(scope)
+        return scope
+
+    interpreter._patch_lang = prepare_once
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Where `--device` wants the tests' tensors."""
+    device = torch.device(request.config.getoption("--device"))
+    if device.type == "cpu":
+        yield
+        return
+    with on_device(device):
+        yield
+
+
 @pytest.fixture(params=["torch", "numba", "triton"])
 def each_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Runs a test with every implementation of the kernels that a CPU has."""
+    """Runs a test with every implementation of the kernels that its device has."""
+    if request.param == "numba" and test_device().type != "cpu":
+        pytest.skip("Numba's kernels are a CPU's")
     if request.param != "torch":
         pytest.importorskip(request.param, reason=f"{request.param} is not installed")
     monkeypatch.setenv("SPECULATIVE_EFT_BACKEND", request.param)

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .device import test_device
+
 
 class TableRunner:
     """A `Runner` whose next-token logits depend on the last two tokens, read through a real cache.
@@ -18,28 +20,40 @@ class TableRunner:
     """
 
     def __init__(self, table: np.ndarray) -> None:
-        self.table = torch.from_numpy(table).to(torch.float32)
+        self.device = test_device()
+        self.table = torch.from_numpy(table).to(self.device, torch.float32)
         self.vocab_size = table.shape[-1]
         self.max_context: int | None = None
-        self.device = torch.device("cpu")
-        self.lengths = torch.zeros(0, dtype=torch.int64)
+        self.all_lengths = self.lengths = torch.zeros(0, dtype=torch.int64)
         self.tokens = torch.zeros(0, 0, dtype=torch.int64)
 
     def reserve(self, batch: int, length: int, keep: bool = False) -> None:
         held, lengths = self.tokens, self.lengths
         # Column 0 stands before the sequence: a first token has token 0 before it.
         self.tokens = torch.zeros(batch, length + 1, dtype=torch.int64)
-        self.lengths = torch.zeros(batch, dtype=torch.int64)
+        self.all_lengths = self.lengths = torch.zeros(batch, dtype=torch.int64)
         if keep:
             width = min(held.shape[1], length + 1)
             self.tokens[:, :width] = held[:, :width]
             self.lengths.copy_(lengths)
 
+    def use(self, batch: int) -> None:
+        self.lengths = self.all_lengths[:batch]
+
+    def exchange(self, first: int, second: int, span: int) -> None:
+        for held in (self.tokens[:, : span + 1], self.all_lengths):
+            held[[first, second]] = held[[second, first]]
+
+    def fill_slot(self, slot: int, tokens: Tensor) -> None:
+        self.tokens[slot, 1 : tokens.shape[1] + 1] = tokens[0]
+        self.all_lengths[slot] = tokens.shape[1]
+
     def forward(self, tokens: Tensor, span: int) -> Tensor:
         assert span < self.tokens.shape[1] + 1
         columns = self.lengths[:, None] + torch.arange(tokens.shape[1]) + 1
-        self.tokens.scatter_(1, columns, tokens)
-        before = self.tokens.gather(1, columns - 1)
+        held = self.tokens[: tokens.shape[0]]
+        held.scatter_(1, columns, tokens)
+        before = held.gather(1, columns - 1)
         return self.table[before, tokens]
 
     def draft(self, *_: Any) -> None:

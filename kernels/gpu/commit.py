@@ -11,14 +11,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .specialisation import Specialisation
-from .tile import INTERPRETED, power_of_two
+from .tile import INTERPRETED, launch_options, power_of_two
 
 if TYPE_CHECKING:
     from ..commit import DraftLengthRule, RoundState
 
 __all__ = ["commit", "specialisations"]
 
-_SEQUENCES = 16_384 if INTERPRETED else 32
+_SEQUENCES = 8_192 if INTERPRETED else 32
 
 
 class State(NamedTuple):
@@ -194,7 +194,7 @@ def commit(
         state.output.shape[1], drafted, eos_token_ids.shape[0], lengths,
         STEPPED=tuple(stepped for _, stepped in caches), ADAPTS=rule is not None,
         COUNTS=expected_acceptance is not None, SEQUENCES=_SEQUENCES, COLUMNS=power_of_two(drafted + 1),
-        LENGTHS=power_of_two(lengths), num_warps=4,
+        LENGTHS=power_of_two(lengths), **launch_options(4),
     )  # fmt: skip
     return report
 

@@ -18,6 +18,7 @@ from .tile import (
     arrive,
     best_split,
     boundary,
+    launch_options,
     load_logits,
     load_record,
     mix,
@@ -74,7 +75,7 @@ def _choose(
     SPLITS: tl.constexpr,
 ):
     """The best of the splits, and the law's measures."""
-    field = step.batch.to(tl.int64) * splits
+    field = tl.cast(step.batch, tl.int64) * splits
     all_splits = tl.arange(0, SPLITS)[None, :]
     wanted = valid & (all_splits < splits)
     places = drawn.partials + sequence * splits + all_splits
@@ -137,7 +138,7 @@ def _draft(
     # Noise that is scaled instead of logits makes temperature 0 the argmax.
     score -= temperature * tl.log(noise)
     best, winner = best_split(score, ids, 1)
-    field = step.batch.to(tl.int64) * splits
+    field = tl.cast(step.batch, tl.int64) * splits
     place = drawn.partials + sequence * splits + split
     tl.store(place, best, mask=valid)
     tl.store(place + field, winner.to(tl.float32), mask=valid)
@@ -189,7 +190,7 @@ def draft(
     _draft[(tiles, shape.splits)](
         models, step, drawn, shape.splits, STREAM=stream, FILTERED=records is not None,
         MEASURED=measures is not None, SEQUENCES=shape.sequences, COLUMNS=shape.columns,
-        SPLITS=power_of_two(shape.splits), num_warps=shape.warps,
+        SPLITS=power_of_two(shape.splits), **launch_options(shape.warps),
     )  # fmt: skip
     return tokens
 
@@ -216,6 +217,6 @@ def specialisations() -> Iterator[Specialisation]:
                 },
                 divisible=frozenset({"models.logits", "models.strides", "step.vocab_size"}),
                 num_warps=8,
-                launches=2 if filtered else 1,
+                launches=4 if filtered else 1,
                 wide_loads=(load_logits,),
             )  # fmt: skip

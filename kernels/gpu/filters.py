@@ -26,9 +26,11 @@ from ..filters import Sampling
 from .specialisation import Specialisation, models_signature
 from .tile import (
     RECORD,
+    REGISTERS,
     Models,
     arrive,
     boundary,
+    launch_options,
     load_logits,
     mix,
     mix_target,
@@ -153,7 +155,7 @@ def _mass_of_model(models, search, rows, model, sequence, row, index, split, ids
     logits = tl.where(usable, logits, float("-inf"))
     top = tl.max(logits)
     mass = tl.sum(tl.exp(logits - tl.where(top == float("-inf"), 0.0, top)))
-    field = rows.batch.to(tl.int64) * rows.count * rows.splits
+    field = tl.cast(rows.batch, tl.int64) * rows.count * rows.splits
     place = search.partials + (2 + 2 * model) * field + index * rows.splits + split
     tl.store(place, top)
     tl.store(place + field, mass)
@@ -163,11 +165,11 @@ def _mass_of_model(models, search, rows, model, sequence, row, index, split, ids
 def _shift(models, search, rows, sequence, index, SPLITS: tl.constexpr):
     """What the normalisers add to the large model's delta, which is one of normalised laws."""
     splits = tl.arange(0, SPLITS)
-    field = rows.batch.to(tl.int64) * rows.count * rows.splits
+    field = tl.cast(rows.batch, tl.int64) * rows.count * rows.splits
     shift = 0.0
     for model in tl.static_range(len(models.logits)):
         weight = tl.load(models.delta_weights + sequence * models.weight_stride + model)
-        consulted = (splits < rows.splits) & (weight != 0.0)
+        consulted = splits < tl.where(weight != 0.0, rows.splits, 0)
         place = search.partials + (2 + 2 * model) * field + index * rows.splits + splits
         tops = tl.load(place, mask=consulted, other=float("-inf"))
         masses = tl.load(place + field, mask=consulted, other=0.0)
@@ -192,7 +194,7 @@ def _bracket(
     counts = tl.load(place)
     tl.store(place, 0)
     splits = tl.arange(0, SPLITS)[None, :]
-    field = rows.batch.to(tl.int64) * rows.count * rows.splits
+    field = tl.cast(rows.batch, tl.int64) * rows.count * rows.splits
     place = search.partials + index * rows.splits + splits
     bests = tl.load(place, mask=splits < rows.splits, other=float("-inf"))
     winners = tl.load(place + field, mask=splits < rows.splits, other=2147483647.0).to(tl.int64)
@@ -269,7 +271,7 @@ def _survey(
         place = search.partials + index * rows.splits + split
         tl.store(place, best)
         winner = tl.min(tl.where(mixed == best, ids, 2147483647))
-        tl.store(place + rows.batch.to(tl.int64) * rows.count * rows.splits, winner.to(tl.float32))
+        tl.store(place + tl.cast(rows.batch, tl.int64) * rows.count * rows.splits, winner.to(tl.float32))
         if LAW == 2:
             for model in tl.static_range(len(models.logits)):
                 if tl.load(models.delta_weights + sequence * models.weight_stride + model) != 0.0:
@@ -656,7 +658,7 @@ def _describe(
     if shape.splits == 1:
         _cut[(-(-batch // shape.sequences) * count,)](
             models, rows, lens_offset, **used, MIN_P=min_p, SEQUENCES=shape.sequences, COLUMNS=shape.columns,
-            ONE_SPLIT=True, **launch,
+            ONE_SPLIT=True, **(launch | launch_options(shape.warps, REGISTERS)),
         )  # fmt: skip
         return
     every, device = batch * count, records.device
@@ -678,7 +680,7 @@ def _describe(
         rows = rows._replace(splits=-(-vocab_size // _REREAD_COLUMNS))
         _cut[(every,)](
             models, rows, lens_offset, **used, MIN_P=min_p, SEQUENCES=1, COLUMNS=_REREAD_COLUMNS,
-            ONE_SPLIT=False, **(launch | {"num_warps": _REREAD_WARPS}),
+            ONE_SPLIT=False, **(launch | launch_options(_REREAD_WARPS, REGISTERS)),
         )  # fmt: skip
 
 
@@ -770,6 +772,7 @@ def specialisations() -> Iterator[Specialisation]:
                     "models.logits", "models.strides", *(() if tile is small else ("rows.vocab_size",)),
                 }),
                 num_warps=_REREAD_WARPS if tile is again else 8,
+                registers=REGISTERS if kernel is _cut else None,
                 launches=1 if tile in (one, small) else launches,
                 wide_loads=() if tile is small else (load_logits,),
             )  # fmt: skip

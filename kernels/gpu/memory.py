@@ -17,7 +17,17 @@ from torch import Tensor
 
 from ..memory import LAST_WEIGHT, MEAN_FADING, MEAN_WEIGHT, DraftMemory
 from .specialisation import Specialisation
-from .tile import INTERPRETED, LARGEST_SPLIT, arrive, load_logits, power_of_two, tile_shape, zeros_kept
+from .tile import (
+    INTERPRETED,
+    LARGEST_SPLIT,
+    REGISTERS,
+    arrive,
+    launch_options,
+    load_logits,
+    power_of_two,
+    tile_shape,
+    zeros_kept,
+)
 
 __all__ = ["recall", "remember", "specialisations"]
 
@@ -182,7 +192,7 @@ def recall(memory: DraftMemory, token: Tensor, beta: Tensor) -> Tensor:
     _recall[(-(-batch // sequences), shape.splits)](
         memory.ratios, memory.tokens, memory.mean, memory.count, token, beta, correction, vocab_size, slots,
         batch, MEAN_WEIGHT=MEAN_WEIGHT, LAST_WEIGHT=LAST_WEIGHT, SEQUENCES=sequences,
-        COLUMNS=shape.columns, SLOTS=all_slots, num_warps=shape.warps,
+        COLUMNS=shape.columns, SLOTS=all_slots, **launch_options(shape.warps),
     )  # fmt: skip
     return correction
 
@@ -206,13 +216,13 @@ def remember(
         partials, centres, zeros_kept("arrivals", large.device, tiles * rows), vocab_size, slots, rows,
         shape.splits, batch,
         SEQUENCES=shape.sequences, COLUMNS=shape.columns, ROWS=power_of_two(rows),
-        SPLITS=power_of_two(shape.splits), num_warps=shape.warps,
+        SPLITS=power_of_two(shape.splits), **launch_options(shape.warps, REGISTERS),
     )  # fmt: skip
     columns = min(shape.columns, _KEPT_COLUMNS)
     _keep[(tiles, -(-vocab_size // columns))](
         large, base, *strides, accepted_lens, flags, memory.ratios, memory.mean, memory.count, centres,
         vocab_size, slots, rows, batch, FADING=MEAN_FADING, SEQUENCES=shape.sequences, COLUMNS=columns,
-        num_warps=4,
+        **launch_options(4, REGISTERS),
     )  # fmt: skip
 
 
@@ -257,6 +267,7 @@ def specialisations() -> Iterator[Specialisation]:
                 constants=constants,
                 divisible=frozenset((divisible | rows_divisible) & set(present)),
                 num_warps=warps,
+                registers=None if kernel is _recall else REGISTERS,
                 launches=1 if kernel is _recall else 2,
                 wide_loads=wide,
             )

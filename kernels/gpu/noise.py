@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .specialisation import Specialisation
-from .tile import Shape, tile_shape
+from .tile import Shape, launch_options, tile_shape
 
 __all__ = ["exponential_noise", "exponential_tile", "specialisations", "uniform"]
 
@@ -85,7 +85,7 @@ def exponential_noise(seeds: Tensor, counters: Tensor, rows: Tensor, stream: int
     shape: Shape = tile_shape(vocab_size)
     _exponential_kernel[(-(-batch // shape.sequences) * row_count, shape.splits)](
         seeds, counters, rows, out, counters.stride(0), rows.stride(0), vocab_size, row_count, batch,
-        STREAM=stream, SEQUENCES=shape.sequences, COLUMNS=shape.columns, num_warps=shape.warps,
+        STREAM=stream, SEQUENCES=shape.sequences, COLUMNS=shape.columns, **launch_options(shape.warps),
     )  # fmt: skip
     return out
 

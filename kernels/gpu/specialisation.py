@@ -24,9 +24,11 @@ class Specialisation:
         kernel: the function that `triton.jit` made.
         signature: argument -> Triton type, such as "*bf16", "i64", "fp32"; for a tuple a tuple of types, for
             a named tuple one of its own class. Constants need not be listed.
-        constants: path -> value, for constexpr arguments and for None.
+        constants: path -> value, for constexpr arguments, for None, and for integers inside a named tuple
+            that are 1, which Triton makes constants.
         divisible: paths of pointers and integers that are multiples of 16; of a tuple, everything inside.
-        num_warps, num_stages: as at the launch.
+        num_warps, num_stages, registers: as at the launch; registers is what a thread may have, None for the
+            assembler's choice.
         launches: how many launches the operation takes with this variant, all its kernels together.
         wide_loads: functions made by `triton.jit` whose loads from global memory must be 16 bytes or wider;
             empty where none can be, as for a vocabulary that is a multiple of nothing.
@@ -40,6 +42,7 @@ class Specialisation:
     divisible: frozenset[str] = frozenset()
     num_warps: int = 4
     num_stages: int = 3
+    registers: int | None = None
     launches: int = 1
     wide_loads: tuple[Any, ...] = ()
 

@@ -27,6 +27,7 @@ from torch import Tensor
 __all__ = [
     "INTERPRETED",
     "RECORD",
+    "REGISTERS",
     "Models",
     "Shape",
     "arrive",
@@ -34,6 +35,7 @@ __all__ = [
     "boundary",
     "cut_law",
     "gather_logits",
+    "launch_options",
     "load_logits",
     "load_record",
     "mix",
@@ -42,6 +44,7 @@ __all__ = [
     "mix_target",
     "pack",
     "power_of_two",
+    "scratch_kept",
     "store_record",
     "tile_shape",
     "zeros_kept",
@@ -51,12 +54,14 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether kernels run in Triton's interpreter, on a CPU; as Triton itself reads it."""
 
 LARGEST_SPLIT = 4096
+REGISTERS = 128
+"""What a thread may have, where NVIDIA's assembler, left to itself, spills a few at far fewer."""
 RECORD = tl.constexpr(8)
 
 # The interpreter takes milliseconds a program, however large its tile is.
-_MOST_SEQUENCES = 32_768 if INTERPRETED else 32
+_MOST_SEQUENCES = 8_192 if INTERPRETED else 32
 
-_zeros: dict[tuple[str, torch.device, int], list[Tensor]] = {}
+_kept: dict[tuple[str, torch.dtype, torch.device, int], list[Tensor]] = {}
 
 
 class Models(NamedTuple):
@@ -91,6 +96,12 @@ class Shape:
     columns: int
     splits: int
     warps: int
+
+
+def launch_options(warps: int, registers: int | None = None) -> dict[str, int]:
+    """What a launch passes to the compiler; AMD's knows no limit of registers."""
+    limit = {} if registers is None or torch.version.hip else {"maxnreg": registers}
+    return {"num_warps": warps} | limit
 
 
 def power_of_two(count: int) -> int:
@@ -129,11 +140,20 @@ def zeros_kept(purpose: str, device: torch.device, count: int) -> Tensor:
 
     Launches on one stream follow each other, so they may share them.
     """
+    return _storage_kept(purpose, torch.int32, device, count)
+
+
+def scratch_kept(purpose: str, device: torch.device, count: int) -> Tensor:
+    """Float32 numbers, at least `count`, for a kernel to write and read again; shared as `zeros_kept` are."""
+    return _storage_kept(purpose, torch.float32, device, count)
+
+
+def _storage_kept(purpose: str, dtype: torch.dtype, device: torch.device, count: int) -> Tensor:
     stream = torch.cuda.current_stream(device).stream_id if device.type == "cuda" else 0
-    kept = _zeros.setdefault((purpose, device, stream), [])
+    kept = _kept.setdefault((purpose, dtype, device, stream), [])
     if not kept or kept[-1].shape[0] < count:
         # Smaller ones stay: a captured graph may have their address.
-        kept.append(torch.zeros(max(power_of_two(count), 1024), dtype=torch.int32, device=device))
+        kept.append(torch.zeros(max(power_of_two(count), 1024), dtype=dtype, device=device))
     return kept[-1]
 
 

@@ -31,6 +31,7 @@ from .tile import (
     arrive,
     best_split,
     cut_law,
+    launch_options,
     load_logits,
     load_record,
     mix_laws,
@@ -127,7 +128,7 @@ def _chosen_log_laws(
     target, drafted = mix_laws(models, sequence, row, token, inside, draft_inside, True, CONSERVATIVE)
     index = sequence * (draft.drafted + 1) + row
     log_target = cut_law(target / temperature, token, load_record(draft.records, index, inside), FILTERED)
-    records = draft.records + draft.batch.to(tl.int64) * (draft.drafted + 1) * RECORD
+    records = draft.records + tl.cast(draft.batch, tl.int64) * (draft.drafted + 1) * RECORD
     log_draft = cut_law(
         drafted / draft_temperature, token, load_record(records, index, draft_inside), FILTERED
     )
@@ -220,7 +221,7 @@ def _conclude(
 ):
     """Leave the records of a tile's rows, or read them, and accept."""
     rows = draft.drafted + 1
-    field = draft.batch.to(tl.int64) * rows * splits
+    field = tl.cast(draft.batch, tl.int64) * rows * splits
     all_rows = tl.arange(0, ROWS)[None, :].to(tl.int64)
     is_used = valid & (all_rows < rows) & (all_rows <= lens)
     place = (sequence * rows + all_rows) * splits
@@ -243,7 +244,7 @@ def _conclude(
                 top = tl.max(highest, axis=2)
                 weight = tl.where(mass > 0.0, tl.exp(highest - top[:, :, None]), 0.0)
                 log_mass = tl.log(tl.sum(mass * weight, axis=2))
-                records = draft.records + law * draft.batch.to(tl.int64) * rows * RECORD
+                records = draft.records + law * tl.cast(draft.batch, tl.int64) * rows * RECORD
                 store_record(records, index, top, log_mass, float("-inf"), 0, winners, is_used)
             tl.debug_barrier()
     _accept(
@@ -289,7 +290,7 @@ def _score(
     sequence = tl.minimum(unclamped, draft.batch - 1)
     lens = tl.load(draft.lens + sequence)
     is_used = valid & (row <= lens)
-    field = draft.batch.to(tl.int64) * rows * splits
+    field = tl.cast(draft.batch, tl.int64) * rows * splits
     place = outcome.partials + (sequence * rows + row) * splits + split
     if READS and tl.max(is_used.to(tl.int32)) > 0:
         ids = split * COLUMNS + tl.arange(0, COLUMNS)[None, :]
@@ -361,7 +362,7 @@ def _weigh(
     SPLITS: tl.constexpr,
 ):
     """Add up the splits of a tile's drafted rows, and accept by the block rule."""
-    field = draft.batch.to(tl.int64) * draft.drafted * splits
+    field = tl.cast(draft.batch, tl.int64) * draft.drafted * splits
     rows = tl.arange(0, ROWS)[None, :]
     is_used = drawn & (rows < lens)
     all_splits = tl.arange(0, SPLITS)[None, None, :]
@@ -409,7 +410,7 @@ def _overlap(
     temperature, _, drawn = _temperature(draft.temperature, sequence)
     drawn = drawn & (unclamped < draft.batch)
     is_used = drawn & (row < lens)
-    field = draft.batch.to(tl.int64) * draft.drafted * splits
+    field = tl.cast(draft.batch, tl.int64) * draft.drafted * splits
     place = outcome.partials + (sequence * draft.drafted + row) * splits + split
     if tl.max(is_used.to(tl.int32)) > 0:
         ids = split * COLUMNS + tl.arange(0, COLUMNS)[None, :]
@@ -451,7 +452,7 @@ def _laws(
     index = sequence * (draft.drafted + 1) + row
     everywhere = sequence >= 0
     log_target = cut_law(target / temperature, ids, load_record(draft.records, index, everywhere), FILTERED)
-    records = draft.records + draft.batch.to(tl.int64) * (draft.drafted + 1) * RECORD
+    records = draft.records + tl.cast(draft.batch, tl.int64) * (draft.drafted + 1) * RECORD
     log_draft = cut_law(drafted / draft_temperature, ids, load_record(records, index, everywhere), FILTERED)
     return (
         tl.where(inside, tl.exp(log_target), 0.0),
@@ -474,7 +475,7 @@ def _choose(
     SPLITS: tl.constexpr,
 ):
     """The best of the splits: the token that follows."""
-    field = draft.batch.to(tl.int64) * splits
+    field = tl.cast(draft.batch, tl.int64) * splits
     all_splits = tl.arange(0, SPLITS)[None, :]
     wanted = drawn & (all_splits < splits)
     places = outcome.partials + sequence * splits + all_splits
@@ -511,7 +512,7 @@ def _replace(
     drawn = drawn & (unclamped < draft.batch)
     row = tl.load(outcome.accepted + sequence)
     rejected = row < tl.load(draft.lens + sequence)
-    field = draft.batch.to(tl.int64) * splits
+    field = tl.cast(draft.batch, tl.int64) * splits
     place = outcome.partials + sequence * splits + split
     if tl.max(drawn.to(tl.int32)) > 0:
         ids = split * COLUMNS + tl.arange(0, COLUMNS)[None, :]
@@ -604,7 +605,7 @@ def verify(
         "SEQUENCES": shape.sequences,
         "COLUMNS": shape.columns,
         "SPLITS": power_of_two(shape.splits),
-        "num_warps": shape.warps,
+        **launch_options(shape.warps),
     }
     accepting = {"RULE": RULES[rule], "ACCEPT": accept, "ROWS": power_of_two(rows)}
     races = rule == "shared_seed"
@@ -631,7 +632,7 @@ def specialisations() -> Iterator[Specialisation]:
     options: dict[str, dict[str, Any]] = {
         "bf16": {}, "fp16": {}, "fp32": {}, "bf16 filtered": {"FILTERED": True}, "bf16 corrected": {},
         "bf16 two experts": {}, "bf16 conservative": {"FILTERED": True, "CONSERVATIVE": True},
-        "bf16 one drafted": {"ROWS": 2},
+        "bf16 one sequence, one drafted": {"ROWS": 2, "draft.batch": 1, "draft.drafted": 1},
         "bf16 vocabulary of 100": {"COLUMNS": 128, "SEQUENCES": 4, "SPLITS": 1},
     }  # fmt: skip
     for name, changes in options.items():
@@ -641,8 +642,9 @@ def specialisations() -> Iterator[Specialisation]:
         base |= {key: value for key, value in changes.items() if key != "ROWS"}
         rows = {"ROWS": changes.get("ROWS", 16), "ACCEPT": 1}
         for rule, number in RULES.items():
-            launches = {"token": 2, "block": 3, "shared_seed": 1}[rule] + (2 if "filtered" in rest else 0)
-            launches += 3 if "conservative" in rest else 0
+            launches = {"token": 2, "block": 3, "shared_seed": 1}[rule]
+            # Three for the cuts of each law that has any: target, draft, the conservative filter's set.
+            launches += {"filtered": 6, "conservative": 9}.get(rest[0] if rest else "", 0)
             kernels: list[tuple[Any, dict[str, Any]]] = [(_score, {**rows, "SHARED": 3})]
             if rule != "shared_seed":
                 kernels.append((_replace, {"RESIDUAL": 2}))

@@ -74,7 +74,7 @@ def compare_with_law(
         **{"top_k": 0, **options},
     )
     assert isinstance(output, torch.Tensor)
-    tokens = output[:, ids.shape[1] :].numpy()
+    tokens = output[:, ids.shape[1] :].cpu().numpy()
     law = law_of(config, options, len(tables.tuned))
     vocab_size = tables.base.shape[-1]
     return [

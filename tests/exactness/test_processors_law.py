@@ -15,7 +15,7 @@ from speculative_eft.decoding import EFTConfig, EFTDecoder, NaiveEFTDecoder, gen
 from speculative_eft.decoding.processors import process_rows
 from speculative_eft.kernels import AcceptanceRule
 
-from ..conftest import is_interpreted
+from ..conftest import is_spared
 from ..table_models import Tables, random_tables
 from .laws import chi_square, log_softmax
 from .sampling import PROMPTS, Record, assert_exact, count_windows, ragged_batch, table_runners
@@ -106,7 +106,7 @@ def test_joint_law(
     request: pytest.FixtureRequest,
     record_chi_square: Record,
 ) -> None:
-    if is_interpreted(each_backend, request) and (case, rule) != ("bad_words", "block"):
+    if is_spared(each_backend, request) and (case, rule) != ("bad_words", "block"):
         pytest.skip("Triton's interpreter is slow: one case, or all with --every-law")
     process, options, sees_padding = CASES[case]
     temperature = 1.0 if rule == "block" else 1.4

@@ -13,6 +13,7 @@ from speculative_eft.kernels import AcceptanceRule
 from speculative_eft.models import EFTModels
 
 from ..decoding.test_generate import perturbed
+from ..device import test_device
 from ..models.families import tiny_model
 from .laws import chi_square
 from .sampling import Record, assert_exact, count_windows
@@ -32,7 +33,7 @@ def enumerate_law(models: EFTModels, prompt: list[int], alpha: float, beta: floa
             for model in (models.large_base, *models.small_tuned, models.small_base)
         )
     target = (base + alpha * (tuned - base) + beta * (large - base)).log_softmax(-1)
-    return target.gather(-1, paths[..., None])[..., 0].sum(1).exp().numpy()
+    return target.gather(-1, paths[..., None])[..., 0].sum(1).exp().cpu().numpy()
 
 
 @pytest.mark.usefixtures("each_backend")
@@ -42,9 +43,9 @@ def test_joint_law(
     family: str, alpha: float, beta: float, rule: AcceptanceRule, record_chi_square: Record
 ) -> None:
     models = EFTModels(
-        large_base=perturbed(tiny_model(family, 0, VOCAB), 1, 0.05),
-        small_tuned=perturbed(tiny_model(family, 0, VOCAB), 2, 0.05),
-        small_base=tiny_model(family, 0, VOCAB),
+        large_base=perturbed(tiny_model(family, 0, VOCAB), 1, 0.05).to(test_device()),
+        small_tuned=perturbed(tiny_model(family, 0, VOCAB), 2, 0.05).to(test_device()),
+        small_base=tiny_model(family, 0, VOCAB).to(test_device()),
     )
     prompts = ([2, 3], [4, 2, 2, 3, 4])
     ids = torch.tensor([[0, 0, 0, *prompts[0]], list(prompts[1])]).repeat_interleave(COPIES, 0)
@@ -54,7 +55,7 @@ def test_joint_law(
         ids, mask, seed=4, do_sample=True, top_k=0, eos_token_id=[], max_new_tokens=LENGTH + 2
     )
     assert isinstance(output, torch.Tensor)
-    tokens = output[:, 5 : 5 + LENGTH].numpy()
+    tokens = output[:, 5 : 5 + LENGTH].cpu().numpy()
     assert_exact(
         [
             chi_square(

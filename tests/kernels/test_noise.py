@@ -11,6 +11,8 @@ from speculative_eft.kernels import Stream, derive_seeds, exponential_noise, gum
 from speculative_eft.kernels import noise as noise_module
 from speculative_eft.kernels.noise import philox_rounds
 
+from ..device import test_device
+
 ONES = 0xFFFFFFFF
 
 
@@ -58,7 +60,7 @@ def test_a_few_draws_have_the_bits_of_many(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_draws_depend_on_their_own_address_alone() -> None:
-    seeds = derive_seeds(9, 5)
+    seeds = derive_seeds(9, 5).to(test_device())
     whole = draw(seeds)
     for index in range(5):
         assert torch.equal(draw(seeds[index : index + 1])[0], whole[index])
@@ -85,7 +87,7 @@ def test_uniforms_never_reach_0_or_1(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_moments() -> None:
-    seeds = derive_seeds(1, 4)
+    seeds = derive_seeds(1, 4).to(test_device())
     counters = torch.arange(50).expand(4, -1)
     draws = exponential_noise(seeds, counters, torch.zeros(50, dtype=torch.int64), Stream.DRAFT, 5000)
     count = draws.numel()

@@ -21,6 +21,8 @@ from speculative_eft.kernels import (
     verify,
 )
 
+from ..device import test_device
+
 SAMPLES = 100_000
 
 pytestmark = pytest.mark.usefixtures("each_backend")
@@ -32,7 +34,7 @@ def verify_fixed_laws(draft: list[float], target: list[float], drafted: int, rul
     mix = Coefficients(ones[:, None], ones, ones[:, None], None)
     sampling = Sampling(ones)
     zeros = torch.zeros(SAMPLES, dtype=torch.int64)
-    noise = NoiseKey(derive_seeds(1, SAMPLES), zeros, zeros)
+    noise = NoiseKey(derive_seeds(1, SAMPLES).to(test_device()), zeros, zeros)
     vocab_size = len(draft)
     stream = Stream.SHARED if rule == "shared_seed" else Stream.DRAFT
     rows = torch.tensor(draft).log().expand(SAMPLES, drafted + 1, -1)
@@ -88,7 +90,9 @@ def ragged_inputs(greedy: Tensor) -> dict[str, object]:
         "coefficients": Coefficients(ones[:, None], ones, ones[:, None], None),
         "sampling": sampling,
         "draft_sampling": sampling,
-        "noise": NoiseKey(derive_seeds(3, batch), torch.arange(batch), 7 * torch.arange(batch)),
+        "noise": NoiseKey(
+            derive_seeds(3, batch).to(test_device()), torch.arange(batch), 7 * torch.arange(batch)
+        ),
         "vocab_size": vocab_size,
     }
 

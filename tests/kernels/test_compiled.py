@@ -1,4 +1,4 @@
-"""The kernels compiled for a CPU against their torch references: same tokens, same counts, same laws."""
+"""The compiled kernels against their torch references: same tokens, same counts, same laws."""
 
 from __future__ import annotations
 
@@ -34,17 +34,33 @@ from speculative_eft.kernels import (
     verify,
 )
 
-numba = pytest.importorskip("numba", reason="the extra [cpu] is not installed")
+from ..device import test_device
 
-VOCABULARIES = [7, 100, 4_096, 8_193, 32_000, 128_256]
+VOCABULARIES = [7, 100, 4_096, 8_193, 32_000, 128_256, 151_936]
+RULES: tuple[AcceptanceRule, ...] = ("block", "token", "shared_seed")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INFINITY = float("inf")
+
+# Every vocabulary, rule and dtype, but of the large vocabularies, slow in Triton's interpreter, each dtype
+# with one rule.
+CASES = [
+    (vocab_size, rule, dtype)
+    for place, vocab_size in enumerate(VOCABULARIES)
+    for index, rule in enumerate(RULES)
+    for number, dtype in enumerate(DTYPES)
+    if vocab_size < 10_000 or (index + place) % 3 == number
+]
+COMPILED = pytest.mark.parametrize("compiled", ["numba", "triton"])
 
 
 @pytest.fixture
 def both(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Any, Any]]:
-    """Runs a function with torch's kernels and with the compiled ones."""
+    """Runs a function with torch's kernels and with compiled ones."""
 
-    def run(function: Callable[[], Any], compiled: str = "numba") -> tuple[Any, Any]:
+    def run(function: Callable[[], Any], compiled: str) -> tuple[Any, Any]:
+        if compiled == "numba" and test_device().type != "cpu":
+            pytest.skip("Numba's kernels are a CPU's")
+        pytest.importorskip(compiled, reason=f"{compiled} is not installed")
         results = []
         for name in ("torch", compiled):
             monkeypatch.setenv("SPECULATIVE_EFT_BACKEND", name)
@@ -74,10 +90,10 @@ class Case:
             self.sampling, self.sampling, self.noise, rule, self.vocab_size,
         )  # fmt: skip
 
-    def draft(self, row: int, stream: Stream) -> Tensor:
+    def draft(self, row: int, stream: Stream, measures: Tensor | None = None) -> Tensor:
         return draft_step(
             [logits[:, row] for logits in self.tuned], self.base[:, row], self.coefficients, self.sampling,
-            self.noise, stream, row, self.vocab_size,
+            self.noise, stream, row, self.vocab_size, measures=measures,
         )  # fmt: skip
 
 
@@ -90,7 +106,9 @@ def random_case(vocab_size: int, dtype: torch.dtype = torch.float32, experts: in
     tuned = [base + 0.7 * torch.randn(base.shape, generator=generator) for _ in range(experts)]
     temperature = torch.tensor([1.0, 0.0, 0.7])
     alpha = torch.rand(batch, experts, generator=generator)
-    noise = NoiseKey(derive_seeds(5, batch), torch.tensor([0, 3, 2**31]), torch.tensor([9, 0, 4]))
+    noise = NoiseKey(
+        derive_seeds(5, batch).to(test_device()), torch.tensor([0, 3, 2**31]), torch.tensor([9, 0, 4])
+    )
     return Case(
         large=large.to(dtype),
         tuned=[logits.to(dtype) for logits in tuned],
@@ -104,32 +122,28 @@ def random_case(vocab_size: int, dtype: torch.dtype = torch.float32, experts: in
     )
 
 
-def assert_same(expected: Verdict, verdict: Verdict) -> None:
+def assert_same(case: Case, expected: Verdict, verdict: Verdict) -> None:
     assert torch.equal(verdict.accepted_lens, expected.accepted_lens)
     assert torch.equal(verdict.next_token, expected.next_token)
     tolerance = {"rtol": 1e-5, "atol": 1e-5}
-    torch.testing.assert_close(verdict.expected_acceptance, expected.expected_acceptance, **tolerance)
+    submitted = torch.arange(case.draft_tokens.shape[1]) < case.draft_lens[:, None]
+    torch.testing.assert_close(
+        verdict.expected_acceptance[submitted], expected.expected_acceptance[submitted], **tolerance
+    )
     committed = torch.arange(expected.log_probs.shape[1]) <= expected.accepted_lens[:, None]
     torch.testing.assert_close(verdict.log_probs[committed], expected.log_probs[committed], **tolerance)
 
 
-@pytest.mark.parametrize("rule", ["block", "token", "shared_seed"])
-@pytest.mark.parametrize("vocab_size", VOCABULARIES)
-def test_verify(vocab_size: int, rule: AcceptanceRule, both: Any) -> None:
+@COMPILED
+@pytest.mark.parametrize(("vocab_size", "rule", "dtype"), CASES)
+def test_verify(vocab_size: int, rule: AcceptanceRule, dtype: torch.dtype, compiled: str, both: Any) -> None:
+    case = random_case(vocab_size, dtype, experts=2 if dtype is torch.float16 else 1)
+    assert_same(case, *both(lambda: case.verify(rule), compiled))
+
+
+def extreme_case(vocab_size: int) -> Case:
+    """-inf, NaN, models without a finite logit, huge logits, and ties."""
     case = random_case(vocab_size)
-    assert_same(*both(lambda: case.verify(rule)))
-
-
-@pytest.mark.parametrize("rule", ["block", "token", "shared_seed"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_verify_reads_half_precision(dtype: torch.dtype, rule: AcceptanceRule, both: Any) -> None:
-    case = random_case(1000, dtype, experts=2)
-    assert_same(*both(lambda: case.verify(rule)))
-
-
-@pytest.mark.parametrize("rule", ["block", "token", "shared_seed"])
-def test_verify_where_logits_are_extreme(rule: AcceptanceRule, both: Any) -> None:
-    case = random_case(100)
     case.large[0, 0, 5:60] = -INFINITY
     case.base[0, 1, 3:90] = -INFINITY
     case.tuned[0][0, 1, 50:] = torch.nan
@@ -138,30 +152,135 @@ def test_verify_where_logits_are_extreme(rule: AcceptanceRule, both: Any) -> Non
     case.large[2] *= 1e4
     case.large[1, 1] = case.base[1, 1] = 0.0
     case.tuned[0][1, 1] = 2.0
-    # Verification is of tokens that the draft law gives.
+    return case
+
+
+def draft_from(case: Case) -> Case:
+    """The case with tokens that its draft law gives, as verification expects."""
     case.draft_tokens = torch.stack([case.draft(row, Stream.DRAFT) for row in range(3)], dim=1)
-    assert_same(*both(lambda: case.verify(rule)))
+    return case
 
 
-def test_a_model_of_no_weight_is_not_consulted(both: Any) -> None:
+@COMPILED
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("vocab_size", [100, 8_193])
+def test_verify_where_logits_are_extreme(
+    vocab_size: int, rule: AcceptanceRule, compiled: str, both: Any
+) -> None:
+    case = draft_from(extreme_case(vocab_size))
+    assert_same(case, *both(lambda: case.verify(rule), compiled))
+
+
+@COMPILED
+def test_a_model_of_no_weight_is_not_consulted(compiled: str, both: Any) -> None:
     case = random_case(50)
     case.large[:] = torch.nan
     case.coefficients = dataclasses.replace(case.coefficients, beta=torch.zeros(3))
-    expected, verdict = both(lambda: case.verify("block"))
-    assert_same(expected, verdict)
+    expected, verdict = both(lambda: case.verify("block"), compiled)
+    assert_same(case, expected, verdict)
     assert verdict.log_probs[0, 0].isfinite()
 
 
+@COMPILED
 @pytest.mark.parametrize("stream", [Stream.DRAFT, Stream.SHARED])
 @pytest.mark.parametrize("vocab_size", VOCABULARIES)
-def test_draft_step(vocab_size: int, stream: Stream, both: Any) -> None:
-    case = random_case(vocab_size, experts=2)
+def test_draft_step(vocab_size: int, stream: Stream, compiled: str, both: Any) -> None:
+    case = random_case(vocab_size, DTYPES[vocab_size % 3], experts=2)
     for row in range(3):
-        expected, tokens = both(lambda row=row: case.draft(row, stream))
+        expected, tokens = both(lambda row=row: case.draft(row, stream), compiled)
         assert torch.equal(tokens, expected)
 
 
+FILTERS: dict[str, dict[str, Any]] = {
+    "top_k": {"top_k": torch.tensor([5, 3, 40])},
+    "top_p": {"top_p": torch.tensor([0.9, 0.5, 0.6])},
+    "min_p": {"min_p": torch.tensor([0.05, 0.2, 0.01])},
+    "all": {
+        "top_k": torch.tensor([50, 6, 2]),
+        "top_p": torch.tensor([0.95, 0.9, 1.0]),
+        "min_p": torch.tensor([0.01, 0.0, 0.1]),
+    },
+}
+# Of the larger vocabularies a filter each; the conservative filter alone and with the others.
+FILTERED_CASES = [
+    (vocab_size, name, conservative)
+    for place, vocab_size in enumerate(VOCABULARIES)
+    for index, name in enumerate([*FILTERS, "none"])
+    for conservative in (False, True)
+    if (conservative or name != "none")
+    and (vocab_size <= 4_096 or (index + place) % 5 == 0 or (vocab_size == 8_193 and name == "all"))
+]
+
+
+def filtered(case: Case, name: str, conservative: bool) -> Case:
+    sampling = dataclasses.replace(case.sampling, **FILTERS.get(name, {}))
+    if sampling.top_k is not None:
+        sampling = dataclasses.replace(sampling, top_k=sampling.top_k.clamp(max=case.vocab_size))
+    case.sampling = sampling
+    if conservative:
+        top_p = torch.tensor([0.7, 0.9, 0.4])
+        case.coefficients = dataclasses.replace(case.coefficients, conservative_top_p=top_p)
+    return draft_from(case)
+
+
+@pytest.mark.parametrize(("vocab_size", "name", "conservative"), FILTERED_CASES)
+def test_filters(vocab_size: int, name: str, conservative: bool, both: Any) -> None:
+    rule = RULES[(vocab_size + len(name)) % 3]
+    case = filtered(random_case(vocab_size, DTYPES[(vocab_size + len(name)) % 3]), name, conservative)
+    assert_same(case, *both(lambda: case.verify(rule), "triton"))
+    expected, tokens = both(lambda: case.draft(1, Stream.DRAFT), "triton")
+    assert torch.equal(tokens, expected)
+
+
+@pytest.mark.parametrize("name", [*FILTERS, "none"])
+@pytest.mark.parametrize("vocab_size", [100, 8_193])
+def test_filters_where_logits_tie(vocab_size: int, name: str, both: Any) -> None:
+    case = random_case(vocab_size)
+    for logits in (case.large, *case.tuned, case.base):
+        logits.mul_(0.5).round_()
+    # Weights in which sums of ties are exact, and a row of which every token is equal.
+    ones = torch.ones(3)
+    case.coefficients = Coefficients(ones[:, None], ones, ones[:, None], None)
+    case.large[0, 1] = case.tuned[0][0, 1] = case.base[0, 1] = 1.0
+    case.sampling = dataclasses.replace(case.sampling, temperature=torch.tensor([1.0, 0.0, 0.5]))
+    case = filtered(case, name, conservative=name == "none")
+    assert_same(case, *both(lambda: case.verify("token"), "triton"))
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_filters_where_logits_are_extreme(name: str, both: Any) -> None:
+    for vocab_size in (100, 8_193):
+        case = filtered(extreme_case(vocab_size), name, conservative=False)
+        assert_same(case, *both(lambda case=case: case.verify("block"), "triton"))
+
+
+@pytest.mark.parametrize("name", ["none", "all"])
+@pytest.mark.parametrize("vocab_size", [100, 8_193])
+def test_draft_measures(vocab_size: int, name: str, both: Any) -> None:
+    case = filtered(random_case(vocab_size), name, conservative=False)
+
+    def run() -> Tensor:
+        measures = torch.empty(3, 3)
+        case.draft(0, Stream.DRAFT, measures)
+        return measures
+
+    expected, measures = both(run, "triton")
+    torch.testing.assert_close(measures, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("vocab_size", [7, 4_096, 8_193])
+def test_exponential_noise_has_the_references_bits(vocab_size: int, both: Any) -> None:
+    seeds = torch.tensor([3, -5, 2**63 - 1, -(2**63)])
+    counters = torch.tensor([[0, 2**32 - 1]] * 4)
+    arguments = (seeds, counters, torch.tensor([2, 5]), Stream.RESIDUAL, vocab_size)
+    expected, drawn = both(lambda: exponential_noise(*arguments), "triton")
+    torch.testing.assert_close(drawn, expected, rtol=4e-7, atol=0)
+
+
 def test_noise_has_the_references_bits() -> None:
+    numba = pytest.importorskip("numba", reason="the extra [cpu] is not installed")
+    if test_device().type != "cpu":
+        pytest.skip("Numba's kernels are a CPU's")
     from speculative_eft.kernels.cpu.noise import exponentials, uniform
 
     @numba.njit
@@ -205,7 +324,7 @@ def random_state(batch: int, longest: int, generator: torch.Generator) -> RoundS
     )
 
 
-@pytest.mark.parametrize("compiled", ["numba", "triton"])
+@COMPILED
 @pytest.mark.parametrize("adaptive", [True, False])
 def test_commit(adaptive: bool, compiled: str, both: Any) -> None:
     generator = torch.Generator().manual_seed(2)
@@ -241,13 +360,14 @@ def test_commit(adaptive: bool, compiled: str, both: Any) -> None:
 
 
 def test_the_backend_is_named_or_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numba", reason="the extra [cpu] is not installed")
     monkeypatch.delenv("SPECULATIVE_EFT_BACKEND", raising=False)
     assert backend(torch.device("cpu")) == "numba"
     assert backend(torch.device("cuda")) == "triton"
     monkeypatch.setenv("SPECULATIVE_EFT_BACKEND", "torch")
     assert backend(torch.device("cpu")) == backend(torch.device("cuda")) == "torch"
     monkeypatch.setenv("SPECULATIVE_EFT_BACKEND", "triton")
-    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="triton needs Triton and tensors on a GPU"):
         backend(torch.device("cpu"))
     monkeypatch.setenv("SPECULATIVE_EFT_BACKEND", "cuda")
@@ -259,6 +379,7 @@ def test_the_backend_is_named_or_chosen(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_torch_keeps_its_number_of_threads() -> None:
+    pytest.importorskip("numba", reason="the extra [cpu] is not installed")
     code = (
         "import torch; torch.set_num_threads(1); "
         "from speculative_eft.kernels.cpu.compile import use_threads; "
@@ -267,7 +388,7 @@ def test_torch_keeps_its_number_of_threads() -> None:
     subprocess.run([sys.executable, "-P", "-c", code], check=True)
 
 
-@pytest.mark.parametrize("compiled", ["numba", "triton"])
+@COMPILED
 @pytest.mark.parametrize(
     ("vocab_size", "dtype"), [(30, torch.float32), (100, torch.float16), (4_100, torch.bfloat16)]
 )
@@ -276,7 +397,7 @@ def test_memory(vocab_size: int, dtype: torch.dtype, compiled: str, both: Any) -
 
     def run() -> list[Tensor]:
         generator = torch.Generator().manual_seed(3)
-        memory = new_draft_memory(batch, slots, vocab_size, torch.device("cpu"))
+        memory = new_draft_memory(batch, slots, vocab_size, test_device())
         seen = []
         for turn in range(4):
             # Every other row of a larger tensor: rows are not contiguous.

@@ -1,0 +1,205 @@
+"""Timing of kernels: replays of a captured CUDA graph between CUDA events.
+
+A kernel of a few microseconds is shorter than its launch from Python, so the host has to be ahead of the
+device: before each timed replay the device reads a buffer larger than its second-level cache. That also
+leaves the cache cold, which is how a kernel finds data that was written before gigabytes of weights were
+read, and as weights do it leaves nothing to be written back; `cold` says which of the two is measured. On a
+CPU the wall clock serves, for smoke tests alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from ..comparison import Spread, environment
+
+__all__ = [
+    "Timing",
+    "copy_bandwidth",
+    "facts",
+    "launch_floor",
+    "reference_kernels",
+    "time_operation",
+    "write_json",
+]
+
+_SHORTEST_FLUSH = 128 * 2**20
+_SECONDS = 0.4
+"""Time that the replays of one measurement may take, once there are the fewest."""
+_FEWEST_REPLAYS, _MOST_REPLAYS = 10, 100
+_WARM_CALLS = 10
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What one call of an operation takes.
+
+    Attributes:
+        microseconds: of one call, over replays.
+        replays: timed ones.
+        cold: whether the second-level cache held nothing of use before each.
+        method: "CUDA graph" or "wall clock".
+    """
+
+    microseconds: Spread
+    replays: int
+    cold: bool
+    method: str
+
+
+def time_operation(operation: Callable[[], object], device: torch.device, *, cold: bool) -> Timing:
+    """Capture an operation in a CUDA graph and time its replays.
+
+    Args:
+        operation: launches work on `device` and may be repeated; it neither waits for the device nor draws
+            on memory whose place changes.
+        cold: whether to find the second-level cache cold. If not, a replay holds ten calls in a row, and
+            follows ten others.
+
+    Raises:
+        torch.OutOfMemoryError: if the operation's memory does not fit twice, once for its warm-up and once
+            for the graph.
+    """
+    if device.type != "cuda":
+        return _wall_clock(operation)
+    side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            operation()
+    torch.cuda.current_stream(device).wait_stream(side)
+    torch.cuda.synchronize(device)
+    # What the warm-up has cached the graph's own pool may need.
+    torch.cuda.empty_cache()
+    graph = torch.cuda.CUDAGraph()
+    calls = 1 if cold else _WARM_CALLS
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            operation()
+    _replay(graph, device, cold, 3)
+    estimate = statistics.median(_replay(graph, device, cold, 3)) / 1e6
+    count = min(max(int(_SECONDS / max(estimate, 1e-6)), _FEWEST_REPLAYS), _MOST_REPLAYS)
+    microseconds = [time / calls for time in _replay(graph, device, cold, count)]
+    del graph
+    torch.cuda.empty_cache()
+    return Timing(Spread.of(microseconds), count, cold, "CUDA graph")
+
+
+def _replay(graph: torch.cuda.CUDAGraph, device: torch.device, cold: bool, count: int) -> list[float]:
+    """Microseconds of each of some replays."""
+    swept = torch.zeros(_flush_bytes(device) // 4, device=device)
+    total = torch.zeros((), device=device)
+    events = [
+        [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
+        for _ in range(count)
+    ]
+    for start, end in events:
+        torch.sum(swept, 0, out=total)
+        if not cold:
+            graph.replay()
+        start.record()
+        graph.replay()
+        end.record()
+    torch.cuda.synchronize(device)
+    return [1000 * start.elapsed_time(end) for start, end in events]
+
+
+def _flush_bytes(device: torch.device) -> int:
+    cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
+    return max(2 * int(cache), _SHORTEST_FLUSH)
+
+
+def _wall_clock(operation: Callable[[], object]) -> Timing:
+    start = perf_counter()
+    operation()
+    return Timing(Spread.of([1e6 * (perf_counter() - start)]), 1, False, "wall clock")
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second, read and written together, of a copy that no cache holds."""
+    size = 2**30 if device.type == "cuda" else 2**24
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    timing = time_operation(lambda: target.copy_(source), device, cold=True)
+    return 2 * size / (timing.microseconds.median / 1e6)
+
+
+def launch_floor(device: torch.device) -> float:
+    """Microseconds of the smallest kernel there is: what no launch can be faster than in `time_operation`."""
+    number = torch.zeros(1, device=device)
+    return time_operation(number.zero_, device, cold=True).microseconds.median
+
+
+@contextmanager
+def reference_kernels() -> Iterator[None]:
+    """Run the torch references inside, whatever the device."""
+    name = "SPECULATIVE_EFT_BACKEND"
+    before = os.environ.get(name)
+    os.environ[name] = "torch"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def facts(device: torch.device) -> dict[str, Any]:
+    """The machine, the device, the versions and the sources at hand, ready for JSON."""
+    found: dict[str, Any] = asdict(environment())
+    try:
+        found["triton"] = version("triton")
+    except PackageNotFoundError:
+        found["triton"] = None
+    found["commit"] = _output("git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD")
+    found["kernels_sha256"] = _digest(Path(__file__).parents[2] / "kernels")
+    found["device"] = "cpu"
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found["device"] = properties.name
+        found["device_memory_bytes"] = properties.total_memory
+        found["multiprocessors"] = properties.multi_processor_count
+        found["capability"] = list(torch.cuda.get_device_capability(device))
+        found["cuda"] = torch.version.cuda
+        query = "--query-gpu=driver_version,clocks.max.sm,clocks.max.mem,power.limit"
+        found["driver_and_clocks"] = _output("nvidia-smi", "--format=csv,noheader", query)
+    return found
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints; None where it is not there or fails."""
+    try:
+        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _digest(folder: Path) -> str:
+    """Of the sources in a folder: tells measurements of the same code from others without a commit."""
+    digest = sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Replace a JSON file at once, so that a reader or a broken run never meets half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,187 @@
+"""Sequences that run together: rounds ahead of the host, and rows that follow who is still running."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from speculative_eft.kernels import RoundState
+from speculative_eft.models import CapturedFunctions, EFTRunners, Runner
+
+from .round import PhaseTimer, RoundPlan, TraceBuffers, draft_phase, verify_phase
+from .sequences import exchange, narrowed
+
+__all__ = ["Report", "RunningBatch"]
+
+Report: TypeAlias = dict[int, list[int]]
+"""For each sequence of a round: tokens committed, the next draft length (-1 when done), and the tokens."""
+
+_ROUNDS_AHEAD = 1
+"""Rounds that a host starts before it reads the first one's report, so that a GPU never waits for it."""
+
+_SPAN_STEP = 1024
+
+
+@dataclass
+class _Sent:
+    """A report on its way to the host, and what its round may add to any sequence."""
+
+    report: Tensor
+    arrived: torch.cuda.Event | None
+    sequences: list[int]
+    most: int
+
+
+class RunningBatch:
+    """Runs rounds of sequences, each of which has a row of the state and the slot of that number.
+
+    A sequence that is done is masked, and leaves its row to another as soon as fewer rows hold the rest.
+    Where the state has `offered_lens`, each report is read one round late.
+
+    Attributes:
+        order: the sequence in each row of the state.
+        rows: how many rows, the first ones, take part in the rounds to come.
+    """
+
+    def __init__(
+        self,
+        runners: EFTRunners,
+        state: RoundState,
+        plan: RoundPlan,
+        trace: TraceBuffers | None,
+        lengths: Sequence[int],
+        limits: Sequence[int],
+        graphs: CapturedFunctions | None = None,
+    ) -> None:
+        """Take sequences 0, 1, ... that are filled, in the rows of these numbers.
+
+        Args:
+            lengths, limits: of each the length in the longest of its caches, and the most it can become.
+            graphs: captures the rounds; None runs them as they are.
+        """
+        self.runners, self.state, self.plan, self.trace = runners, state, plan, trace
+        self.order = list(range(len(lengths)))
+        self.rows = len(lengths)
+        self._lengths, self._limits = list(lengths), list(limits)
+        self._graphs = graphs
+        self._sent: deque[_Sent] = deque()
+        self._pinned: deque[Tensor] = deque(maxlen=_ROUNDS_AHEAD + 1)
+        self._narrow()
+
+    def _narrow(self) -> None:
+        for runner in self._runners():
+            runner.use(self.rows)
+        whole = self.rows == self.state.done.shape[0]
+        trace = self.trace
+        self._parts = (
+            (self.state, self.plan, trace)
+            if whole
+            else (
+                narrowed(self.state, self.rows),
+                narrowed(self.plan, self.rows),
+                None if trace is None else narrowed(trace, self.rows),
+            )
+        )
+
+    def _runners(self) -> list[Runner]:
+        return [self.runners.large, *self.runners.tuned, self.runners.base]
+
+    def advance(self, drafted: int, timer: PhaseTimer, wait: bool = False) -> Report | None:
+        """Start a round that drafts `drafted` tokens; the oldest report that is due, or None.
+
+        `drafted` is the longest draft length of the last report that was read. With `wait` this round's
+        report is due.
+        """
+        sequences = self.order[: self.rows]
+        report = self._round(drafted, self._span(sequences, drafted), timer)
+        self._sent.append(self._send(report, sequences, drafted + 1))
+        due = wait or self.state.offered_lens is None or len(self._sent) > _ROUNDS_AHEAD
+        return self._read(self._sent.popleft()) if due else None
+
+    def _span(self, sequences: Sequence[int], drafted: int) -> int:
+        ahead = sum(sent.most for sent in self._sent)
+        reached = max(min(self._lengths[index] + ahead, self._limits[index]) for index in sequences)
+        return reached + drafted + 1
+
+    def _round(self, drafted: int, span: int, timer: PhaseTimer) -> Tensor:
+        state, plan, trace = self._parts
+        if self._graphs is None:
+            draft = draft_phase(self.runners, state, plan, drafted, span)
+            timer.mark("draft")
+            return verify_phase(self.runners, state, plan, draft, span, timer, trace)
+        # Few spans, so that few graphs are captured: what lies beyond a sequence's length is not read.
+        span = -(-span // _SPAN_STEP) * _SPAN_STEP
+        report: Tensor = self._graphs.run(
+            (self.rows, drafted, span),
+            lambda: draft_phase(self.runners, state, plan, drafted, span),
+            lambda draft: verify_phase(self.runners, state, plan, draft, span, PhaseTimer(), trace),
+        )
+        return report
+
+    def _send(self, report: Tensor, sequences: list[int], most: int) -> _Sent:
+        if report.device.type != "cuda":
+            return _Sent(report, None, sequences, most)
+        pinned = next((host for host in self._pinned if host.shape == report.shape), None)
+        if pinned is None or len(self._pinned) <= _ROUNDS_AHEAD:
+            pinned = torch.empty_like(report, device="cpu", pin_memory=True)
+        else:
+            self._pinned.remove(pinned)
+        self._pinned.append(pinned)
+        pinned.copy_(report, non_blocking=True)
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        arrived.record()
+        return _Sent(pinned, arrived, sequences, most)
+
+    def _read(self, sent: _Sent) -> Report:
+        if sent.arrived is not None:
+            sent.arrived.synchronize()
+        report = dict(zip(sent.sequences, sent.report.tolist(), strict=True))
+        for index, (count, *_) in report.items():
+            self._lengths[index] += count
+        return report
+
+    def end(self, sequences: Sequence[int]) -> None:
+        """Mark sequences that the host ended."""
+        if sequences:
+            rows = torch.tensor([self.order.index(index) for index in sequences])
+            rows = rows.to(self.state.done.device)
+            self.state.done[rows] = True
+            self.state.draft_lens[rows] = 0
+
+    def compact(self, done: Sequence[int]) -> None:
+        """Give the rows of the sequences that are `done` to others, where fewer rows then hold the rest."""
+        is_done = [index in done for index in self.order[: self.rows]]
+        live = is_done.count(False)
+        # With graphs a power of two, so that few are captured.
+        rows = live if self._graphs is None else 1 << max(live - 1, 0).bit_length()
+        if live == 0 or rows >= self.rows:
+            return
+        free = [row for row in range(rows) if is_done[row]]
+        for row in range(rows, self.rows):
+            if not is_done[row]:
+                self._exchange(row, free.pop())
+        self.rows = rows
+        self._narrow()
+
+    def _exchange(self, first: int, second: int) -> None:
+        span = self._span((self.order[first], self.order[second]), 0)
+        for runner in self._runners():
+            runner.exchange(first, second, span)
+        exchange(self.state, first, second)
+        if self.trace is not None:
+            exchange(self.trace, first, second)
+        self.order[first], self.order[second] = self.order[second], self.order[first]
+
+    def restore(self) -> None:
+        """Give every sequence the row of its number again."""
+        for row in range(len(self.order)):
+            if self.order[row] != row:
+                self._exchange(row, self.order.index(row))
+        self.rows = len(self.order)
+        for runner in self._runners():
+            runner.use(self.rows)

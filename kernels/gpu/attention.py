@@ -1,0 +1,461 @@
+"""Ragged split-KV decoding attention in Triton, and the append of new keys and values.
+
+The rows of all heads that share keys, `groups * new` of them, are packed into tiles of up to 64, so that a
+key is read once for all of them. A program works on one tile of one sequence and on one split of its
+positions, and goes where the sequence has none there. It leaves the largest score, the mass and the mixed
+values of its rows, and programs that arrive last merge them in the order of the splits. Where one
+split holds all that a tile sees, its program writes the result itself. Merging takes two steps, so that long
+contexts do not end in one program that reads hundreds of parts: the last program of a bundle of splits to
+arrive merges these, and the last of those that did merges the bundles.
+
+How long a split is follows from the rows that share keys alone, and where the splits lie from nothing: so
+neither the batch nor the span changes a bit of a sequence's result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..attention import HEAD_DIMS
+from .specialisation import Specialisation
+from .tile import INTERPRETED, arrive, power_of_two, scratch_kept, zeros_kept
+
+__all__ = ["Tile", "append", "attention", "attention_tile", "specialisations"]
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+_APPENDED_ROWS = 16
+"""Vectors that a program appends."""
+
+_BUNDLE = 8
+"""Splits that are merged by one program before what is left of all of them is."""
+
+_STAGES = 2
+"""Of the loop over keys and values. More would leave room for fewer programs."""
+
+_NO_ALIBI, _ALIBI, _ROUNDED_ALIBI = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How rows and positions are cut.
+
+    Attributes:
+        rows: of a tile, padding included; tiles: of the rows that share keys.
+        columns: positions read at once; split: positions of a split.
+        width: a head's size, padding included.
+        unroll: parts merged at once, so that they are read at once.
+    """
+
+    rows: int
+    tiles: int
+    columns: int
+    split: int
+    width: int
+    unroll: int
+    warps: int
+
+
+def attention_tile(rows: int, dim: int, itemsize: int) -> Tile:
+    """The tile for `rows` that share keys, heads of `dim` numbers of `itemsize` bytes.
+
+    A split's own result is `rows * dim` float32 numbers, its keys and values 2 * split * dim of `itemsize`
+    bytes. Few rows can afford short splits, with which one sequence fills the device; with many rows longer
+    ones keep what is left for the merge below a quarter of what is read.
+    """
+    width = max(power_of_two(dim), 16)
+    shared = max(power_of_two(rows), 16)
+    # Tensor cores do not multiply float32, and registers hold few rows and columns then.
+    padded = min(shared, 64 if itemsize == 2 else 16)
+    wide = (padded == 64 and width >= 128) or (itemsize == 4 and width > 128)
+    return Tile(
+        rows=padded,
+        tiles=-(-rows // padded),
+        columns=16 if itemsize == 4 else 64 if width <= 128 else 32,
+        split=min(shared, 64) * 8,
+        width=width,
+        unroll=min(max(8192 // (padded * width), 1), 4),
+        warps=8 if wide else 4,
+    )
+
+
+@triton.jit
+def load_vectors(pointer, offsets, mask):
+    """Neighbouring keys or values."""
+    return tl.load(pointer + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def _nearest(numbers, dtype: tl.constexpr):
+    """Float32 rounded to the nearest of `dtype`."""
+    if _INTERPRETED and dtype == tl.bfloat16:
+        # The interpreter would cut off.
+        bits = numbers.to(tl.uint32, bitcast=True)
+        numbers = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return numbers.to(dtype)
+
+
+@triton.jit
+def _product(left, right, total):
+    """`total` and the product of two tiles, in float32."""
+    if _INTERPRETED:
+        # The interpreter would multiply the bits of bfloat16.
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    return tl.dot(left, right, total, input_precision="ieee")
+
+
+@triton.jit
+def _falcon_bias(slope, position):
+    rounded = _nearest(position.to(tl.float32), tl.bfloat16).to(tl.float32)
+    return _nearest(slope * rounded, tl.bfloat16).to(tl.float32)
+
+
+@triton.jit
+def _store_part(partials, records, index, is_row, number, highest, mass, mixed, DIM: tl.constexpr):
+    """Keep what a split or a bundle of them gave each row."""
+    mask = is_row[:, None] & (number < DIM)[None, :]
+    tl.store(partials + index[:, None] * DIM + number[None, :], mixed, mask=mask)
+    tl.store(records + 2 * index, highest, mask=is_row)
+    tl.store(records + 2 * index + 1, mass, mask=is_row)
+
+
+@triton.jit
+def _merge_parts(
+    partials,
+    records,
+    index,
+    stride,
+    is_row,
+    number,
+    begin,
+    end,
+    size,
+    first_split,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """The parts from `begin` to before `end`, of `size` splits each, as one: largest score, mass, values.
+
+    A part lies where its first split's results lay; one that the row does not see at all has a largest score
+    of -inf.
+    """
+    highest = tl.full((ROWS,), float("-inf"), tl.float32)
+    mass = tl.zeros((ROWS,), tl.float32)
+    mixed = tl.zeros((ROWS, WIDTH), tl.float32)
+    for base in range(begin, end, UNROLL):
+        for ahead in tl.static_range(UNROLL):
+            part = base + ahead
+            # A comparison of two scalars is no mask in the interpreter.
+            is_part = is_row & (tl.full((ROWS,), part, tl.int32) < end)
+            place = index + tl.maximum(part * size, first_split) * stride
+            part_highest = tl.load(records + 2 * place, mask=is_part, other=float("-inf"))
+            part_mass = tl.load(records + 2 * place + 1, mask=is_part, other=0.0)
+            part_mixed = tl.load(
+                partials + place[:, None] * DIM + number[None, :],
+                mask=is_part[:, None] & (number < DIM)[None, :],
+                other=0.0,
+            )
+            seen = tl.maximum(highest, part_highest)
+            shift = tl.where(seen == float("-inf"), 0.0, seen)
+            own, other = tl.exp2(highest - shift), tl.exp2(part_highest - shift)
+            mixed = mixed * own[:, None] + part_mixed * other[:, None]
+            mass = mass * own + part_mass * other
+            highest = seen
+    return highest, mass, mixed
+
+
+@triton.jit(do_not_specialize=["new", "groups", "tiles", "span", "splits", "reach"])
+def _attend(
+    query,
+    keys,
+    values,
+    lengths,
+    slopes,
+    out,
+    partials,
+    records,
+    arrivals,
+    query_strides,
+    key_strides,
+    value_strides,
+    out_strides,
+    scale,
+    softcap,
+    new,
+    groups,
+    tiles,
+    span,
+    splits,
+    reach,
+    SOFTCAPPED: tl.constexpr,
+    ALIBI: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BUNDLE: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    split = tl.program_id(0)
+    head = tl.program_id(1) // tiles
+    tile = tl.program_id(1) % tiles
+    sequence = tl.program_id(2).to(tl.int64)
+    length = tl.load(lengths + sequence)
+    # Of the positions that any of the sequence's rows sees.
+    last = (tl.minimum(length + new, span) - 1).to(tl.int32)
+    first = tl.maximum(tl.minimum(length, span - 1).to(tl.int32) - reach + 1, 0)
+    first_split = first // SPLIT
+    last_split = last // SPLIT
+    if (split < first_split) | (split > last_split):
+        return
+
+    row = tile * ROWS + tl.arange(0, ROWS)
+    is_row = row < groups * new
+    query_head = head * groups + row // new
+    step = row % new
+    position = tl.minimum(length + step, span - 1).to(tl.int32)
+    number = tl.arange(0, WIDTH)
+    is_number = number < DIM
+    is_inside = is_row[:, None] & is_number[None, :]
+    offsets = sequence * query_strides[0] + step.to(tl.int64) * query_strides[1]
+    offsets += query_head.to(tl.int64) * query_strides[2]
+    rows = tl.load(query + offsets[:, None] + number[None, :], mask=is_inside, other=0.0)
+    if ALIBI != _NO_ALIBI:
+        slope = tl.load(slopes + query_head, mask=is_row, other=0.0).to(tl.float32)[:, None]
+
+    key_offset = sequence * key_strides[0] + head.to(tl.int64) * key_strides[1]
+    value_offset = sequence * value_strides[0] + head.to(tl.int64) * value_strides[1]
+    highest = tl.full((ROWS,), float("-inf"), tl.float32)
+    mass = tl.zeros((ROWS,), tl.float32)
+    mixed = tl.zeros((ROWS, WIDTH), tl.float32)
+    begin = tl.maximum(split * SPLIT, first // COLUMNS * COLUMNS)
+    for start in range(begin, tl.minimum(split * SPLIT + SPLIT, last + 1), COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        is_column = column <= last
+        place = column.to(tl.int64)
+        key = load_vectors(
+            keys,
+            key_offset + place[None, :] * key_strides[2] + number[:, None],
+            is_column[None, :] & is_number[:, None],
+        )
+        scores = _product(rows, key, tl.zeros((ROWS, COLUMNS), tl.float32))
+        if ALIBI == _ALIBI:
+            scores += slope * (column[None, :] - position[:, None]).to(tl.float32)
+        if ALIBI == _ROUNDED_ALIBI:
+            # Less that of the row's own position, which changes no weight and keeps the numbers small.
+            scores += _falcon_bias(slope, column[None, :]) - _falcon_bias(slope, position[:, None])
+        scores *= scale
+        if SOFTCAPPED:
+            growth = tl.exp2(scores * (2.0 * _LOG2_E / softcap))
+            scores = softcap * (1.0 - 2.0 / (growth + 1.0))
+        # As an unsigned number a distance into the future is beyond any window.
+        is_visible = (position[:, None] - column[None, :]).to(tl.uint32) < reach
+        scores = tl.where(is_visible, scores * _LOG2_E, float("-inf"))
+        seen = tl.maximum(highest, tl.max(scores, axis=1))
+        shift = tl.where(seen == float("-inf"), 0.0, seen)
+        weights = tl.exp2(scores - shift[:, None])
+        fade = tl.exp2(highest - shift)
+        value = load_vectors(
+            values,
+            value_offset + place[:, None] * value_strides[2] + number[None, :],
+            is_column[:, None] & is_number[None, :],
+        )
+        mass = mass * fade + tl.sum(weights, axis=1)
+        mixed = _product(_nearest(weights, value.dtype), value, mixed * fade[:, None])
+        highest = seen
+
+    out_offsets = sequence * out_strides[0] + step.to(tl.int64) * out_strides[1]
+    out_offsets += query_head.to(tl.int64) * out_strides[2]
+    places = out + out_offsets[:, None] + number[None, :]
+    if first_split == last_split:
+        tl.store(places, _nearest(mixed / mass[:, None], out.dtype.element_ty), mask=is_inside)
+    else:
+        unit = sequence * (tl.num_programs(1) // tiles) + head
+        stride = groups * new
+        # Where the rows' parts of split 0 lie.
+        index = unit * splits * stride + row
+        bundles = (splits + BUNDLE - 1) // BUNDLE
+        counters = arrivals + (unit * tiles + tile) * (bundles + 1)
+        bundle = split // BUNDLE
+        first_bundle, last_bundle = first_split // BUNDLE, last_split // BUNDLE
+        begin = tl.maximum(bundle * BUNDLE, first_split)
+        end = tl.minimum(bundle * BUNDLE + BUNDLE, last_split + 1)
+        _store_part(partials, records, index + split * stride, is_row, number, highest, mass, mixed, DIM)
+        if arrive(counters, bundle, end - begin):
+            highest, mass, mixed = _merge_parts(
+                partials, records, index, stride, is_row, number, begin, end, 1, first_split, DIM, WIDTH,
+                ROWS, UNROLL,
+            )  # fmt: skip
+            if first_bundle == last_bundle:
+                tl.store(places, _nearest(mixed / mass[:, None], out.dtype.element_ty), mask=is_inside)
+            else:
+                # All of the bundle has been read: its first part becomes its whole.
+                tl.debug_barrier()
+                _store_part(
+                    partials, records, index + begin * stride, is_row, number, highest, mass, mixed, DIM
+                )
+                if arrive(counters, bundles, last_bundle - first_bundle + 1):
+                    highest, mass, mixed = _merge_parts(
+                        partials, records, index, stride, is_row, number, first_bundle, last_bundle + 1,
+                        BUNDLE, first_split, DIM, WIDTH, ROWS, UNROLL,
+                    )  # fmt: skip
+                    tl.store(places, _nearest(mixed / mass[:, None], out.dtype.element_ty), mask=is_inside)
+
+
+@triton.jit(do_not_specialize=["new", "heads", "capacity"])
+def _append(
+    keys,
+    values,
+    cached_keys,
+    cached_values,
+    lengths,
+    key_strides,
+    value_strides,
+    cached_key_strides,
+    cached_value_strides,
+    new,
+    heads,
+    capacity,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    sequence = tl.program_id(0).to(tl.int64)
+    vector = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    number = tl.arange(0, WIDTH)[None, :]
+    mask = (vector < new * heads)[:, None] & (number < DIM)
+    step = (vector // heads).to(tl.int64)[:, None]
+    head = (vector % heads).to(tl.int64)[:, None]
+    position = tl.minimum(tl.load(lengths + sequence) + step, capacity - 1)
+    key = load_vectors(
+        keys, sequence * key_strides[0] + step * key_strides[1] + head * key_strides[2] + number, mask
+    )
+    value = load_vectors(
+        values, sequence * value_strides[0] + step * value_strides[1] + head * value_strides[2] + number, mask
+    )
+    place = sequence * cached_key_strides[0] + head * cached_key_strides[1] + position * cached_key_strides[2]
+    tl.store(cached_keys + place + number, key, mask=mask)
+    place = sequence * cached_value_strides[0] + head * cached_value_strides[1]
+    tl.store(cached_values + place + position * cached_value_strides[2] + number, value, mask=mask)
+
+
+def _strides(tensor: Tensor) -> tuple[int, int, int]:
+    if tensor.stride(3) != 1:
+        raise ValueError("query, keys, values and out must be contiguous in their last dimension")
+    return tensor.stride(0), tensor.stride(1), tensor.stride(2)
+
+
+def append(keys: Tensor, values: Tensor, cached_keys: Tensor, cached_values: Tensor, lengths: Tensor) -> None:
+    """`kernels.append`."""
+    batch, new, heads, dim = keys.shape
+    _append[(batch, -(-new * heads // _APPENDED_ROWS))](
+        keys, values, cached_keys, cached_values, lengths,
+        *map(_strides, (keys, values, cached_keys, cached_values)), new, heads, cached_keys.shape[2],
+        DIM=dim, WIDTH=power_of_two(dim), ROWS=_APPENDED_ROWS, num_warps=4,
+    )  # fmt: skip
+
+
+def attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+    out: Tensor | None,
+) -> Tensor:
+    """`kernels.attention`."""
+    batch, new, heads, dim = query.shape
+    kv_heads, span = keys.shape[1:3]
+    groups = heads // kv_heads
+    rows = groups * new
+    tile = attention_tile(rows, dim, query.element_size())
+    splits = -(-span // tile.split)
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device) if out is None else out
+    results = batch * kv_heads * splits * rows if splits > 1 else 0
+    scratch = scratch_kept("attention", query.device, results * (dim + 2))
+    alibi, slopes = _NO_ALIBI, lengths
+    if alibi_slopes is not None:
+        slopes = alibi_slopes.contiguous()
+        alibi = _ROUNDED_ALIBI if alibi_slopes.dtype == torch.bfloat16 else _ALIBI
+    counters = batch * kv_heads * tile.tiles * (-(-splits // _BUNDLE) + 1)
+    arrivals = zeros_kept("arrivals", query.device, counters)
+    _attend[(splits, kv_heads * tile.tiles, batch)](
+        query, keys, values, lengths, slopes, out, scratch, scratch[results * dim :], arrivals,
+        *map(_strides, (query, keys, values, out)), scale, softcap or 1.0, new, groups, tile.tiles, span,
+        splits, min(window or span, span), SOFTCAPPED=softcap is not None, ALIBI=alibi.value, DIM=dim,
+        WIDTH=tile.width, ROWS=tile.rows, COLUMNS=tile.columns, SPLIT=tile.split, BUNDLE=_BUNDLE,
+        UNROLL=tile.unroll, num_warps=tile.warps, num_stages=_STAGES,
+    )  # fmt: skip
+    return out
+
+
+def specialisations() -> Iterator[Specialisation]:
+    """Every size of head and dtype, few rows and many, and each option once."""
+    types = {"bf16": 2, "fp16": 2, "fp32": 4}
+    variants: list[tuple[str, int, int, dict[str, Any]]] = [
+        *(("bf16", dim, rows, {}) for dim in HEAD_DIMS for rows in (4, 36)),
+        ("bf16", 128, 20, {}),
+        *(("fp16", 128, rows, {}) for rows in (4, 36)),
+        *(("fp32", dim, 4, {}) for dim in HEAD_DIMS),
+        ("bf16", 256, 18, {"SOFTCAPPED": True}),
+        *(("bf16", 64, 16, {"ALIBI": kind}) for kind in (1, 2)),
+    ]
+    strides = dict.fromkeys(
+        ("query_strides", "key_strides", "value_strides", "out_strides"), ("i32", "i32", "i32")
+    )
+    vectors = ("query", "keys", "values", "out")
+    for dtype, dim, rows, options in variants:
+        tile = attention_tile(rows, dim, types[dtype])
+        slopes = {0: "*i64", 1: "*fp32", 2: "*bf16"}[options.get("ALIBI", 0)]
+        named = "".join(
+            f" {name.lower()}" + (" rounded" if value == 2 else "") for name, value in options.items()
+        )
+        yield Specialisation(
+            operation="attention",
+            name=f"{dtype} heads of {dim}, {rows} rows{named}",
+            kernel=_attend,
+            signature={
+                **dict.fromkeys(vectors, f"*{dtype}"), "lengths": "*i64", "slopes": slopes,
+                "partials": "*fp32", "records": "*fp32", "arrivals": "*i32", **strides,
+                "scale": "fp32", "softcap": "fp32",
+                **dict.fromkeys(("new", "groups", "tiles", "span", "splits", "reach"), "i32"),
+            },
+            constants={
+                "SOFTCAPPED": False, "ALIBI": 0, "DIM": dim, "WIDTH": tile.width,
+                "ROWS": tile.rows, "COLUMNS": tile.columns, "SPLIT": tile.split, "BUNDLE": _BUNDLE,
+                "UNROLL": tile.unroll, **options,
+            },
+            divisible=frozenset({*vectors, *strides, "partials", "records"}),
+            num_warps=tile.warps,
+            num_stages=_STAGES,
+            wide_loads=(load_vectors,),
+        )  # fmt: skip
+    vectors = ("keys", "values", "cached_keys", "cached_values")
+    strides = dict.fromkeys([f"{name.removesuffix('s')}_strides" for name in vectors], ("i32",) * 3)
+    for dtype, dim in (("bf16", 128), ("bf16", 80), ("fp16", 128), ("fp32", 128)):
+        yield Specialisation(
+            operation="append",
+            name=f"{dtype} heads of {dim}",
+            kernel=_append,
+            signature={
+                **dict.fromkeys(vectors, f"*{dtype}"), "lengths": "*i64", **strides,
+                **dict.fromkeys(("new", "heads", "capacity"), "i32"),
+            },
+            constants={"DIM": dim, "WIDTH": power_of_two(dim), "ROWS": _APPENDED_ROWS},
+            divisible=frozenset({*vectors, *strides}),
+            wide_loads=(load_vectors,),
+        )  # fmt: skip
