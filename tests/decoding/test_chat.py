@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -109,6 +111,26 @@ def test_prompts_that_end_in_different_tokens(draft: Any, general: dict[str, Any
             token = mixed.argmax().view(1, 1)
             ids, tuned_ids = torch.cat([ids, token], dim=1), torch.cat([tuned_ids, token], dim=1)
     assert torch.equal(output, ids)
+
+
+def test_loading_finds_the_tuned_models_template(tmp_path: Path) -> None:
+    models = chat_trio()
+    words = tokenizer_of(WORDS)
+    models.chat_tokenizer = tuned_words = copy.deepcopy(words)
+    tuned_words.add_tokens(list(ADDED), special_tokens=True)
+    tuned_words.chat_template = TEMPLATE
+    tuned = models.small_tuned[0]
+    for role, model, tokenizer in (
+        ("large", models.large_base, words), ("tuned", tuned, tuned_words), ("base", models.small_base, words)
+    ):  # fmt: skip
+        model.save_pretrained(tmp_path / role)
+        tokenizer.save_pretrained(tmp_path / role)
+    loaded = EFTModels.from_pretrained(*(tmp_path / role for role in ("large", "tuned", "base")))
+    assert loaded.tokenizer.chat_template is None
+    assert loaded.chat_tokenizer.chat_template == TEMPLATE
+    options: dict[str, Any] = {"max_new_tokens": 6, "seed": 0, "do_sample": True}
+    wanted = EFTDecoder(models).generate(chat=HELLO, **options)
+    assert torch.equal(EFTDecoder(loaded).generate(chat=HELLO, **options), wanted)
 
 
 def test_a_batch_of_chats_is_each_chat_alone() -> None:
