@@ -19,9 +19,11 @@ from transformers import (
 )
 
 from speculative_eft.decoding import CUSTOM_GENERATE_FOLDER, EFTConfig, EFTDecoder, EFTOutput, NaiveEFTDecoder
+from speculative_eft.decoding.output import CACHE_FIELD
 from speculative_eft.models import EFTModels
 
 from ..tokenizers_of_words import word_tokenizer
+from .test_chat import prefilled
 from .test_generate import VOCAB, ragged_prompts, tiny_trio
 
 
@@ -176,6 +178,23 @@ def test_outputs_of_both_ways_have_scores_statistics_and_trace(models: EFTModels
     )
     assert output.trace is not None
     torch.testing.assert_close(transitions, output.trace.target, atol=1e-4, rtol=0)
+
+
+def test_re_use_of_the_caches_inside_transformers(models: EFTModels) -> None:
+    decoder = EFTDecoder(models, EFTConfig(draft_tokens=3))
+    options: dict[str, Any] = {
+        "max_new_tokens": 8, "do_sample": True, "return_dict_in_generate": True, "eos_token_id": 96,
+        "custom_generate": decoder.custom_generate,
+    }  # fmt: skip
+    first = models.large_base.generate(torch.tensor([[5, 6, 7]]), seed=0, **options)
+    longer = torch.cat([first.sequences, torch.tensor([[8, 9]])], dim=1)
+    with prefilled(decoder) as counts:
+        second = models.large_base.generate(
+            longer, seed=1, **options, **{CACHE_FIELD: getattr(first, CACHE_FIELD)}
+        )
+    # The last generated token and the first of the two new ones.
+    assert counts == [2] * 3
+    assert torch.equal(second.sequences, models.large_base.generate(longer, seed=1, **options).sequences)
 
 
 def test_the_table_of_a_trace(models: EFTModels) -> None:
