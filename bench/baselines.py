@@ -72,6 +72,13 @@ class SingleModelDecoder:
         options = read_options(
             generation_config, generation_kwargs, self._generation_configs, input_ids.shape[1]
         )
+        unread = [*options.general]
+        unread += ["stop_strings"] * bool(options.stop_strings) + ["max_time"] * (
+            options.max_time is not None
+        )
+        unread += ["num_return_sequences"] * (options.num_return_sequences > 1)
+        if unread:
+            raise ValueError(f"{unread[0]} is not supported by the large base's plain decoding here")
         batch, device = prompts.tokens.shape[0], runner.device
         seeds = read_seeds(seed, batch).to(device)
         length = prompts.longest + options.max_new_tokens

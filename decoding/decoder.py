@@ -154,6 +154,7 @@ class EFTDecoder:
         tokenizer: Any = None,
         past_key_values: EFTPast | None = None,
         cache: EFTPast | None = None,
+        inputs: Tensor | None = None,
         streamer: Streamer | TokenCallback | None = None,
         trace: bool = True,
         **generation_kwargs: Any,
@@ -183,6 +184,7 @@ class EFTDecoder:
             past_key_values: of the output of the call before, whose prompts these go on from: only what is
                 new is prefilled.
             cache: newer transformers' name of `past_key_values`.
+            inputs: another name of `input_ids`.
             streamer: receives the prompt and then each round's tokens, for one sequence; or a function that
                 takes a sequence's index and its new tokens, for any batch.
             trace: whether an `EFTOutput` has the per-token trace, which costs a few per cent of a round of
@@ -198,9 +200,10 @@ class EFTDecoder:
             ValueError: for bad input, before any model runs.
         """
         given = Arguments(
-            input_ids, attention_mask, generation_config, generation_kwargs, seed, tuned_input_ids,
-            tuned_attention_mask, chat, chat_rendering, logits_processor, stopping_criteria,
-            prefix_allowed_tokens_fn, tokenizer, past_key_values if cache is None else cache, streamer,
+            input_ids if inputs is None else inputs, attention_mask, generation_config, generation_kwargs,
+            seed, tuned_input_ids, tuned_attention_mask, chat, chat_rendering, logits_processor,
+            stopping_criteria, prefix_allowed_tokens_fn, tokenizer,
+            past_key_values if cache is None else cache, streamer,
         )  # fmt: skip
         with torch.inference_mode():
             call = read_call(

@@ -161,3 +161,9 @@ def test_refusals_of_what_a_baseline_does_not_have(tiny: TinyTrio) -> None:
             decoder.generate(prompts, **{**OPTIONS, "top_k": 5})
         with pytest.raises(ValueError, match="trace"):
             decoder.generate(prompts, trace=True, **OPTIONS)
+
+
+@pytest.mark.parametrize("option", [{"repetition_penalty": 1.2}, {"stop_strings": "a"}, {"max_time": 3.0}])
+def test_options_it_does_not_read_are_refused(option: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(option))} is not supported"):
+        SingleModelDecoder(runners()).generate(torch.tensor([[1, 2, 3]]), **option)
