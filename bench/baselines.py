@@ -145,11 +145,24 @@ class UniformRunner:
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self.vocab_size = vocab_size
         self.device = device
-        self.lengths = torch.zeros(0, dtype=torch.int64, device=device)
+        self._all_lengths = self.lengths = torch.zeros(0, dtype=torch.int64, device=device)
         self._logits = torch.zeros(0, 0, vocab_size, device=device)
+        self.reservations = 0
 
-    def reserve(self, batch: int, length: int) -> None:
-        self.lengths = torch.zeros(batch, dtype=torch.int64, device=self.device)
+    def reserve(self, batch: int, length: int, keep: bool = False) -> None:
+        self.reservations += 1
+        if not keep:
+            self._all_lengths = torch.zeros(batch, dtype=torch.int64, device=self.device)
+        self.lengths = self._all_lengths[:batch]
+
+    def use(self, batch: int) -> None:
+        self.lengths = self._all_lengths[:batch]
+
+    def exchange(self, first: int, second: int, span: int) -> None:
+        self._all_lengths[[first, second]] = self._all_lengths[[second, first]]
+
+    def fill_slot(self, slot: int, tokens: Tensor) -> None:
+        self._all_lengths[slot] = tokens.shape[1]
 
     def forward(self, tokens: Tensor, span: int) -> Tensor:
         batch, rows = tokens.shape
@@ -160,7 +173,9 @@ class UniformRunner:
     def draft(self, *_: Any) -> None:
         return None
 
-    def prefill(self, tokens: Tensor, prompt_lengths: Tensor, chunk: int = 512) -> None:
+    def prefill(
+        self, tokens: Tensor, prompt_lengths: Tensor, chunk: int = 512, begins: Tensor | None = None
+    ) -> None:
         self.lengths.copy_(prompt_lengths)
 
 

@@ -92,15 +92,29 @@ class _ForcedRunner:
     def lengths(self) -> Tensor:
         return self._runner.lengths
 
-    def reserve(self, batch: int, length: int) -> None:
-        self._runner.reserve(batch, length)
+    @property
+    def reservations(self) -> int:
+        return self._runner.reservations
+
+    def reserve(self, batch: int, length: int, keep: bool = False) -> None:
+        self._runner.reserve(batch, length, keep)
+
+    def use(self, batch: int) -> None:
+        self._runner.use(batch)
+
+    def exchange(self, first: int, second: int, span: int) -> None:
+        self._runner.exchange(first, second, span)
+        self._offsets[[first, second]] = self._offsets[[second, first]]
+
+    def fill_slot(self, slot: int, tokens: Tensor) -> None:
+        self._runner.fill_slot(slot, tokens)
 
     def forward(self, tokens: Tensor, span: int) -> Tensor:
         self._runner.forward(tokens, span)
         batch, rows = tokens.shape
         # New memory a call: a draft keeps the rows of every step.
         logits = torch.zeros(batch, rows, self.vocab_size, device=self.device)
-        columns = torch.arange(rows, device=self.device) + self.lengths[:, None] + self._offsets
+        columns = torch.arange(rows, device=self.device) + self.lengths[:, None] + self._offsets[:batch]
         logits[..., :2] = self._peaks[columns % self._peaks.shape[0]]
         return logits
 
@@ -118,8 +132,10 @@ class _ForcedRunner:
         # Drafting goes step by step through `forward`, where the logits are replaced.
         return None
 
-    def prefill(self, tokens: Tensor, prompt_lengths: Tensor, chunk: int = 512) -> None:
-        self._runner.prefill(tokens, prompt_lengths, chunk)
+    def prefill(
+        self, tokens: Tensor, prompt_lengths: Tensor, chunk: int = 512, begins: Tensor | None = None
+    ) -> None:
+        self._runner.prefill(tokens, prompt_lengths, chunk, begins)
         batch, width = tokens.shape
         self._offsets = _STRIDE * torch.arange(batch, device=self.device)[:, None]
         if width:

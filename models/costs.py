@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
 from statistics import median
 
 import torch
 
 from .protocol import EFTRunners, Runner
 
-__all__ = ["StepCosts", "measure_step_costs"]
+__all__ = ["StepCosts", "kept_step_costs", "measure_step_costs"]
 
 _REPEATS = 9
 _PROMPT = 32
@@ -32,8 +36,32 @@ class StepCosts:
     row_cost: float
 
 
+def kept_step_costs(facts: Sequence[object], measure: Callable[[], StepCosts]) -> StepCosts:
+    """What was measured on this machine for the same `facts` before, else what `measure` finds now.
+
+    It is kept in the user's cache, so that a seed gives the same text in another process: draft lengths
+    depend on it.
+    """
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    name = sha256(json.dumps([str(fact) for fact in facts]).encode()).hexdigest()[:24]
+    path = root / "speculative_eft" / f"step-costs-{name}.json"
+    try:
+        return StepCosts(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        costs = measure()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        written = path.with_suffix(f".{os.getpid()}")
+        written.write_text(json.dumps(asdict(costs)))
+        written.replace(path)
+    except OSError:
+        # Without a place to keep it, it is measured again in the next process.
+        return costs
+    return costs
+
+
 def measure_step_costs(runners: EFTRunners, drafting: Sequence[Runner], batch: int) -> StepCosts:
-    """Time a few passes over short sequences. What the runners' caches hold is lost."""
+    """Time a few passes over short sequences; the runners' caches lose what they hold."""
     large = _seconds(runners.large, batch, 1)
     small = sum(_seconds(runner, batch, 1) for runner in drafting)
     more = (_seconds(runners.large, batch, _ROWS) - large) / (_ROWS - 1)

@@ -16,8 +16,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from speculative_eft.kernels import backend
+
 from .configs import layer_windows, text_config
-from .costs import StepCosts, measure_step_costs
+from .costs import StepCosts, kept_step_costs, measure_step_costs
 from .describe import ModelDescription, describe_model, vocabulary_rows
 from .errors import IncompatibleModelsError
 from .placement import home_device, is_dispatched
@@ -162,14 +164,23 @@ class EFTModels:
         return self._runners
 
     def step_costs(self, pair: bool, batch: int) -> StepCosts:
-        """What a draft's step and a row cost for `batch` sequences, measured in the first call and kept.
+        """What a draft's step and a row cost for `batch` sequences, measured once on a machine.
 
         `pair` is whether the small base drafts along with the tuned models.
         """
         if (pair, batch) not in self._step_costs:
             runners = self.runners()
             drafting = [*runners.tuned, runners.base] if pair else runners.tuned
-            self._step_costs[pair, batch] = measure_step_costs(runners, drafting, batch)
+            device = runners.large.device
+            on_gpu = device.type == "cuda"
+            facts = [
+                torch.__version__, backend(device), pair, batch, torch.get_num_threads(),
+                torch.cuda.get_device_name(device) if on_gpu else device.type,
+                *((row.architecture, row.parameters, row.dtype, row.vocabulary) for row in self.describe()),
+            ]  # fmt: skip
+            self._step_costs[pair, batch] = kept_step_costs(
+                facts, lambda: measure_step_costs(runners, drafting, batch)
+            )
         return self._step_costs[pair, batch]
 
     def describe(self) -> list[ModelDescription]:

@@ -27,8 +27,10 @@ class Runner(Protocol):
 
     device: torch.device
 
-    reservations: int
-    """How often `reserve` was called: what the caches hold is its last caller's."""
+    @property
+    def reservations(self) -> int:
+        """How often `reserve` was called: what the caches hold is its last caller's."""
+        ...
 
     @property
     def lengths(self) -> Tensor:
