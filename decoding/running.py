@@ -116,16 +116,16 @@ class RunningBatch:
     def _runners(self) -> list[Runner]:
         return [self.runners.large, *self.runners.tuned, self.runners.base]
 
-    def advance(self, drafted: int, timer: PhaseTimer, wait: bool = False) -> Report | None:
+    def advance(self, drafted: int, timer: PhaseTimer, first: bool = False) -> Report | None:
         """Start a round that drafts `drafted` tokens; the oldest report that is due, or None.
 
-        `drafted` is the longest draft length of the last report that was read. With `wait` this round's
-        report is due.
+        `drafted` is the longest draft length of the last report that was read. A `first` round, of runners
+        that are this call's own, has its report due at once, and no graph of it would serve another round.
         """
         sequences = self.order[: self.rows]
-        report = self._round(drafted, self._span(sequences, drafted), timer)
+        report = self._round(drafted, self._span(sequences, drafted), timer, first)
         self._sent.append(self._send(report, sequences, drafted + 1))
-        due = wait or self.state.offered_lens is None or len(self._sent) > _ROUNDS_AHEAD
+        due = first or self.state.offered_lens is None or len(self._sent) > _ROUNDS_AHEAD
         return self._read(self._sent.popleft()) if due else None
 
     def _span(self, sequences: Sequence[int], drafted: int) -> int:
@@ -133,9 +133,9 @@ class RunningBatch:
         reached = max(min(self._lengths[index] + ahead, self._limits[index]) for index in sequences)
         return reached + drafted + 1
 
-    def _round(self, drafted: int, span: int, timer: PhaseTimer) -> Tensor:
+    def _round(self, drafted: int, span: int, timer: PhaseTimer, first: bool) -> Tensor:
         state, plan, trace = self._parts
-        if self._captured is None:
+        if self._captured is None or first:
             draft = draft_phase(self.runners, state, plan, drafted, span)
             timer.mark("draft")
             return verify_phase(self.runners, state, plan, draft, span, timer, trace)
