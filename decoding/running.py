@@ -101,7 +101,6 @@ class RunningBatch:
         self.rows = len(lengths)
         self._lengths, self._limits = dict(enumerate(lengths)), dict(enumerate(limits))
         self._sent: deque[_Sent] = deque()
-        self._pinned: deque[Tensor] = deque(maxlen=_ROUNDS_AHEAD + 1)
         self._narrow()
 
     def _narrow(self) -> None:
@@ -151,12 +150,8 @@ class RunningBatch:
     def _send(self, report: Tensor, sequences: list[int], most: int) -> _Sent:
         if report.device.type != "cuda":
             return _Sent(report, None, sequences, most)
-        pinned = next((host for host in self._pinned if host.shape == report.shape), None)
-        if pinned is None or len(self._pinned) <= _ROUNDS_AHEAD:
-            pinned = torch.empty_like(report, device="cpu", pin_memory=True)
-        else:
-            self._pinned.remove(pinned)
-        self._pinned.append(pinned)
+        # Torch keeps pinned memory that was let go, and gives it again once its copy has ended.
+        pinned = torch.empty_like(report, device="cpu", pin_memory=True)
         pinned.copy_(report, non_blocking=True)
         arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
         arrived.record()
