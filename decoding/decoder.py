@@ -430,9 +430,10 @@ class EFTDecoder:
     def bytes_beside_caches(self) -> int:
         """Bytes a sequence for what it remembers and for the logits of a round."""
         rows = self.longest_draft + 1
-        logits = sum(runner.vocab_size * 2 for runner in self.all_runners()) * rows
-        remembered = self.config.remembered and max(self.config.remembered, rows) + 1 + self.longest_draft
-        return logits + 4 * remembered * self.vocab_size
+        logits = 2 * rows * len(self.all_runners()) * self.vocab_size
+        # Its log-ratios, their mean, and the corrections of a draft.
+        remembered = max(self.config.remembered, rows) + rows if self.config.remembered else 0
+        return int(logits + 4 * remembered * self.vocab_size)
 
     @property
     def longest_draft(self) -> int:

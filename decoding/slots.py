@@ -91,18 +91,12 @@ class SlotBatch:
         self._eos = eos_token_ids
         self._device = runners.large.device
         every, beyond = decoder.all_runners(), decoder.longest_draft + 1
-        check_caches(
-            every,
-            slots,
-            [max_length] * len(every),
-            beyond,
-            decoder.bytes_beside_caches,
-            "slots and max_length",
-        )
+        lengths, beside = [max_length] * len(every), decoder.bytes_beside_caches
+        check_caches(every, slots, lengths, beyond, beside, "slots and max_length")
         for runner in every:
             runner.reserve(slots, max_length + beyond)
         nothing = torch.zeros(3, slots, dtype=torch.int64, device=self._device)
-        state = decoder.new_state(*nothing.unbind(), max_length, 0)
+        state = decoder.new_state(nothing[0], nothing[1], nothing[2], max_length, 0)
         self._options: dict[int, SlotOptions] = {}
         self._first_lens: dict[int, int] = {}
         self._joined = 0

@@ -275,8 +275,8 @@ def _is_one_device(device_map: Any) -> bool:
 
 def _describe_unloaded(source: Source, dtype: str | torch.dtype, trust_remote_code: bool) -> ModelDescription:
     model = _without_weights(source, trust_remote_code)
-    asked = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-    model = model.to(asked) if isinstance(asked, torch.dtype) else model
+    if dtype != "auto":
+        torch.nn.Module.to(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     return describe_model(source.argument, model, source.has_chat_template)
 
 
