@@ -195,16 +195,19 @@ def _measure_shape(script: Script, sweep: Sweep, models: EFTModels, labels: dict
         contest = _Contest(script, sweep, start, labels, decoders, plain, peak_bytes)
         for acceptance in sweep.acceptances:
             if monotonic() > script.deadline:
-                raise _LeftOut(f"no time left for an acceptance of {acceptance} and higher")
+                script.content["rows"].append(
+                    {**labels, "acceptance": acceptance, "left_out": "no time left"}
+                )
+                continue
             chance.fill_(acceptance)
             for turn in range(sweep.turns):
                 contest.turn(turn, acceptance, sweep.rounds)
             for name in decoders:
                 if name not in (NAIVE, ALONE):
                     _add_row(contest, name, acceptance)
-    for name in (NAIVE, ALONE, *([] if plain is None else [PLAIN])):
+    for name in _references(contest):
         _add_row(contest, name, None)
-    if batch == 1 or not script.on_gpu:
+    if contest.windows and (batch == 1 or not script.on_gpu):
         _add_bars(contest, max(sweep.acceptances))
     contest.plain = plain = None
     fixed = decoders[f"EFT, K={sweep.draft_lens[-1]}"]
@@ -277,19 +280,18 @@ def _fill_with_noise(runners: EFTRunners, batch: int, length: int) -> None:
 
 def _plain_loop(script: Script, models: EFTModels, labels: dict[str, Any], start: Start) -> PlainLoop | None:
     """The plain loop with filled caches, or None and a row that says why."""
-    plain: PlainLoop | None = PlainLoop(models)
+    plain = PlainLoop(models)
     try:
-        assert plain is not None
         plain.start(start.last_token.shape[0], start.longest)
         plain.run(start.last_token, 2)
+        return plain
     except torch.OutOfMemoryError:
-        plain = None
-        script.content["rows"].append(
-            {**labels, "decoder": PLAIN, "left_out": "its caches do not fit the memory"}
-        )
-        script.write()
-        torch.cuda.empty_cache()
-    return plain
+        plain.caches = []
+    torch.cuda.empty_cache()
+    reason = "its caches do not fit the memory beside the others'"
+    script.content["rows"].append({**labels, "decoder": PLAIN, "left_out": reason})
+    script.write()
+    return None
 
 
 def _plain_window(plain: PlainLoop, start: Start, steps: int) -> Window:
@@ -328,6 +330,8 @@ def _add_row(contest: _Contest, name: str, acceptance: float | None) -> None:
         "windows": len(windows),
         "rounds_a_window": len(windows[0].drafted),
         "graph_bytes": None if captured is None else captured.graphs.used,
+        # Rounds beyond the budget of graphs run without one.
+        "within_graph_budget": captured is not None and captured.graphs.used < captured.graphs.budget,
         # Of the models, their caches, and the states and graphs of all decoders but the plain loop.
         "peak_bytes": contest.peak_bytes,
     }

@@ -35,9 +35,9 @@ def caches_fit(
         beside: bytes a sequence that are needed beside the caches.
         growing: whether the caches keep what they hold, so that each is there twice for a moment.
     """
-    models = _models(runners)
-    free = free_bytes(models[0].device) if models else None
-    if free is None:
+    free = free_bytes(runners[0].device)
+    models = [] if free is None else _models(runners)
+    if free is None or not models:
         return True
     taken, most = batch * beside, batch * beside
     for runner, length in zip(models, _own(runners, lengths), strict=True):

@@ -196,5 +196,11 @@ def test_what_does_not_fit_fails_or_comes_too_late_is_a_row(
     monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
     engine._measure_trio(script, engine._SMOKE, TINY)
     assert "2 sequences of" in script.content["rows"][-1]["left_out"]
+    monkeypatch.setattr(memory, "free_bytes", lambda device: None)
+    models = random_trio(TINY, torch.bfloat16, CPU)
+    at = {"trio": "tiny", "context": 40, "batch": 2}
     script.deadline = 0.0
+    engine._measure_shape(script, engine._SMOKE, models, at)
+    assert script.content["rows"][-2] == {**at, "acceptance": 0.9, "left_out": "no time left"}
+    assert script.content["rows"][-1]["decoder"] == "EFT, phases"
     assert row_of(lambda: None)["left_out"] == "no time left"
