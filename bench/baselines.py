@@ -13,17 +13,63 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from speculative_eft.decoding import EFTConfig, EFTDecoder, EFTOutput, EFTStats, Streamer
 from speculative_eft.decoding.request import read_options, read_prompts, read_seeds
-from speculative_eft.decoding.round import PhaseTimer
-from speculative_eft.kernels import Coefficients, NoiseKey, Stream, draft_step
-from speculative_eft.models import EFTModels, EFTRunners, StepCosts
+from speculative_eft.decoding.round import PhaseTimer, RoundPlan, new_round_state
+from speculative_eft.decoding.running import CapturedBatch, RunningBatch, rounded_span
+from speculative_eft.kernels import Coefficients, NoiseKey, RoundState, Sampling, Stream, commit, draft_step
+from speculative_eft.models import (
+    CapturedFunctions,
+    EFTModels,
+    EFTRunners,
+    Runner,
+    StepCosts,
+    graph_budget,
+)
 
 __all__ = [
     "AssistedDecoder",
     "SingleModelDecoder",
+    "SingleModelRounds",
     "TransformersLoop",
     "UniformRunner",
     "ordinary_speculation",
 ]
+
+
+class SingleModelRounds(RunningBatch):
+    """Rounds that are one step of one model alone; captured, compacted and read as EFT's are.
+
+    The model stands in the large base's place among the runners.
+    """
+
+    def _runners(self) -> list[Runner]:
+        return [self.runners.large]
+
+    def _round(self, drafted: int, span: int, timer: PhaseTimer, first: bool) -> Tensor:
+        state, plan, _ = self._parts
+        if self._captured is None:
+            return _step(self.runners.large, state, plan, span, timer)
+        span = rounded_span(span)
+        report: Tensor = self._captured.graphs.run(
+            (self.rows, span), lambda: _step(self.runners.large, state, plan, span, PhaseTimer())
+        )
+        return report
+
+
+def _step(runner: Runner, state: RoundState, plan: RoundPlan, span: int, timer: PhaseTimer) -> Tensor:
+    logits = runner.forward(state.last_token[:, None], span)[:, 0]
+    timer.mark("step")
+    noise = NoiseKey(seeds=state.seeds, rounds=state.rounds, positions=state.positions)
+    token = draft_step(
+        [logits], None, plan.coefficients, plan.sampling, noise, Stream.SHARED, 0, plan.vocab_size
+    )
+    timer.mark("verify")
+    nothing = state.last_token.new_zeros(state.last_token.shape[0], 0)
+    report = commit(
+        state, nothing, torch.zeros_like(token), token, None, plan.eos_token_ids, None,
+        [(runner.lengths, False)],
+    )  # fmt: skip
+    timer.mark("other")
+    return report
 
 
 class SingleModelDecoder:
@@ -37,6 +83,8 @@ class SingleModelDecoder:
         role: which one: the large base, or the first tuned model.
     """
 
+    longest_draft = 0
+
     def __init__(
         self, models: EFTModels | EFTRunners, role: Literal["large_base", "small_tuned"] = "large_base"
     ) -> None:
@@ -48,6 +96,40 @@ class SingleModelDecoder:
             models = models.runners()
         self.runner = models.large if role == "large_base" else models.tuned[0]
         self._phase = "large" if role == "large_base" else "draft"
+        # A batch asks for three roles, and for nothing but the lengths of what does not run.
+        self.runners = EFTRunners(self.runner, [], self.runner)
+        device = self.runner.device
+        self.lagging = device.type == "cuda"
+        graphs = CapturedFunctions(device, graph_budget(device)) if self.lagging else None
+        self.captured = None if graphs is None else CapturedBatch(graphs)
+
+    def new_state(
+        self, last_token: Tensor, lengths: Tensor, seeds: Tensor, max_new_tokens: int, pad_token_id: int
+    ) -> RoundState:
+        """As `EFTDecoder.new_state`, without a draft."""
+        no_draft = torch.zeros_like(last_token)
+        return new_round_state(
+            last_token, lengths, seeds, max_new_tokens, no_draft, 0, pad_token_id, None, self.lagging
+        )
+
+    def new_plan(
+        self, sampling: Sampling, draft_sampling: Sampling, eos_token_ids: Sequence[int], statistics: bool
+    ) -> RoundPlan:
+        """As `EFTDecoder.new_plan`, of the model's own law."""
+        weights = torch.ones(sampling.temperature.shape[0], 1, device=self.runner.device)
+        return RoundPlan(
+            coefficients=Coefficients(
+                alpha=weights, beta=weights[:, 0], draft_alpha=weights, draft_base=None
+            ),
+            sampling=sampling,
+            draft_sampling=draft_sampling,
+            acceptance="shared_seed",
+            drafts_as_pair=False,
+            vocab_size=self.runner.vocab_size,
+            eos_token_ids=torch.tensor(eos_token_ids, dtype=torch.int64, device=self.runner.device),
+            draft_length_rule=None,
+            statistics=statistics,
+        )
 
     @torch.inference_mode()
     def generate(
@@ -87,49 +169,47 @@ class SingleModelDecoder:
                 f"a prompt of {prompts.longest} tokens and max_new_tokens={options.max_new_tokens} exceed "
                 f"the context of {runner.max_context} tokens"
             )
-        weights = torch.ones(batch, 1, device=device)
-        coefficients = Coefficients(alpha=weights, beta=weights[:, 0], draft_alpha=weights, draft_base=None)
-        sampling = options.sampling(batch, runner.vocab_size, options.temperature, device)
-        ends = torch.tensor(options.eos_token_ids, dtype=torch.int64, device=device)
-
         timer = PhaseTimer()
-        runner.reserve(batch, length)
+        # One more: a round that the host has begun before it knows of the end.
+        runner.reserve(batch, length + 1)
         lengths = prompts.lengths.to(device)
         runner.prefill(prompts.tokens[:, : prompts.longest - 1].to(device), lengths - 1)
         token = prompts.tokens.gather(1, (prompts.lengths - 1)[:, None])[:, 0].to(device)
-        done = torch.zeros(batch, dtype=torch.bool, device=device)
-        emitted = 0
-        output: list[Tensor] = []
+        state = self.new_state(token, lengths, seeds, options.max_new_tokens, options.pad_token_id)
+        sampling = options.sampling(batch, runner.vocab_size, options.temperature, device)
+        plan = self.new_plan(sampling, sampling, options.eos_token_ids, False)
+        if self.captured is not None:
+            state, plan, _ = self.captured.take((state, plan, None), self.runners)
         timer.mark("prefill")
         if streamer is not None:
             streamer.put(input_ids.cpu())
-        for step in range(options.max_new_tokens):
-            logits = runner.forward(token[:, None], prompts.longest + step)[:, 0]
-            timer.mark(self._phase)
-            runner.lengths.add_(1)
-            noise = NoiseKey(seeds=seeds, rounds=runner.lengths, positions=runner.lengths)
-            token = draft_step(
-                [logits], None, coefficients, sampling, noise, Stream.SHARED, 0, runner.vocab_size
-            )
-            timer.mark("verify")
-            output.append(token.masked_fill(done, options.pad_token_id))
+        ends = [prompts.longest + options.max_new_tokens] * batch
+        running = SingleModelRounds(
+            self.runners, state, plan, None, [prompts.longest] * batch, ends, self.captured
+        )
+        following, rounds = 0, 0
+        while following >= 0:
+            report = running.advance(0, timer)
+            rounds += 1
+            if report is None:
+                continue
             if streamer is not None:
-                streamer.put(output[-1].cpu())
-            emitted += batch
-            # Without ends nothing is read from the device, as in a captured round.
-            if options.eos_token_ids:
-                emitted -= int(done.sum())
-                done |= (token[:, None] == ends).any(dim=1)
-                if bool(done.all()):
-                    break
+                streamer.put(torch.tensor(report[0][2:]))
+            following = max(row[1] for row in report.values())
+            if following >= 0:
+                running.compact([index for index, row in report.items() if row[1] < 0])
             timer.mark("other")
-        sequences = torch.cat([input_ids, torch.stack(output, dim=1).to(input_ids)], dim=1)
+        running.restore()
+        new = int(state.generated.max())
+        sequences = torch.cat([input_ids, state.output[:, :new].to(input_ids)], dim=1)
         timer.mark("other")
         if streamer is not None:
             streamer.end()
         if not options.return_dict_in_generate:
             return sequences
-        return _output(sequences, _plain_stats(len(output), emitted, emitted, timer.seconds))
+        timer.seconds[self._phase] = timer.seconds.pop("step", 0.0)
+        emitted = int(state.generated.sum())
+        return _output(sequences, _plain_stats(rounds, emitted, emitted, timer.seconds))
 
 
 class UniformRunner:

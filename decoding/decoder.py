@@ -20,7 +20,14 @@ from speculative_eft.kernels import (
     new_draft_memory,
     warm_up,
 )
-from speculative_eft.models import CapturedFunctions, EFTModels, EFTRunners, graph_budget
+from speculative_eft.models import (
+    CapturedFunctions,
+    EFTModels,
+    EFTRunners,
+    caches_fit,
+    check_caches,
+    graph_budget,
+)
 
 from .adapter import continue_for_transformers
 from .call import Arguments, Call, Streamer, TokenCallback, read_call
@@ -383,6 +390,7 @@ class EFTDecoder:
         batch = prompts.tokens.shape[0]
         device = self.runners.large.device
         room = options.max_new_tokens + self.longest_draft + 1
+        kept = self._room_for_caches(prompts, tuned_prompts, options.max_new_tokens, kept)
         for runner in self.all_runners():
             is_tuned = runner in self.runners.tuned
             own = tuned_prompts if is_tuned else prompts
@@ -402,6 +410,34 @@ class EFTDecoder:
             options.return_dict_in_generate,
         )
         return state, plan
+
+    def _room_for_caches(
+        self,
+        prompts: Prompts,
+        tuned_prompts: Prompts,
+        max_new_tokens: int,
+        kept: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, Tensor] | None:
+        """`kept`, or None where memory holds no larger caches beside the present ones; raises ValueError."""
+        batch, beyond = prompts.tokens.shape[0], self.longest_draft + 1
+        runners, beside = self.all_runners(), self.bytes_beside_caches
+        longest = [(tuned_prompts if runner in self.runners.tuned else prompts).longest for runner in runners]
+        lengths = [length + max_new_tokens for length in longest]
+        whole = [length + beyond for length in lengths]
+        if kept is not None and caches_fit(runners, batch, whole, beside, growing=True):
+            return kept
+        names = "input_ids and max_new_tokens"
+        check_caches(runners, batch, lengths, beyond, beside, names)
+        return None
+
+    @property
+    def bytes_beside_caches(self) -> int:
+        """Bytes a sequence for what it remembers and for the logits of a round."""
+        rows = self.longest_draft + 1
+        logits = 2 * rows * len(self.all_runners()) * self.vocab_size
+        # Its log-ratios, their mean, and the corrections of a draft.
+        remembered = max(self.config.remembered, rows) + rows if self.config.remembered else 0
+        return int(logits + 4 * remembered * self.vocab_size)
 
     @property
     def longest_draft(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import TypeAlias
 
 import torch
@@ -28,6 +29,11 @@ _SPAN_STEP = 1024
 
 
 Parts: TypeAlias = tuple[RoundState, RoundPlan, "TraceBuffers | None"]
+
+
+def rounded_span(span: int) -> int:
+    """For few spans, so that few graphs are captured: what lies beyond a sequence's length is not read."""
+    return -(-span // _SPAN_STEP) * _SPAN_STEP
 
 
 @dataclass
@@ -77,6 +83,7 @@ class RunningBatch:
     Attributes:
         order: the sequence in each row of the state.
         rows: how many rows, the first ones, take part in the rounds to come.
+        waited: seconds for which the host had nothing to do until a GPU's report arrived.
     """
 
     def __init__(
@@ -96,6 +103,7 @@ class RunningBatch:
             captured: has graphs of the rounds, and has taken these parts; None runs them as they are.
         """
         self._captured = captured
+        self.waited = 0.0
         self.runners, self.state, self.plan, self.trace = runners, state, plan, trace
         self.order = list(range(len(lengths)))
         self.rows = len(lengths)
@@ -138,8 +146,7 @@ class RunningBatch:
             draft = draft_phase(self.runners, state, plan, drafted, span)
             timer.mark("draft")
             return verify_phase(self.runners, state, plan, draft, span, timer, trace)
-        # Few spans, so that few graphs are captured: what lies beyond a sequence's length is not read.
-        span = -(-span // _SPAN_STEP) * _SPAN_STEP
+        span = rounded_span(span)
         report: Tensor = self._captured.graphs.run(
             (self.rows, drafted, span),
             lambda: draft_phase(self.runners, state, plan, drafted, span),
@@ -159,7 +166,9 @@ class RunningBatch:
 
     def _read(self, sent: _Sent) -> Report:
         if sent.arrived is not None:
+            begun = perf_counter()
             sent.arrived.synchronize()
+            self.waited += perf_counter() - begun
         report = dict(zip(sent.sequences, sent.report.tolist(), strict=True))
         for index, (count, *_) in report.items():
             if index in self._lengths:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from speculative_eft.kernels import Sampling
+from speculative_eft.models import check_caches
 
 from .decoder import EFTDecoder
 from .round import PhaseTimer, RoundPlan
@@ -71,7 +72,7 @@ class SlotBatch:
         eos_token_ids: any of them ends a sequence.
 
     Raises:
-        ValueError: if `slots` or `max_length` is out of range.
+        ValueError: if `slots` or `max_length` is out of range, or if a GPU's memory does not hold the caches.
     """
 
     def __init__(
@@ -89,10 +90,13 @@ class SlotBatch:
         self.decoder, self.slots, self.max_length = decoder, slots, max_length
         self._eos = eos_token_ids
         self._device = runners.large.device
-        for runner in decoder.all_runners():
-            runner.reserve(slots, max_length + decoder.longest_draft + 1)
-        last, lengths, seeds = torch.zeros(3, slots, dtype=torch.int64, device=self._device)
-        state = decoder.new_state(last, lengths, seeds, max_length, 0)
+        every, beyond = decoder.all_runners(), decoder.longest_draft + 1
+        lengths, beside = [max_length] * len(every), decoder.bytes_beside_caches
+        check_caches(every, slots, lengths, beyond, beside, "slots and max_length")
+        for runner in every:
+            runner.reserve(slots, max_length + beyond)
+        nothing = torch.zeros(3, slots, dtype=torch.int64, device=self._device)
+        state = decoder.new_state(nothing[0], nothing[1], nothing[2], max_length, 0)
         self._options: dict[int, SlotOptions] = {}
         self._first_lens: dict[int, int] = {}
         self._joined = 0

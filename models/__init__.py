@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .errors import IncompatibleModelsError as IncompatibleModelsError
     from .graphs import CapturedFunctions as CapturedFunctions
     from .graphs import graph_budget as graph_budget
+    from .memory import caches_fit as caches_fit
+    from .memory import check_caches as check_caches
     from .protocol import EFTRunners as EFTRunners
     from .protocol import Runner as Runner
     from .runner import ModelRunner as ModelRunner
@@ -35,6 +37,8 @@ _HOMES = {
     "SlotCache": "slot_cache",
     "StepCosts": "costs",
     "TrioReport": "eft_models",
+    "caches_fit": "memory",
+    "check_caches": "memory",
     "find_sources": "sources",
     "graph_budget": "graphs",
     "inspect_trio": "eft_models",

@@ -22,6 +22,7 @@ from .configs import layer_windows, text_config
 from .costs import StepCosts, kept_step_costs, measure_step_costs
 from .describe import ModelDescription, describe_model, vocabulary_rows
 from .errors import IncompatibleModelsError
+from .memory import free_bytes, weights_do_not_fit
 from .placement import home_device, is_dispatched
 from .protocol import EFTRunners
 from .runner import ModelRunner
@@ -121,14 +122,19 @@ class EFTModels:
 
         Raises IncompatibleModelsError, a ValueError, before anything is loaded if a model cannot be found or
         run or if tokenizers differ (see `find_sources`), if `tensor_parallel` is not 1, and for whatever
-        `EFTModels` itself refuses.
+        `EFTModels` itself refuses; and with what each model needs if a GPU's memory does not hold them.
         """
         if tensor_parallel != 1:
             raise IncompatibleModelsError(
                 f"tensor_parallel must be 1, not {tensor_parallel}: splitting a model is not supported yet."
             )
         sources = find_sources(large_base, small_tuned, small_base)
-        loaded = [_load(source, dtype, device_map, trust_remote_code) for source in sources]
+        free = free_bytes(torch.device(device_map)) if _is_one_device(device_map) else None
+        try:
+            loaded = [_load(source, dtype, device_map, trust_remote_code) for source in sources]
+        except torch.OutOfMemoryError as error:
+            needs = [_describe_unloaded(source, dtype, trust_remote_code) for source in sources]
+            raise IncompatibleModelsError(weights_do_not_fit(needs, free)) from error
         if tokenizer is None:
             tokenizer = _load_tokenizer(sources, trust_remote_code)
         with_template = [source for source in sources[1:-1] if source.has_chat_template]
@@ -272,9 +278,7 @@ def _without_weights(source: Source, trust_remote_code: bool) -> PreTrainedModel
 def _load(
     source: Source, dtype: str | torch.dtype, device_map: Any, trust_remote_code: bool
 ) -> PreTrainedModel:
-    one_device = isinstance(device_map, torch.device | int) or (
-        isinstance(device_map, str) and device_map.split(":")[0] in ("cpu", "cuda", "mps", "xpu")
-    )
+    one_device = _is_one_device(device_map)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             source.location,
@@ -285,6 +289,19 @@ def _load(
     except (OSError, ValueError) as error:
         raise _cannot_load(source, error) from error
     return model.to(device_map) if one_device else model
+
+
+def _is_one_device(device_map: Any) -> bool:
+    return isinstance(device_map, torch.device | int) or (
+        isinstance(device_map, str) and device_map.split(":")[0] in ("cpu", "cuda", "mps", "xpu")
+    )
+
+
+def _describe_unloaded(source: Source, dtype: str | torch.dtype, trust_remote_code: bool) -> ModelDescription:
+    model = _without_weights(source, trust_remote_code)
+    if dtype != "auto":
+        torch.nn.Module.to(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    return describe_model(source.argument, model, source.has_chat_template)
 
 
 def _cannot_load(source: Source, error: Exception) -> IncompatibleModelsError:

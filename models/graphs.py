@@ -32,6 +32,11 @@ class CapturedFunctions:
     _used: int = 0
     _pool: Any = None
 
+    @property
+    def used(self) -> int:
+        """Bytes that the pool has taken; the whole budget once a graph did not fit."""
+        return self._used
+
     def clear(self) -> None:
         """Forget the graphs, whose tensors are no longer in use."""
         self._graphs.clear()

@@ -13,7 +13,7 @@ from speculative_eft.kernels import Coefficients, DraftMemory, NoiseKey, Samplin
 from .attention import Attention, choose_attention
 from .bodies import Block, Body, FalconAlibiBody, TransformersBody
 from .configs import TESTED_FAMILIES, position_limit, text_config
-from .describe import vocabulary_rows
+from .describe import cache_bytes_per_token, vocabulary_rows
 from .llama import LlamaBody
 from .placement import home_device
 from .slot_cache import SlotCache, round_up
@@ -61,6 +61,11 @@ class ModelRunner:
         self.reservations = 0
         if config.model_type not in TESTED_FAMILIES:
             self._compare_with_model()
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """Memory of one token's keys and values."""
+        return cache_bytes_per_token(text_config(self.model.config), self.model.dtype)
 
     @property
     def lengths(self) -> Tensor:

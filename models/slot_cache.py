@@ -48,8 +48,8 @@ class SlotCache(Cache):
         self.attention = attention
         # One position more than asked for: tokens beyond `max_length` end up there, where no token within
         # `max_length` looks. flash-attn counts back from a pass's last token, which then must not move.
-        self._spare = SPAN_MULTIPLE if attention == "flash_attn" else 1
-        self.capacity = round_up(max_length + self._spare)
+        self.spare = SPAN_MULTIPLE if attention == "flash_attn" else 1
+        self.capacity = round_up(max_length + self.spare)
         self.device = device
         self.positions = torch.arange(self.capacity, device=device)
         with _ordinary_tensors():
@@ -65,7 +65,7 @@ class SlotCache(Cache):
 
     def holds(self, batch: int, length: int) -> bool:
         """Whether there is room for `batch` sequences of up to `length` tokens."""
-        return batch <= self.slots and length + self._spare <= self.capacity
+        return batch <= self.slots and length + self.spare <= self.capacity
 
     def restart(self, batch: int) -> None:
         """Empty the cache, keeping its storage, for `batch` sequences in the first slots."""
@@ -78,7 +78,7 @@ class SlotCache(Cache):
 
     def grown(self, slots: int, max_length: int) -> SlotCache:
         """A cache for `slots` sequences of up to `max_length` tokens that holds what this one does."""
-        length = max(max_length, self.capacity - self._spare)
+        length = max(max_length, self.capacity - self.spare)
         larger = SlotCache(max(slots, self.slots), length, self.device, self.attention)
         larger.lengths = larger._all_lengths[:slots]
         larger.lengths.copy_(self.lengths)

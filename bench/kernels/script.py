@@ -167,8 +167,15 @@ class Script:
             console.print(note)
 
 
-def run(name: str, measure: Callable[[Script], None]) -> None:
-    """The command line of a benchmark script: time what `measure` says, print it, and keep it as JSON.
+def run(
+    name: str,
+    measure: Callable[[Script], None],
+    show: Callable[[Script], None] = Script.show,
+    limit: float = 600.0,
+) -> None:
+    """The command line of a benchmark script: time what `measure` says, `show` it, and keep it as JSON.
+
+    `limit` is the default of --seconds.
 
     The exit status is 1 where a measurement failed for another reason than memory or time.
     """
@@ -181,11 +188,11 @@ def run(name: str, measure: Callable[[Script], None]) -> None:
             str, typer.Option(help="cuda, or cpu to see the script run on tiny shapes.")
         ] = "cuda",
         quick: Annotated[bool, typer.Option("--quick", help="Leave out most of the sweep.")] = False,
-        seconds: Annotated[float, typer.Option(help="Start no measurement after so long.")] = 600.0,
+        seconds: Annotated[float, typer.Option(help="Start no measurement after so long.")] = limit,
     ) -> None:
         script = start(name, torch.device(device), quick=quick, path=json_path, seconds=seconds)
         measure(script)
-        script.show()
+        show(script)
         raise typer.Exit(1 if any("failed" in row for row in script.content["rows"]) else 0)
 
     main.__doc__ = measure.__doc__

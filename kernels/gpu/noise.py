@@ -80,7 +80,8 @@ def _exponential_kernel(
 def exponential_noise(seeds: Tensor, counters: Tensor, rows: Tensor, stream: int, vocab_size: int) -> Tensor:
     """`kernels.noise.exponential_noise` in one launch."""
     batch, row_count = counters.shape
-    rows = rows.expand(batch, row_count)
+    # The kernel steps through a sequence's counters, which may be one that is expanded.
+    counters, rows = counters.contiguous(), rows.expand(batch, row_count)
     out = torch.empty(batch, row_count, vocab_size, device=seeds.device)
     shape: Shape = tile_shape(vocab_size)
     _exponential_kernel[(-(-batch // shape.sequences) * row_count, shape.splits)](

@@ -68,6 +68,14 @@ def test_draws_depend_on_their_own_address_alone() -> None:
     assert not torch.equal(draw(seeds, stream=Stream.RESIDUAL), whole)
 
 
+def test_one_counter_may_be_expanded_over_rows(each_backend: str) -> None:
+    seeds, rounds = derive_seeds(9, 3).to(test_device()), torch.tensor([5, 9, 2])[:, None]
+    expanded = exponential_noise(seeds, rounds.expand(-1, 4), torch.arange(4), Stream.DRAFT, 6)
+    for row in range(4):
+        alone = exponential_noise(seeds, rounds, torch.full((1,), row), Stream.DRAFT, 6)
+        assert torch.equal(expanded[:, row], alone[:, 0])
+
+
 def test_seeds_of_a_larger_batch_extend_those_of_a_smaller_one() -> None:
     assert torch.equal(derive_seeds(-4, 9)[:5], derive_seeds(-4, 5))
     assert len(set(derive_seeds(-4, 1000).tolist()) | set(derive_seeds(-3, 1000).tolist())) == 2000

@@ -1,0 +1,206 @@
+"""The engine's benchmark runs on a CPU, and what its figures mean is what they say."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from speculative_eft.bench import engine
+from speculative_eft.bench.baselines import SingleModelDecoder
+from speculative_eft.bench.kernels import script as script_module
+from speculative_eft.bench.kernels.script import Script
+from speculative_eft.bench.shapes import LLAMA, QWEN, TINY, random_trio, step_bytes, weight_bytes
+from speculative_eft.bench.windows import PlainLoop, Start, forced_acceptance, run_window, warm_up_rounds
+from speculative_eft.decoding import EFTConfig, EFTDecoder, NaiveEFTDecoder
+from speculative_eft.decoding.running import CapturedBatch
+from speculative_eft.models import CapturedFunctions, memory
+
+CPU = torch.device("cpu")
+DEMO = {"trio": "demo", "batch": 2}
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Script:
+    monkeypatch.setattr(script_module, "facts", lambda device: {"device": "cpu"})
+    return script_module.start("engine", CPU, quick=True, path=tmp_path / "result.json", seconds=100)
+
+
+def tiny_start(batch: int, limit: int) -> Start:
+    models = random_trio(TINY, torch.float32, CPU)
+    for runner in engine._all_runners(models.runners()):
+        runner.reserve(batch, 40 + limit + 20)
+        runner.prefill(torch.randint(3, 100, (batch, 39)), torch.full((batch,), 39))
+    lengths = torch.full((batch,), 40)
+    return Start(models, torch.full((batch,), 5), lengths, 40, limit)
+
+
+def test_every_decoder_has_its_row_and_every_bar_its_figure(
+    script: Script, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine.measure(script)
+    engine.show(script)
+    assert script.path is not None
+    assert json.loads(script.path.read_text()) == script.content
+    rows = {(row["trio"], row["decoder"]): row for row in script.content["rows"]}
+    decoders = {"EFT, K by the cost model", "EFT, K=3", engine.NAIVE, engine.ALONE}
+    assert {name for trio, name in rows if trio == "demo"} == decoders
+    assert {name for trio, name in rows if trio == "tiny"} == decoders | {engine.PLAIN, "EFT, phases"}
+    for (trio, name), row in rows.items():
+        if name == "EFT, phases":
+            assert list(row["phase_microseconds"]) == [
+                "draft", "score, large", "score, small base", "verify", "commit"
+            ]  # fmt: skip
+            continue
+        assert row["kind"] == ("measured" if trio == "demo" else "simulated")
+        assert row["tokens_per_second"]["median"] > 0 and row["host_microseconds"] > 0
+        assert row["roofline_milliseconds"] > 0 and row["graph_bytes"] is None
+        if name.startswith("EFT"):
+            assert set(row["times"]) >= {engine.NAIVE, engine.ALONE}
+            assert 1 < row["tokens_per_round"] <= 17
+        else:
+            assert row["tokens_per_round"] == 1
+    bars = [bar["bar"] for bar in script.content["bars"]]
+    assert len(bars) == 6 and all(bar["measured"] is not None for bar in script.content["bars"])
+    assert sum("simulated acceptance of 0.9" in bar for bar in bars) == 3
+    assert "no measurements" in capsys.readouterr().out
+
+
+def test_forced_acceptance_is_that_of_independent_tokens() -> None:
+    start = tiny_start(64, 200)
+    decoder = EFTDecoder(start.models, EFTConfig(draft_tokens=4))
+    for chance in (0.0, 0.6, 1.0):
+        with forced_acceptance(torch.full((1,), chance)):
+            windows = [run_window(decoder, start, seed, 12) for seed in range(4)]
+        accepted, tested = (sum(getattr(w, name) for w in windows) for name in ("accepted", "tested"))
+        assert abs(accepted / tested - chance) < 5 * (chance * (1 - chance) / tested) ** 0.5 + 1e-9
+        per_round = sum(window.tokens for window in windows) / (4 * 12 * 64)
+        expected = sum(chance**i for i in range(5))
+        assert abs(per_round - expected) < 0.15 if 0 < chance < 1 else per_round == expected
+    # Afterwards acceptance is the models' own again.
+    own = run_window(decoder, start, 0, 12)
+    assert own.accepted == run_window(decoder, start, 0, 12).accepted
+    assert 0 < own.accepted < own.tested
+
+
+def test_windows_end_with_their_rounds_or_their_sequences() -> None:
+    start = tiny_start(3, 10)
+    naive = NaiveEFTDecoder(start.models)
+    assert run_window(naive, start, 0, 4).tokens == 12
+    whole = run_window(naive, start, 0, None)
+    assert whole.tokens == 30 and len(whole.drafted) == 10
+    with forced_acceptance(torch.ones(1)):
+        window = run_window(EFTDecoder(start.models, EFTConfig(draft_tokens=4)), start, 0, None)
+    assert window.tokens == 30 and window.drafted == (4, 4)
+
+
+def test_a_round_reads_weights_and_caches_once_a_pass() -> None:
+    models = random_trio(TINY, torch.bfloat16, CPU)
+    large, small = step_bytes(models.large_base), step_bytes(models.small_base)
+    embedding, layer = 100 * 32, 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32
+    assert small.weights == 2 * (embedding + layer + 32)
+    # Keys and values of two heads of 8 numbers.
+    assert large.cache == 2 * small.cache == 2 * (2 * 2 * 8 * 2)
+    assert weight_bytes(TINY, torch.bfloat16) == 2 * (3 * 2 * embedding + 4 * layer + 3 * 32)
+    found = engine.roofline_bytes(models, drafted=4, tokens=50)
+    assert found == large.of(50) + 6 * small.of(50)
+    assert engine.roofline_bytes(models, 0, 50, alone=True) == large.weights + 50 * large.cache
+
+
+def test_the_shapes_are_those_of_the_published_models() -> None:
+    for shape, billions in ((LLAMA, 8.03 + 2 * 1.236), (QWEN, 32.76 + 2 * 1.544)):
+        assert abs(weight_bytes(shape, torch.bfloat16) / 2e9 - billions) < 0.01
+
+
+def test_the_plain_loop_draws_from_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = random_trio(TINY, torch.float32, CPU)
+    plain, first, laws = PlainLoop(models), torch.tensor([3, 4]), []
+
+    def draw(law: torch.Tensor, count: int) -> torch.Tensor:
+        laws.append(law)
+        return law.topk(count).indices
+
+    monkeypatch.setattr(torch, "multinomial", draw)
+    plain.start(2, 0)
+    last = plain.run(first, 2)
+    tokens = torch.stack([first, laws[0].argmax(-1)], dim=1)
+    with torch.no_grad():
+        large, tuned, base = (model(tokens).logits for model in plain.models)
+    target = (large + tuned - base).softmax(-1)
+    torch.testing.assert_close(torch.stack(laws, dim=1), target)
+    assert torch.equal(last, laws[1].argmax(-1))
+    plain.start(2, 10)
+    plain.run(first, 3)
+    assert [cache.get_seq_length() for cache in plain.caches] == [13, 13, 13]
+
+
+class _Uncaptured(CapturedFunctions):
+    """Stands for graphs on a machine without a GPU: runs functions as they are, and keeps the keys."""
+
+    def run(self, key: Any, *functions: Any) -> Any:
+        self._graphs[key] = None
+        result: tuple[Any, ...] = ()
+        for function in functions:
+            result = (function(*result),)
+        return result[0]
+
+
+def test_windows_of_captured_rounds_one_ahead_of_the_host() -> None:
+    start = tiny_start(3, 40)
+    plain, captured = (engine._decoders(start.models, [3]) for _ in range(2))
+    for name, decoder in captured.items():
+        assert isinstance(decoder, EFTDecoder | SingleModelDecoder)
+        graphs = _Uncaptured(CPU, 1)
+        decoder.lagging, decoder.captured = True, CapturedBatch(graphs)
+        adaptive = name == "EFT, K by the cost model"
+        lengths = [1, 2] if adaptive else [decoder.longest_draft]
+        warm_up_rounds(decoder, start, lengths, narrowing=True)
+        # Of all rows, and of those that are left as sequences end.
+        spans = {key[0]: key[-1] for key in graphs._graphs}
+        assert spans == {3: 1024, 2: 1024, 1: 1024}
+        assert decoder.captured.parts is not None
+        place = decoder.captured.parts[0].output.data_ptr()
+        for seed in range(2):
+            window = run_window(decoder, start, seed, None)
+            assert window.tokens == run_window(plain[name], start, seed, None).tokens == 120
+            # The round that was begun before the last report arrived is in the figures.
+            assert len(window.drafted) >= 2
+        assert decoder.captured.parts[0].output.data_ptr() == place
+
+
+def test_what_does_not_fit_fails_or_comes_too_late_is_a_row(
+    script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def row_of(step: Any) -> dict[str, Any]:
+        engine._guarded(script, DEMO, step)
+        row: dict[str, Any] = script.content["rows"][-1]
+        return row
+
+    def raising(error: Exception) -> Any:
+        def step() -> None:
+            raise error
+
+        return step
+
+    assert row_of(raising(torch.OutOfMemoryError())) == {**DEMO, "left_out": "does not fit the memory"}
+    assert row_of(raising(KeyError("x")))["failed"] == "KeyError: 'x'"
+    sweep = dataclasses.replace(engine._SMOKE, trios=(QWEN,))
+    monkeypatch.setattr(engine, "free_bytes", lambda device: 10 * 2**30)
+    trio = row_of(lambda: engine._measure_trio(script, sweep, QWEN))
+    assert trio["left_out"] == "its weights of 66.8 GiB do not fit the 10.0 GiB free"
+    monkeypatch.setattr(engine, "free_bytes", lambda device: None)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
+    engine._measure_trio(script, engine._SMOKE, TINY)
+    assert "2 sequences of" in script.content["rows"][-1]["left_out"]
+    monkeypatch.setattr(memory, "free_bytes", lambda device: None)
+    models = random_trio(TINY, torch.bfloat16, CPU)
+    at = {"trio": "tiny", "context": 40, "batch": 2}
+    script.deadline = 0.0
+    engine._measure_shape(script, engine._SMOKE, models, at)
+    assert script.content["rows"][-2] == {**at, "acceptance": 0.9, "left_out": "no time left"}
+    assert script.content["rows"][-1]["decoder"] == "EFT, phases"
+    assert row_of(lambda: None)["left_out"] == "no time left"
