@@ -236,7 +236,13 @@ def generate(
         str | None, _option("Large base, by folder or Hub name.", "MODEL", _MODELS, callback=_model)
     ] = None,
     tuned: Annotated[
-        list[str] | None, _option("Small tuned model; may be repeated.", "MODEL", _MODELS, callback=_models)
+        list[str] | None,
+        _option(
+            "Small tuned model, or LoRA adapter of the base; may be repeated.",
+            "MODEL",
+            _MODELS,
+            callback=_models,
+        ),
     ] = None,
     base: Annotated[
         str | None,
@@ -364,7 +370,10 @@ def check(
         str, typer.Argument(callback=_model, metavar="LARGE", help="Large base, by folder or Hub name.")
     ],
     tuned: Annotated[
-        list[str], typer.Argument(callback=_models, metavar="TUNED", help="Small tuned models.")
+        list[str],
+        typer.Argument(
+            callback=_models, metavar="TUNED", help="Small tuned models or LoRA adapters of BASE."
+        ),
     ],
     base: Annotated[str, typer.Argument(callback=_model, metavar="BASE", help="Small base.")],
     context: Annotated[
