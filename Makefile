@@ -7,11 +7,12 @@ BIN := $(VENV)/bin
 # Keeps the repository's root off sys.path, where kernels/ would hide the Hub's package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: help setup demo test lint types wheel gpu clean
+.PHONY: help setup demo test bench lint types compile wheel gpu clean
 
 help:
 	@echo "make demo    set up, then sample from the bundled trio and measure it"
 	@echo "make test    set up, then lint, type-check and run every test"
+	@echo "make bench   time kernels and rounds on this CPU, and compare with the last time"
 	@echo "make gpu     test and measure on this machine's NVIDIA GPU, with PYTHON's own packages"
 	@echo "make wheel   build the wheel into dist/"
 	@echo "make clean   remove the virtual environment and build products"
@@ -29,6 +30,12 @@ demo: setup
 
 test: setup lint types
 	$(BIN)/pytest -n 2
+
+# Kept in .benchmarks/, by machine; without an earlier run there is nothing to compare with.
+bench: setup
+	$(BIN)/pytest -o addopts='-q --import-mode=importlib' bench/suites --benchmark-autosave \
+	    --benchmark-columns=median,iqr,rounds --benchmark-group-by=func --benchmark-sort=name \
+	    $(if $(wildcard .benchmarks/*/*.json),--benchmark-compare --benchmark-compare-fail=median:30%)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,40 +1,53 @@
-"""What speculation is compared with beside `NaiveEFTDecoder`: the large model decoding alone."""
+"""What speculative EFT is compared with beside `NaiveEFTDecoder`, as decoders with the same `generate`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
-from speculative_eft.decoding import EFTOutput, EFTStats
+from speculative_eft.decoding import EFTConfig, EFTDecoder, EFTOutput, EFTStats, Streamer
 from speculative_eft.decoding.request import read_options, read_prompts, read_seeds
 from speculative_eft.decoding.round import PhaseTimer
 from speculative_eft.kernels import Coefficients, NoiseKey, Stream, draft_step
 from speculative_eft.models import EFTModels, EFTRunners
 
-__all__ = ["LargeOnlyDecoder"]
+__all__ = [
+    "AssistedDecoder",
+    "SingleModelDecoder",
+    "TransformersLoop",
+    "UniformRunner",
+    "ordinary_speculation",
+]
 
 
-class LargeOnlyDecoder:
-    """Plain decoding of the large base alone: one step a token, on the runner and cache that EFT uses.
+class SingleModelDecoder:
+    """Plain decoding of one of the models alone: one step a token, on the runner and cache that EFT uses.
 
-    Its tokens come from the large base's own law, not from the target of emulated fine-tuning: it is here
-    for its speed.
+    Its tokens come from that model's own law, not from the target of emulated fine-tuning: it is here for
+    its speed.
 
     Args:
-        models: the three models, or their runners; only the large one runs.
+        models: the three models, or their runners; only one runs.
+        role: which one: the large base, or the first tuned model.
     """
 
-    def __init__(self, models: EFTModels | EFTRunners) -> None:
+    def __init__(
+        self, models: EFTModels | EFTRunners, role: Literal["large_base", "small_tuned"] = "large_base"
+    ) -> None:
         self._generation_configs: list[GenerationConfig] = []
         if isinstance(models, EFTModels):
-            config = getattr(models.large_base, "generation_config", None)
+            model = models.large_base if role == "large_base" else models.small_tuned[0]
+            config = getattr(model, "generation_config", None)
             self._generation_configs += [] if config is None else [config]
             models = models.runners()
-        self.runner = models.large
+        self.runner = models.large if role == "large_base" else models.tuned[0]
+        self._phase = "large" if role == "large_base" else "draft"
 
     @torch.inference_mode()
     def generate(
@@ -44,21 +57,28 @@ class LargeOnlyDecoder:
         generation_config: GenerationConfig | None = None,
         *,
         seed: int | Sequence[int] | None = None,
+        streamer: Streamer | None = None,
         trace: bool = False,
         **generation_kwargs: Any,
     ) -> Tensor | EFTOutput:
-        """Continue each prompt with tokens from the large base; arguments and errors as in `EFTDecoder`.
+        """Continue each prompt with tokens from the model; arguments and errors as in `EFTDecoder`.
 
         Returns:
             int64 [batch, width + new tokens], or an `EFTOutput` without a trace.
         """
-        if trace:
-            raise ValueError("trace must be False: one model alone has no log-ratios to trace")
+        _refuse_trace(trace)
         runner = self.runner
         prompts = read_prompts(input_ids, attention_mask, runner.vocab_size)
         options = read_options(
             generation_config, generation_kwargs, self._generation_configs, input_ids.shape[1]
         )
+        unread = [*options.general]
+        unread += ["stop_strings"] * bool(options.stop_strings) + ["max_time"] * (
+            options.max_time is not None
+        )
+        unread += ["num_return_sequences"] * (options.num_return_sequences > 1)
+        if unread:
+            raise ValueError(f"{unread[0]} is not supported by the large base's plain decoding here")
         batch, device = prompts.tokens.shape[0], runner.device
         seeds = read_seeds(seed, batch).to(device)
         length = prompts.longest + options.max_new_tokens
@@ -81,9 +101,11 @@ class LargeOnlyDecoder:
         emitted = 0
         output: list[Tensor] = []
         timer.mark("prefill")
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
         for step in range(options.max_new_tokens):
             logits = runner.forward(token[:, None], prompts.longest + step)[:, 0]
-            timer.mark("large")
+            timer.mark(self._phase)
             runner.lengths.add_(1)
             noise = NoiseKey(seeds=seeds, rounds=runner.lengths, positions=runner.lengths)
             token = draft_step(
@@ -91,23 +113,323 @@ class LargeOnlyDecoder:
             )
             timer.mark("verify")
             output.append(token.masked_fill(done, options.pad_token_id))
-            emitted += batch - int(done.sum())
-            done |= (token[:, None] == ends).any(dim=1)
+            if streamer is not None:
+                streamer.put(output[-1].cpu())
+            emitted += batch
+            # Without ends nothing is read from the device, as in a captured round.
+            if options.eos_token_ids:
+                emitted -= int(done.sum())
+                done |= (token[:, None] == ends).any(dim=1)
+                if bool(done.all()):
+                    break
             timer.mark("other")
-            if bool(done.all()):
-                break
         sequences = torch.cat([input_ids, torch.stack(output, dim=1).to(input_ids)], dim=1)
+        timer.mark("other")
+        if streamer is not None:
+            streamer.end()
         if not options.return_dict_in_generate:
             return sequences
-        stats = EFTStats(
-            rounds=len(output),
-            sequence_rounds=emitted,
-            drafted_tokens=0,
-            tested_tokens=0,
-            accepted_tokens=0,
-            emitted_tokens=emitted,
-            accepted_by_position=(),
-            expected_acceptance=0.0,
-            seconds=timer.seconds,
+        return _output(sequences, _plain_stats(len(output), emitted, emitted, timer.seconds))
+
+
+class UniformRunner:
+    """A `Runner` without a network: every token is equally likely, and nothing is computed.
+
+    Args:
+        vocab_size: columns of its logits, all 0.
+        device: where the logits are.
+    """
+
+    max_context: int | None = None
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self.vocab_size = vocab_size
+        self.device = device
+        self._all_lengths = self.lengths = torch.zeros(0, dtype=torch.int64, device=device)
+        self._logits = torch.zeros(0, 0, vocab_size, device=device)
+        self.reservations = 0
+
+    def reserve(self, batch: int, length: int, keep: bool = False) -> None:
+        self.reservations += 1
+        if not keep:
+            self._all_lengths = torch.zeros(batch, dtype=torch.int64, device=self.device)
+        self.lengths = self._all_lengths[:batch]
+
+    def use(self, batch: int) -> None:
+        self.lengths = self._all_lengths[:batch]
+
+    def exchange(self, first: int, second: int, span: int) -> None:
+        self._all_lengths[[first, second]] = self._all_lengths[[second, first]]
+
+    def fill_slot(self, slot: int, tokens: Tensor) -> None:
+        self._all_lengths[slot] = tokens.shape[1]
+
+    def forward(self, tokens: Tensor, span: int) -> Tensor:
+        batch, rows = tokens.shape
+        if self._logits.shape[0] != batch or self._logits.shape[1] < rows:
+            self._logits = torch.zeros(batch, rows, self.vocab_size, device=self.device)
+        return self._logits[:, :rows]
+
+    def draft(self, *_: Any) -> None:
+        return None
+
+    def prefill(
+        self, tokens: Tensor, prompt_lengths: Tensor, chunk: int = 512, begins: Tensor | None = None
+    ) -> None:
+        self.lengths.copy_(prompt_lengths)
+
+
+def ordinary_speculation(
+    runners: EFTRunners, draft_tokens: int | Literal["auto"], cost_ratio: float
+) -> EFTDecoder:
+    """The large base alone, with drafts by the small base: ordinary speculative decoding, by the block rule.
+
+    It is the target p ∝ L (F / B) with F = B, drafted by `small_base` in the tuned model's place. At
+    alpha = 0 nobody reads F for the target, and a uniform B leaves L alone, so the small base runs once, as
+    the draft, and never as the base. Drafts are not corrected, as nowhere in ordinary speculation.
+
+    Args:
+        runners: of the three models; those of `large` and `base` run.
+        draft_tokens: as in `EFTConfig`.
+        cost_ratio: one step of the small base over one of the large base.
+    """
+    uniform = UniformRunner(runners.large.vocab_size, runners.large.device)
+    config = EFTConfig(
+        alpha=0.0, draft="tuned", draft_tokens=draft_tokens, cost_ratio=cost_ratio, remembered=0
+    )
+    return EFTDecoder(EFTRunners(large=runners.large, tuned=[runners.base], base=uniform), config)
+
+
+class TransformersLoop:
+    """Naive EFT as one writes it over transformers: three models, their caches, mixed logits, a loop.
+
+    Prompts are padded on the left and run in one pass a model, whose output layer runs for the last
+    position alone; then each model takes one token a step with a `DynamicCache`. Ends of sequences are not
+    looked for.
+
+    Args:
+        models: the three models.
+        alpha, beta: of the target, as in `EFTConfig`.
+    """
+
+    def __init__(self, models: EFTModels, alpha: float = 1.0, beta: float = 1.0) -> None:
+        self._networks = models.forward_passes()
+        tuned = len(models.small_tuned)
+        # B + sum alpha (F - B) + beta (L - B); the models' normalisers cancel.
+        self._weights = [beta, *[alpha] * tuned, 1 - tuned * alpha - beta]
+        self._vocab_size = models.vocab_size
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        seed: int | None = None,
+        streamer: Streamer | None = None,
+        trace: bool = False,
+        max_new_tokens: int,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        eos_token_id: Sequence[int] = (),
+        return_dict_in_generate: bool = False,
+    ) -> Tensor | EFTOutput:
+        """Continue each prompt, padded on the left, with `max_new_tokens` tokens from the target.
+
+        Raises:
+            ValueError: for filters and ends, which this loop does not have.
+        """
+        _refuse_trace(trace)
+        _refuse_filters_and_ends(top_k, eos_token_id)
+        device = self._networks[0][0].device
+        generator = torch.Generator(device)
+        generator.manual_seed(0 if seed is None else seed)
+        batch = input_ids.shape[0]
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        mask = mask.to(device)
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        tokens = input_ids.to(device)
+        caches = [DynamicCache(config=model.config) for model, _ in self._networks]
+        phases = ["large", *["draft"] * (len(self._networks) - 2), "base"]
+        timer = PhaseTimer()
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
+        output: list[Tensor] = []
+        for step in range(max_new_tokens):
+            mixed: Tensor | None = None
+            for (model, in_its_role), cache, weight, phase in zip(
+                self._networks, caches, self._weights, phases, strict=True
+            ):
+                with in_its_role():
+                    logits = model(
+                        input_ids=tokens,
+                        # Without padding the mask says nothing, and transformers is faster without it.
+                        attention_mask=None if attention_mask is None else mask,
+                        position_ids=positions,
+                        past_key_values=cache,
+                        use_cache=True,
+                        logits_to_keep=1,
+                    ).logits[:, -1, : self._vocab_size]
+                timer.mark("prefill" if step == 0 else phase)
+                if weight != 0:
+                    part = logits.float() * weight
+                    mixed = part if mixed is None else mixed + part
+            assert mixed is not None
+            if do_sample and temperature > 0:
+                law = torch.softmax(mixed / temperature, dim=-1)
+                tokens = torch.multinomial(law, 1, generator=generator)
+            else:
+                tokens = mixed.argmax(dim=-1, keepdim=True)
+            timer.mark("verify")
+            output.append(tokens)
+            if streamer is not None:
+                streamer.put(tokens[0].cpu())
+            positions = positions[:, -1:] + 1
+            if attention_mask is not None:
+                mask = torch.cat([mask, mask.new_ones(batch, 1)], dim=1)
+            timer.mark("other")
+        sequences = torch.cat([input_ids, torch.cat(output, dim=1).to(input_ids)], dim=1)
+        timer.mark("other")
+        if streamer is not None:
+            streamer.end()
+        if not return_dict_in_generate:
+            return sequences
+        emitted = batch * max_new_tokens
+        return _output(sequences, _plain_stats(max_new_tokens, emitted, emitted, timer.seconds))
+
+
+class AssistedDecoder:
+    """transformers' assisted generation, as it comes: the large base, assisted by the small base.
+
+    Its target is the large base's law. transformers runs it for one sequence at a time only.
+
+    Args:
+        models: the three models; the tuned ones take no part.
+    """
+
+    def __init__(self, models: EFTModels) -> None:
+        self._large, self._small = models.large_base, models.small_base
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        seed: int | None = None,
+        streamer: Streamer | None = None,
+        trace: bool = False,
+        max_new_tokens: int,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        eos_token_id: Sequence[int] = (),
+        return_dict_in_generate: bool = False,
+    ) -> Tensor | EFTOutput:
+        """Continue one prompt with `max_new_tokens` tokens.
+
+        Raises:
+            ValueError: for more than one prompt, filters and ends.
+        """
+        _refuse_trace(trace)
+        _refuse_filters_and_ends(top_k, eos_token_id)
+        if input_ids.shape[0] != 1:
+            raise ValueError(f"input_ids must hold one prompt, got {input_ids.shape[0]}")
+        torch.manual_seed(0 if seed is None else seed)
+        sampling: dict[str, Any] = {"do_sample": False}
+        if do_sample:
+            sampling = {"do_sample": True, "temperature": temperature, "top_k": 0}
+        device = self._large.device
+        large, small = _PassTimer(), _PassTimer()
+        start = perf_counter()
+        with _without_ends(self._large, self._small), large.on(self._large), small.on(self._small):
+            generate: Any = self._large.generate
+            sequences = generate(
+                input_ids.to(device),
+                attention_mask=torch.ones_like(input_ids).to(device),
+                assistant_model=self._small,
+                streamer=streamer,
+                max_new_tokens=max_new_tokens,
+                **sampling,
+            )
+        seconds = perf_counter() - start
+        sequences = sequences.to(input_ids)
+        if not return_dict_in_generate:
+            return cast(Tensor, sequences)
+        split = {"large": large.seconds, "draft": small.seconds}
+        split["other"] = seconds - sum(split.values())
+        return _output(
+            sequences,
+            _plain_stats(large.passes, large.passes, sequences.shape[1] - input_ids.shape[1], split),
         )
-        return EFTOutput(sequences=cast("torch.LongTensor", sequences), stats=stats)
+
+
+class _PassTimer:
+    """Counts a model's forward passes and their seconds; meaningful where passes are synchronous."""
+
+    def __init__(self) -> None:
+        self.passes = 0
+        self.seconds = 0.0
+        self._start = 0.0
+
+    @contextmanager
+    def on(self, model: PreTrainedModel) -> Iterator[None]:
+        def before(*_: Any) -> None:
+            self._start = perf_counter()
+
+        def after(*_: Any) -> None:
+            self.passes += 1
+            self.seconds += perf_counter() - self._start
+
+        hooks = [model.register_forward_pre_hook(before), model.register_forward_hook(after)]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+@contextmanager
+def _without_ends(*models: PreTrainedModel) -> Iterator[None]:
+    """For a while the models' generation configs name no end of a sequence and no sampling options."""
+    kept = [model.generation_config for model in models]
+    for model in models:
+        plain: Any = GenerationConfig
+        model.generation_config = plain(pad_token_id=0)
+    try:
+        yield
+    finally:
+        for model, config in zip(models, kept, strict=True):
+            model.generation_config = config
+
+
+def _refuse_trace(trace: bool) -> None:
+    if trace:
+        raise ValueError("trace must be False: a baseline has no log-ratios to trace")
+
+
+def _refuse_filters_and_ends(top_k: int, eos_token_id: Sequence[int]) -> None:
+    if top_k != 0 or len(eos_token_id):
+        raise ValueError(
+            f"top_k must be 0 and eos_token_id empty, got {top_k} and {list(eos_token_id)}: this baseline "
+            "has "
+            "neither filters nor ends"
+        )
+
+
+def _plain_stats(rounds: int, sequence_rounds: int, emitted: int, seconds: dict[str, float]) -> EFTStats:
+    return EFTStats(
+        rounds=rounds,
+        sequence_rounds=sequence_rounds,
+        drafted_tokens=0,
+        tested_tokens=0,
+        accepted_tokens=0,
+        emitted_tokens=emitted,
+        accepted_by_position=(),
+        expected_acceptance=0.0,
+        seconds=seconds,
+    )
+
+
+def _output(sequences: Tensor, stats: EFTStats) -> EFTOutput:
+    return EFTOutput(sequences=cast("torch.LongTensor", sequences), stats=stats)

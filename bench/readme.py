@@ -2,72 +2,98 @@
 
 from __future__ import annotations
 
-import json
-import statistics
+import hashlib
 from pathlib import Path
-from typing import Any
 
-from .comparison import speeds
+from .analysis import losses, noise_sentence
+from .benchmark import Report
+from .plan import TUNED
+from .plots import figures, svg
+from .report import Table, against_baselines, break_even_sentences, machine_line, main_table, spread_text
+
+__all__ = ["BEGIN", "END", "FIGURES", "RESULT", "measurements_markdown", "source_digest", "with_measurements"]
 
 BEGIN, END = "<!-- measurements: begin -->", "<!-- measurements: end -->"
-RESULT = "demo-cpu.json"
+RESULT = "bench-cpu.json"
+FIGURES = {
+    "draft-length": ("bench-cpu-draft-length.svg", "Speed against the draft length, with the cost model's"),
+    "phases": ("bench-cpu-phases.svg", "Milliseconds a token by phase"),
+}
+"""Figures of the report that the README shows, by name: files beside the JSON, and what to call them."""
+
+_COLUMNS = (0, 1, 2, 5, 6, 7, 8)
+"""Of the report's table of a setting: those of the README's."""
 
 
-def measurements_markdown(result: dict[str, Any]) -> str:
-    """The tables of one saved `speculative-eft demo --json` as Markdown."""
-    machine = result["environment"]
+def measurements_markdown(report: Report) -> str:
+    """What the README says of a benchmark."""
+    chosen = report.plan.chosen
     lines = [
-        f"{machine['cpu']}, {machine['threads']} threads, float32, batch 1; torch {machine['torch']}, "
-        f"transformers {machine['transformers']}, kernels by {machine['backend']}.",
+        f"{machine_line(report)}; prompts: {report.prompts}, {report.plan.lengths[0]} new tokens each. "
+        "Decoders take turns in one process; medians over pairs, quartiles in brackets. "
+        f"{noise_sentence(report)}",
+        "",
+        f"**{chosen} over each baseline**, ratio of tokens a second:",
+        "",
+        *_markdown(against_baselines(report)),
+        "",
+        "The tuned model alone and the large model alone, speculating or not, sample from other laws; they "
+        "are here for their speed.",
+        "",
+        *_loss_lines(report),
     ]
-    for label, comparison in result["comparisons"].items():
-        runs = comparison["prompts"] * comparison["repeats"]
-        lines += [
-            "",
-            f"**{label}**, {comparison['prompts']} held-out prompts, {runs} interleaved runs each; "
-            "medians, quartiles in brackets:",
-            "",
-            "| decoder | tokens/s | times naive EFT | tokens a round | acceptance | expected "
-            "| large calls a token |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        for row in comparison["measurements"]:
-            speed, ratio = row["tokens_per_second"], row["ratio"]
-            lines.append(
-                f"| {row['name']} | {speed['median']:.0f} | {ratio['median']:.2f} "
-                f"[{ratio['lower_quartile']:.2f}, {ratio['upper_quartile']:.2f}] "
-                f"| {row['tokens_per_round']:.2f} | {_share(row['acceptance_rate'])} "
-                f"| {_share(row['expected_acceptance'])} | {row['large_calls_per_token']:.2f} |"
-            )
-    lines += ["", "Against the large model alone, medians over pairs:"]
-    for label, comparison in result["comparisons"].items():
-        rows = comparison["measurements"]
-        by_name = {row["name"]: speeds(row["run_tokens"], row["run_seconds"]) for row in rows}
-        for name, own in by_name.items():
-            if name.startswith("EFT"):
-                pairs = zip(own, by_name["large alone"], strict=True)
-                ratio = statistics.median(speed / other for speed, other in pairs)
-                lines.append(f"{name} at {label} {ratio:.2f} times its speed;")
-    lines[-1] = lines[-1].replace(";", ".")
+    for result in report.grid():
+        if result.setting.batch == report.plan.batches[0]:
+            heads, rows = main_table(report, result)
+            shown = [name for name in (row[0] for row in rows) if "K=" not in name or "K=auto" in name]
+            kept = [[row[column] for column in _COLUMNS] for row in rows if row[0] in shown]
+            title = f"**{result.setting.label}**, {result.comparison.runs} runs of each:"
+            lines += ["", title, "", *_markdown(([heads[column] for column in _COLUMNS], kept))]
+    for file, title in FIGURES.values():
+        lines += ["", f"![{title}](bench/results/{file})"]
     return "\n".join(lines)
 
 
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+def _loss_lines(report: Report) -> list[str]:
+    found = [loss for loss in losses(report) if loss.baseline != TUNED]
+    if not found:
+        return ["It is slower than none of the others in any of these settings."]
+    lines = [
+        "Where it is slower, and what the split of the time says of it, but for the tuned model alone, which "
+        "makes none of the large model's passes:",
+        "",
+    ]
+    lines += [f"- {loss.label}, {loss.baseline}: {spread_text(loss.ratio)}; {loss.reason}." for loss in found]
+    return [*lines, "", *break_even_sentences(report)]
 
 
-def with_measurements(readme: str, result: dict[str, Any]) -> str:
+def _markdown(table: Table) -> list[str]:
+    heads, rows = table
+    return [f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows)]
+
+
+def source_digest(source: str) -> str:
+    """What the figures say they were made of: the SHA-256 of the JSON's text."""
+    return hashlib.sha256(source.encode()).hexdigest()
+
+
+def with_measurements(readme: str, report: Report) -> str:
     """The README with the part between the markers made anew."""
     before, rest = readme.split(BEGIN)
     _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{measurements_markdown(result)}\n{END}{after}"
+    return f"{before}{BEGIN}\n{measurements_markdown(report)}\n{END}{after}"
 
 
 def main() -> None:
-    """Rewrite README.md from bench/results in the current folder."""
+    """Rewrite README.md and its figures from bench/results in the current folder."""
+    folder = Path("bench") / "results"
+    source = (folder / RESULT).read_text(encoding="utf-8")
+    report = Report.load(folder / RESULT)
+    drawn = figures(report)
+    for name, (file, _) in FIGURES.items():
+        (folder / file).write_text(svg(drawn[name][1], source_digest(source)), encoding="utf-8")
     readme = Path("README.md")
-    result = json.loads((Path("bench") / "results" / RESULT).read_text())
-    readme.write_text(with_measurements(readme.read_text(), result))
+    readme.write_text(with_measurements(readme.read_text(encoding="utf-8"), report), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -32,8 +32,12 @@ class EFTConfig:
         draft_temperature: temperature of the draft law; None for the target's.
         conservative_top_p: where set, the large model's delta applies only inside the top-p set of the
             small pair's law (the EFT paper's filter of up-scaling weights).
-        cost_ratio: one small step over one large step, read by `draft_tokens="auto"`; None for the ratio
-            of the models' sizes.
+        cost_ratio, row_cost: one step of the models that draft, and what one more row of every sequence adds
+            to a step of the large model, over one step of the large model: `draft_tokens="auto"` chooses by
+            them. Where `cost_ratio` is None both are measured, once for the models on a machine, rounded to
+            powers of two, and kept in the user's cache. To reproduce sampled outputs on another machine, set
+            them to what `EFTStats` reports.
+        expected_batch: sequences that will run together, at which they are measured.
         remembered: log-ratios log L - log B that each sequence keeps to correct its drafts by, float32
             [vocabulary] each; 0 for none.
 
@@ -49,6 +53,8 @@ class EFTConfig:
     draft_temperature: float | None = None
     conservative_top_p: float | None = None
     cost_ratio: float | None = None
+    row_cost: float = 0.0
+    expected_batch: int = 1
     remembered: int = 64
 
     def __post_init__(self) -> None:
@@ -72,6 +78,11 @@ class EFTConfig:
         for name, scale in (("draft_temperature", self.draft_temperature), ("cost_ratio", self.cost_ratio)):
             if scale is not None and not (_is_number(scale) and math.isfinite(scale) and scale > 0):
                 raise ValueError(f"{name} must be a finite number above 0 or None, got {scale!r}")
+        if not _is_number(self.row_cost) or not 0 <= self.row_cost < math.inf:
+            raise ValueError(f"row_cost must be a finite number of at least 0, got {self.row_cost!r}")
+        batch = self.expected_batch
+        if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1:
+            raise ValueError(f"expected_batch must be an integer of at least 1, got {batch!r}")
         if not isinstance(self.remembered, int) or isinstance(self.remembered, bool) or self.remembered < 0:
             raise ValueError(f"remembered must be an integer of at least 0, got {self.remembered!r}")
         top_p = self.conservative_top_p

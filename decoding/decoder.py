@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -68,7 +69,8 @@ class EFTDecoder:
             raise ValueError(f"alpha has {len(self.config.alphas)} values for {experts} tuned models")
         self.vocab_size = min(runner.vocab_size for runner in self.all_runners())
         warm_up(self.runners.large.device)
-        self.policy = self._policy()
+        if self.models is None and self.config.draft_tokens == "auto" and self.config.cost_ratio is None:
+            raise ValueError('draft_tokens="auto" with bare runners needs cost_ratio')
         self._past: EFTPast | None = None
         device = self.runners.large.device
         # On a GPU the host starts a round before it has read the last one, and replays what it captured.
@@ -81,19 +83,16 @@ class EFTDecoder:
         """The runners of the large base, the tuned models and the small base."""
         return [self.runners.large, *self.runners.tuned, self.runners.base]
 
-    def _policy(self) -> DraftLengthPolicy | None:
+    @cached_property
+    def policy(self) -> DraftLengthPolicy | None:
+        """Chooses draft lengths, by costs measured when it is first needed; None where they are fixed."""
         if self.config.draft_tokens != "auto":
             return None
         if self.config.cost_ratio is not None:
-            return DraftLengthPolicy(self.config.cost_ratio)
-        if self.models is None:
-            raise ValueError('draft_tokens="auto" with bare runners needs cost_ratio')
-        sizes = [
-            sum(parameter.numel() for parameter in model.parameters())
-            for model in (self.models.large_base, *self.models.small_tuned, self.models.small_base)
-        ]
-        stepping = sum(sizes[1:]) if self._drafts_as_pair() else sum(sizes[1:-1])
-        return DraftLengthPolicy(stepping / sizes[0])
+            return DraftLengthPolicy(self.config.cost_ratio, self.config.row_cost)
+        assert self.models is not None
+        costs = self.models.step_costs(self._drafts_as_pair(), self.config.expected_batch)
+        return DraftLengthPolicy(costs.cost_ratio, costs.row_cost)
 
     def _alphas(self) -> tuple[float, ...]:
         alphas = self.config.alphas
@@ -155,6 +154,7 @@ class EFTDecoder:
         tokenizer: Any = None,
         past_key_values: EFTPast | None = None,
         cache: EFTPast | None = None,
+        inputs: Tensor | None = None,
         streamer: Streamer | TokenCallback | None = None,
         trace: bool = True,
         **generation_kwargs: Any,
@@ -184,6 +184,7 @@ class EFTDecoder:
             past_key_values: of the output of the call before, whose prompts these go on from: only what is
                 new is prefilled.
             cache: newer transformers' name of `past_key_values`.
+            inputs: another name of `input_ids`.
             streamer: receives the prompt and then each round's tokens, for one sequence; or a function that
                 takes a sequence's index and its new tokens, for any batch.
             trace: whether an `EFTOutput` has the per-token trace, which costs a few per cent of a round of
@@ -199,9 +200,10 @@ class EFTDecoder:
             ValueError: for bad input, before any model runs.
         """
         given = Arguments(
-            input_ids, attention_mask, generation_config, generation_kwargs, seed, tuned_input_ids,
-            tuned_attention_mask, chat, chat_rendering, logits_processor, stopping_criteria,
-            prefix_allowed_tokens_fn, tokenizer, past_key_values if cache is None else cache, streamer,
+            input_ids if inputs is None else inputs, attention_mask, generation_config, generation_kwargs,
+            seed, tuned_input_ids, tuned_attention_mask, chat, chat_rendering, logits_processor,
+            stopping_criteria, prefix_allowed_tokens_fn, tokenizer,
+            past_key_values if cache is None else cache, streamer,
         )  # fmt: skip
         with torch.inference_mode():
             call = read_call(
@@ -331,6 +333,8 @@ class EFTDecoder:
         if past is None or past is not self._past or not call.options.use_cache:
             return None
         if past.base.tokens.shape[0] != call.prompts.tokens.shape[0]:
+            return None
+        if past.reservations != self.runners.large.reservations:
             return None
         return kept_lengths(past.base, call.prompts), kept_lengths(past.tuned, call.tuned_prompts)
 
@@ -543,6 +547,7 @@ class EFTDecoder:
         sequences = torch.cat([input_ids, output.to(input_ids)], dim=1)
         if options.use_cache:
             self._past = EFTPast(
+                reservations=self.runners.large.reservations,
                 base=extended(call.prompts, output, state.generated),
                 tuned=extended(call.tuned_prompts, output, state.generated),
             )
@@ -560,6 +565,8 @@ class EFTDecoder:
             accepted_by_position=tuple(accepted / count for accepted, count in pairs if count),
             expected_acceptance=float(state.expected.sum() / tested) if tested else 0.0,
             seconds=timer.seconds,
+            cost_ratio=None if self.policy is None else self.policy.cost_ratio,
+            row_cost=None if self.policy is None else self.policy.row_cost,
         )
         traced = None
         if trace is not None:

@@ -33,16 +33,19 @@ def tokens_per_round(acceptance: Tensor, draft_lens: Tensor) -> Tensor:
 class DraftLengthPolicy:
     """Chooses the draft length with the most expected tokens per unit of cost.
 
-    A round of K drafted tokens costs (K + 1) c + 1 + c large steps, c being `cost_ratio`. The choice is made
-    before the tokens are drawn and depends on the sequence's own past alone, so it is lossless and a seed
-    reproduces its output in any batch.
+    A round of K drafted tokens costs (K + 1) c + 1 + K r + c large steps, c being `cost_ratio` and r
+    `row_cost`; K = 0 is a step of plain decoding. The choice is made before the tokens are drawn and depends
+    on the sequence's own past alone, so it is lossless and a seed reproduces its output in any batch. What is
+    known of acceptance fades to the prior, so that drafting is tried again after a while without.
 
     Attributes:
-        cost_ratio: one small step over one large step.
+        cost_ratio: one step of the models that draft over one large step.
+        row_cost: what one more row of every sequence adds to a large step, over that step.
         longest: the longest draft considered.
     """
 
     cost_ratio: float
+    row_cost: float = 0.0
     longest: int = _LONGEST_DRAFT
 
     def rule(self, device: torch.device) -> DraftLengthRule:
@@ -60,11 +63,11 @@ class DraftLengthPolicy:
 
 @cache
 def _thresholds(policy: DraftLengthPolicy) -> Tensor:
-    """The least acceptance at which each length but the first is the best: float32 [longest - 1]."""
+    """The least acceptance at which each length from 1 on is the best: float32 [longest]."""
     acceptance = torch.linspace(0, _HIGHEST_ACCEPTANCE, 10_000, dtype=torch.float64)
-    lens = torch.arange(1, policy.longest + 1)
-    cost = (lens + 2) * policy.cost_ratio + 1
-    best = (tokens_per_round(acceptance[:, None], lens) / cost).argmax(dim=1) + 1
+    lens = torch.arange(policy.longest + 1)
+    cost = (lens + 2) * policy.cost_ratio + lens * policy.row_cost + 1
+    best = (tokens_per_round(acceptance[:, None], lens) / cost).argmax(dim=1)
     first = torch.searchsorted(best, lens[1:])
     reached = first < len(acceptance)
     thresholds = torch.where(reached, acceptance[first.clamp(max=len(acceptance) - 1)], torch.inf)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-__all__ = ["FIELDS", "Field", "Path", "is_neutral"]
+__all__ = ["FIELDS", "OTHER_ARGUMENTS", "Field", "Path", "is_neutral"]
 
 Path = Literal["fused", "fused, then the host", "general", "refused", "record"]
 
@@ -134,6 +134,18 @@ FIELDS: Mapping[str, Field] = {
     "_from_model_config": Field("record"),
     "transformers_version": Field("record"),
 }
+
+OTHER_ARGUMENTS: Mapping[str, str] = {
+    "assistant_model": _ASSISTED,
+    "assistant_tokenizer": _ASSISTED,
+    "negative_prompt_ids": "classifier-free guidance mixes a second run of one model",
+    "encoder_outputs": _ENCODER,
+    "decoder_input_ids": _ENCODER,
+    "inputs_embeds": "prompts are given as input_ids, since every model has its own embedding",
+    "position_ids": "the tokens of each prompt are counted from 0",
+    "custom_generate": "this is the custom generation",
+}
+"""Arguments of transformers' `generate` that no path honours, and why."""
 
 
 def is_neutral(name: str, value: Any) -> bool:

@@ -33,7 +33,9 @@ class EFTStats:
         accepted_by_position: at each position of the draft, the share of tested tokens accepted.
         expected_acceptance: mean of sum min(p, q) over tested tokens, which the token rule's
             `acceptance_rate` estimates and the block rule's exceeds; 0 where nothing was drafted.
-        seconds: wall-clock seconds by phase: prefill, draft, large, base, verify, other.
+        seconds: wall-clock seconds by phase: prefill, draft, large, base, verify, other. On a GPU the host
+            does not wait for what it launches, so only their sum means anything.
+        cost_ratio, row_cost: by which draft lengths were chosen; None where they were fixed.
     """
 
     rounds: int
@@ -45,6 +47,8 @@ class EFTStats:
     accepted_by_position: tuple[float, ...]
     expected_acceptance: float
     seconds: dict[str, float]
+    cost_ratio: float | None = None
+    row_cost: float | None = None
 
     @property
     def acceptance_rate(self) -> float:

@@ -29,10 +29,12 @@ class EFTPast:
 
     Attributes:
         base, tuned: tokens in the bases' and in the tuned models' caches.
+        reservations: those of the runners by then, by which it is known whether others have used the caches.
     """
 
     base: Prompts
     tuned: Prompts
+    reservations: int
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """0, for transformers' `generate`: prompts are given whole."""

@@ -15,7 +15,7 @@ from transformers.generation.configuration_utils import BaseWatermarkingConfig
 
 from speculative_eft.kernels import Sampling, derive_seeds
 
-from .fields import FIELDS, is_neutral
+from .fields import FIELDS, OTHER_ARGUMENTS, is_neutral
 
 __all__ = ["GenerationOptions", "Prompts", "read_options", "read_prompts", "read_seeds"]
 
@@ -130,6 +130,8 @@ def read_options(
         )
     known = {*FIELDS, *vars(GenerationConfig())}  # type: ignore[no-untyped-call]
     for name in keywords:
+        if name in OTHER_ARGUMENTS:
+            raise ValueError(f"{name} is not supported: {OTHER_ARGUMENTS[name]}")
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""

@@ -91,8 +91,8 @@ class SlotBatch:
         self._device = runners.large.device
         for runner in decoder.all_runners():
             runner.reserve(slots, max_length + decoder.longest_draft + 1)
-        nothing = torch.zeros(3, slots, dtype=torch.int64, device=self._device)
-        state = decoder.new_state(*nothing.unbind(), max_length, 0)
+        last, lengths, seeds = torch.zeros(3, slots, dtype=torch.int64, device=self._device)
+        state = decoder.new_state(last, lengths, seeds, max_length, 0)
         self._options: dict[int, SlotOptions] = {}
         self._first_lens: dict[int, int] = {}
         self._joined = 0

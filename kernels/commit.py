@@ -63,11 +63,11 @@ class RoundState:
 class DraftLengthRule:
     """How a sequence's next draft length follows from its fading counts of accepted and tested tokens.
 
-    With a = (accepted + prior_accepted) / (tested + prior_tested) it is 1 plus the number of `thresholds`
+    With a = (accepted + prior_accepted) / (tested + prior_tested) it is the number of `thresholds`
     that a reaches.
 
     Attributes:
-        thresholds: float32 [longest - 1], ascending.
+        thresholds: float32 [longest], ascending.
         fading: weight a past round keeps with each new one.
         prior_accepted, prior_tested: what is assumed to have happened before the first round.
     """
@@ -80,7 +80,7 @@ class DraftLengthRule:
     def draft_lens(self, accepted: Tensor, tested: Tensor) -> Tensor:
         """Draft lengths int64 [batch] from counts float32 [batch]."""
         acceptance = (accepted + self.prior_accepted) / (tested + self.prior_tested)
-        return (acceptance[:, None] >= self.thresholds).sum(dim=1) + 1
+        return (acceptance[:, None] >= self.thresholds).sum(dim=1)
 
 
 def commit(

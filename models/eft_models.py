@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -17,7 +18,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from speculative_eft.kernels import backend
+
 from .adapters import (
+    AdapterSwitch,
     adapter_shapes,
     check_peft,
     check_shapes,
@@ -28,6 +32,7 @@ from .adapters import (
     parameters_with,
 )
 from .configs import layer_windows, text_config
+from .costs import StepCosts, kept_step_costs, measure_step_costs
 from .describe import ModelDescription, describe_model, vocabulary_rows
 from .errors import IncompatibleModelsError
 from .placement import home_device, is_dispatched
@@ -115,6 +120,7 @@ class EFTModels:
         self.attention = attention
         self._with_template: set[str] = set()
         self._runners: EFTRunners | None = None
+        self._step_costs: dict[tuple[bool, int], StepCosts] = {}
         if not tuned:
             raise IncompatibleModelsError("small_tuned must hold at least one model.")
         self._networks = _networks(large_base, tuned, small_base)
@@ -204,6 +210,36 @@ class EFTModels:
             )
             self._runners = EFTRunners(large, list(tuned), base)
         return self._runners
+
+    def forward_passes(self) -> list[tuple[PreTrainedModel, Callable[[], AbstractContextManager[None]]]]:
+        """Each model and a context in which its own forward pass is that of its role, in `describe`'s order.
+
+        Where adapters share a base, what a module computes depends on which are on.
+        """
+        return [
+            (model, nullcontext if adapters is None else AdapterSwitch(model, adapters))
+            for _, model, adapters in self._networks
+        ]
+
+    def step_costs(self, pair: bool, batch: int) -> StepCosts:
+        """What a draft's step and a row cost for `batch` sequences, measured once on a machine.
+
+        `pair` is whether the small base drafts along with the tuned models.
+        """
+        if (pair, batch) not in self._step_costs:
+            runners = self.runners()
+            drafting = [*runners.tuned, runners.base] if pair else runners.tuned
+            device = runners.large.device
+            on_gpu = device.type == "cuda"
+            facts = [
+                torch.__version__, backend(device), pair, batch, torch.get_num_threads(),
+                torch.cuda.get_device_name(device) if on_gpu else device.type,
+                *((row.architecture, row.parameters, row.dtype, row.vocabulary) for row in self.describe()),
+            ]  # fmt: skip
+            self._step_costs[pair, batch] = kept_step_costs(
+                facts, lambda: measure_step_costs(runners, drafting, batch)
+            )
+        return self._step_costs[pair, batch]
 
     def describe(self) -> list[ModelDescription]:
         """A row for each model: large base, tuned models, small base.

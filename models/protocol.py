@@ -28,6 +28,11 @@ class Runner(Protocol):
     device: torch.device
 
     @property
+    def reservations(self) -> int:
+        """How often `reserve` was called: what the caches hold is its last caller's."""
+        ...
+
+    @property
     def lengths(self) -> Tensor:
         """int64 [batch]: tokens in the cache of each sequence, in one storage from `reserve` to `reserve`."""
         ...

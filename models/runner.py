@@ -72,6 +72,7 @@ class ModelRunner:
         plain = self.attention == "sdpa" and not logits_change
         self._compiled = _compile_for_cpu(self._body, self._head) if plain else None
         self.cache = SlotCache(0, 0, self.device, self.attention)
+        self.reservations = 0
         if config.model_type not in TESTED_FAMILIES:
             self._compare_with_model()
 
@@ -87,6 +88,7 @@ class ModelRunner:
         The storage is kept if it is large enough. Weights changed in place since are seen from here on.
         With `keep` the tokens in the cache stay, and `lengths` with them.
         """
+        self.reservations += 1
         if keep:
             if not self.cache.holds(batch, length):
                 self.cache = self.cache.grown(batch, length)

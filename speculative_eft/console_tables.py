@@ -6,21 +6,26 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
     from speculative_eft.bench.comparison import Comparison, Spread
+    from speculative_eft.bench.regressions import Change
     from speculative_eft.decoding import EFTStats
     from speculative_eft.models import ModelDescription
 
 __all__ = [
+    "changes_table",
     "comparison_table",
     "count_text",
+    "latency_table",
     "memory_table",
     "models_table",
     "phases_table",
     "size_text",
     "stats_table",
+    "text_table",
     "verdict",
 ]
 
@@ -36,9 +41,10 @@ def _table(title: str | None, first: str, *others: str) -> Table:
         padding=(0, 0, 0, 1),
         pad_edge=False,
     )
-    table.add_column(first, no_wrap=True)
+    # On a narrow console names wrap, between words, and numbers do not.
+    table.add_column(first, overflow="fold", min_width=12)
     for name in others:
-        table.add_column(name, justify="right", overflow="fold")
+        table.add_column(name, justify="right", no_wrap=True)
     return table
 
 
@@ -174,4 +180,49 @@ def memory_table(models: Sequence[ModelDescription], context: int, batch: int) -
     table.add_row(
         "in all", size_text(sum(weights)), size_text(sum(caches)), size_text(sum(weights) + sum(caches))
     )
+    return table
+
+
+def latency_table(comparison: Comparison) -> Table:
+    """A row a decoder: how long one waits for tokens, and the memory it took."""
+    table = _table(None, "milliseconds", "first token", "per token p50", "p95", "p99", "peak memory")
+    for row in comparison.measurements:
+        waits = row.milliseconds_per_token
+        table.add_row(
+            row.name,
+            f"{1000 * row.seconds_to_first_token.median:.1f}",
+            *(f"{value:.2f}" for value in (waits.p50, waits.p95, waits.p99)),
+            _NOTHING if row.peak_memory_bytes is None else size_text(row.peak_memory_bytes),
+        )
+    return table
+
+
+def text_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Cells that are text already; quartiles in brackets go below their medians, as in other tables."""
+    table = _table(title, heads[0], *(head.replace(", ", ",\n") for head in heads[1:]))
+    for first, *cells in rows:
+        below = (cell.replace(" [", "\n").replace(", ", "-").rstrip("]") for cell in cells)
+        table.add_row(escape(first), *below)
+    return table
+
+
+def changes_table(changes: Sequence[Change]) -> Table:
+    """A row a decoder and setting of two benchmarks."""
+    table = _table("Times naive EFT, and naive EFT's tokens/s", "", "before", "after", "change", "noise", "")
+    styles = {"slower": "bold red", "faster": "green", "same": ""}
+    label = None
+    for change in changes:
+        if change.label != label:
+            label = change.label
+            table.add_section()
+            table.add_row(f"[bold]{label}[/]")
+        table.add_row(
+            f"  {change.name}",
+            f"{change.before:.2f}",
+            f"{change.after:.2f}",
+            f"{100 * change.change:+.1f}%",
+            f"{100 * change.tolerance:.1f}%",
+            change.verdict,
+            style=styles[change.verdict],
+        )
     return table

@@ -13,8 +13,11 @@ from rich.text import Text
 from torch import Tensor
 
 from . import console_tables as tables
-from .bench.baselines import LargeOnlyDecoder
-from .bench.comparison import Comparison, Decoder, compare, environment
+from .bench.baselines import SingleModelDecoder
+from .bench.comparison import Comparison, Decoder, compare
+from .bench.machine import environment
+from .bench.plan import LARGE, NAIVE
+from .bench.prompts import PromptBatch
 from .console_text import LOOKS, has_colours, source_counts, styled_pieces
 from .continuation import Continuation, continue_prompt, sampling_options
 from .decoding import EFTConfig, EFTDecoder, NaiveEFTDecoder
@@ -23,7 +26,6 @@ from .models import EFTModels
 
 __all__ = ["show_demo"]
 
-_NAIVE, _ALONE = "naive EFT", "large alone"
 _COMPARED_RULES: tuple[AcceptanceRule, ...] = ("block", "token")
 _MEANINGS = {
     "draft": "tokens that small_tuned drafted and the target accepted",
@@ -76,7 +78,7 @@ def show_demo(
         _print_continuation(out, prompt, continuation)
         continuations.append({"prompt": prompt, "seed": seed + index, **continuation.to_dict()})
 
-    plain: dict[str, Decoder] = {_NAIVE: NaiveEFTDecoder(models), _ALONE: LargeOnlyDecoder(models)}
+    plain: dict[str, Decoder] = {NAIVE: NaiveEFTDecoder(models), LARGE: SingleModelDecoder(models)}
     # Every rule is the same rule at temperature 0.
     turns = {
         value: plain | (speculative if value else {chosen: speculative[chosen]})
@@ -95,7 +97,7 @@ def show_demo(
     )
     if machine.backend == "torch" and not machine.accelerators:
         out.print("Without Numba (pip install 'speculative-eft[cpu]') all of this runs several times slower.")
-    out.print(tables.verdict(comparisons, chosen, _NAIVE, _ALONE), style="bold", soft_wrap=True)
+    out.print(tables.verdict(comparisons, chosen, NAIVE, LARGE), style="bold", soft_wrap=True)
     return {
         "environment": asdict(machine),
         "models": [{**asdict(row), "name": Path(row.name).name} for row in models.describe()],
@@ -131,9 +133,8 @@ def _measure(
             progress.update(task, description=f"Measuring at {label}")
             comparisons[label] = compare(
                 decoders,
-                inputs,
-                reference=_NAIVE,
-                repeats=repeats,
+                [PromptBatch(ids) for ids in inputs] * repeats,
+                reference=NAIVE,
                 seed=seed,
                 on_run=lambda _: progress.advance(task),
                 **options,

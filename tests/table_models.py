@@ -24,10 +24,12 @@ class TableRunner:
         self.table = torch.from_numpy(table).to(self.device, torch.float32)
         self.vocab_size = table.shape[-1]
         self.max_context: int | None = None
+        self.reservations = 0
         self.all_lengths = self.lengths = torch.zeros(0, dtype=torch.int64)
         self.tokens = torch.zeros(0, 0, dtype=torch.int64)
 
     def reserve(self, batch: int, length: int, keep: bool = False) -> None:
+        self.reservations += 1
         held, lengths = self.tokens, self.lengths
         # Column 0 stands before the sequence: a first token has token 0 before it.
         self.tokens = torch.zeros(batch, length + 1, dtype=torch.int64)

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 import pytest
 
-from speculative_eft.bench.readme import RESULT, with_measurements
+from speculative_eft.bench.benchmark import Report
+from speculative_eft.bench.readme import FIGURES, RESULT, source_digest, with_measurements
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
 README = (ROOT / "README.md").read_text()
 
 
 def test_measurements_are_those_of_the_committed_json() -> None:
-    result = json.loads((ROOT / "bench" / "results" / RESULT).read_text())
-    assert with_measurements(README, result) == README
+    assert with_measurements(README, Report.load(RESULTS / RESULT)) == README
+
+
+def test_figures_are_made_of_the_committed_json() -> None:
+    digest = source_digest((RESULTS / RESULT).read_text())
+    for file, _ in FIGURES.values():
+        assert digest in (RESULTS / file).read_text()
+        assert file in README
 
 
 def test_its_python_runs(capsys: pytest.CaptureFixture[str]) -> None:

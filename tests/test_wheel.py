@@ -51,6 +51,8 @@ def test_one_package_at_the_top(installed: Path) -> None:
     tops = {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")}
     assert tops == {"speculative_eft"}
     assert (installed / "speculative_eft" / "py.typed").exists()
+    recipe = installed / "speculative_eft" / "decoding" / "recipe" / "custom_generate" / "generate.py"
+    assert recipe.exists()
     for role in ("large_base", "small_tuned", "small_base"):
         weights = installed / "speculative_eft" / "models" / "demo" / "weights" / role
         assert list(weights.glob("*.safetensors"))

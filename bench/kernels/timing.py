@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 
-from ..comparison import Spread, environment
+from ..comparison import Spread
+from ..machine import environment
 
 __all__ = [
     "Timing",

@@ -121,8 +121,8 @@ def _commit(
             acceptance = (accepted_history[sequence] + prior_accepted) / (
                 tested_history[sequence] + prior_tested
             )
-            length = 1
-            while length <= thresholds.shape[0] and acceptance >= thresholds[length - 1]:
+            length = 0
+            while length < thresholds.shape[0] and acceptance >= thresholds[length]:
                 length += 1
 
         count = 0

@@ -135,7 +135,7 @@ def _commit(
         step = tl.arange(0, LENGTHS)[None, :]
         thresholds = tl.load(rule.thresholds + step, mask=step < lengths, other=float("inf"))
         reached = (acceptance[:, None] >= thresholds) & (step < lengths)
-        next_lens = tl.where(live, tl.sum(reached.to(tl.int64), axis=1) + 1, next_lens)
+        next_lens = tl.where(live, tl.sum(reached.to(tl.int64), axis=1), next_lens)
 
     is_committed = (column < count[:, None]) & is_row
     tl.store(state.output + row * capacity + generated[:, None] + column, tokens, mask=is_committed)

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from speculative_eft.bench import comparison
-from speculative_eft.bench.comparison import PHASES, Spread, compare, environment
+from speculative_eft.bench.comparison import PHASES, Comparison, Percentiles, Spread, compare
+from speculative_eft.bench.machine import environment, peak_memory
+from speculative_eft.bench.prompts import PromptBatch
 from speculative_eft.decoding import EFTOutput, EFTStats
 
-PROMPTS = [torch.tensor([[1, 2]]), torch.tensor([[3, 4, 5]])]
+PROMPTS = [PromptBatch(torch.tensor([[1, 2]])), PromptBatch(torch.tensor([[3, 4, 5]]))]
 
 
 class Clock:
@@ -35,23 +37,34 @@ class FakeDecoder:
         self.name, self.log, self.clock = name, log, clock
         self.seconds, self.tokens = iter(seconds), tokens
 
-    def generate(self, input_ids: Tensor, *, seed: int, **generation_kwargs: Any) -> EFTOutput:
+    def generate(
+        self, input_ids: Tensor, attention_mask: None, *, seed: int, streamer: Any, **generation_kwargs: Any
+    ) -> EFTOutput:
         assert generation_kwargs == {"return_dict_in_generate": True, "trace": False, "max_new_tokens": 9}
         self.log.append((self.name, int(input_ids[0, 0]), seed))
-        self.clock.now += next(self.seconds)
+        batch, seconds = input_ids.shape[0], next(self.seconds)
+        # A quarter of the time and the tokens for the first round, the rest for the second.
+        if streamer is not None:
+            streamer.put(input_ids)
+            for share in (1, 3):
+                self.clock.now += share * seconds / 4
+                streamer.put(torch.full((share * self.tokens // 4,), 7))
+            streamer.end()
+        else:
+            self.clock.now += seconds
         stats = EFTStats(
             rounds=2,
-            sequence_rounds=2,
-            drafted_tokens=4,
-            tested_tokens=4,
-            accepted_tokens=3,
-            emitted_tokens=self.tokens,
+            sequence_rounds=2 * batch,
+            drafted_tokens=4 * batch,
+            tested_tokens=4 * batch,
+            accepted_tokens=3 * batch,
+            emitted_tokens=self.tokens * batch,
             accepted_by_position=(1.0, 0.5),
             expected_acceptance=0.5,
-            seconds={"prefill": 9.0, "draft": 0.002, "large": 0.004},
+            seconds={"prefill": 0.5, "draft": 0.002, "large": 0.004},
         )
         return EFTOutput(
-            sequences=torch.cat([input_ids, torch.full((1, self.tokens), 7)], dim=1), stats=stats
+            sequences=torch.cat([input_ids, torch.full((batch, self.tokens), 7)], dim=1), stats=stats
         )
 
 
@@ -68,13 +81,21 @@ def result(log: list[tuple[str, int, int]], monkeypatch: pytest.MonkeyPatch) -> 
         "slow": FakeDecoder("slow", log, clock, [100, 4, 2, 4, 2], tokens=4),
         "fast": FakeDecoder("fast", log, clock, [100, 1, 1, 2, 2], tokens=8),
     }
-    return compare(decoders, PROMPTS, reference="slow", repeats=2, seed=5, max_new_tokens=9)
+    return compare(decoders, PROMPTS * 2, reference="slow", seed=5, max_new_tokens=9)
 
 
 def test_decoders_take_turns(result: comparison.Comparison, log: list[tuple[str, int, int]]) -> None:
     warm_up = [("slow", 1, 5), ("fast", 1, 5)]
+    slow_first, fast_first = ("slow", "fast"), ("fast", "slow")
     turns = [
-        (name, prompt, seed) for prompt, seed in ((1, 5), (3, 6), (1, 7), (3, 8)) for name in ("slow", "fast")
+        (name, prompt, seed)
+        for prompt, seed, order in (
+            (1, 5, slow_first),
+            (3, 6, fast_first),
+            (1, 7, slow_first),
+            (3, 8, fast_first),
+        )
+        for name in order
     ]
     assert log == warm_up + turns
 
@@ -96,12 +117,35 @@ def test_counts_are_over_all_runs(result: comparison.Comparison) -> None:
     assert row.milliseconds_per_round["draft"] == pytest.approx(1.0)
     assert row.milliseconds_per_round["verify"] == 0.0
     assert row.same_output == 0 and result["slow"].same_output == 4
+    assert row.rounds == 8 and row.drafted_per_round == 2
+    assert row.accepted_by_position == (1.0, 0.5)
+    # 2 ms of drafting in two rounds that make 8 tokens.
+    assert row.phases_per_token["draft"] == pytest.approx(0.25)
+
+
+def test_one_sequence_is_watched_token_by_token(result: comparison.Comparison) -> None:
+    # Runs of 4, 2, 4, 2 seconds: the first of four tokens after a quarter, three in the rest.
+    assert result["slow"].seconds_to_first_token.median == pytest.approx(0.75)
+    assert result["slow"].milliseconds_per_token == Percentiles.of([1000.0] * 6 + [500.0] * 6)
+
+
+def test_a_batch_is_watched_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(comparison, "perf_counter", clock)
+    decoder = FakeDecoder("slow", [], clock, [100.0, 4.5], tokens=5)
+    batch = PromptBatch(torch.tensor([[1, 2], [3, 4]]))
+    row = compare({"slow": decoder}, [batch], reference="slow", max_new_tokens=9)["slow"]
+    # Half a second of prefill, two rounds of two seconds, four tokens after the first round's.
+    assert row.seconds_to_first_token.median == pytest.approx(2.5)
+    assert row.milliseconds_per_token.p50 == pytest.approx(500)
+    assert row.run_tokens == (10,) and row.tokens_per_round == 2.5 and row.drafted_per_round == 2
 
 
 def test_json_has_it_all(result: comparison.Comparison) -> None:
     data = json.loads(json.dumps(result.to_dict()))
     assert data["reference"] == "slow" and data["generation_options"] == {"max_new_tokens": 9}
     assert data["measurements"][1]["ratio"]["median"] == 4.0
+    assert Comparison.from_dict(data) == result
 
 
 def test_one_value_is_its_own_spread() -> None:
@@ -112,17 +156,27 @@ def test_one_value_is_its_own_spread() -> None:
     ("arguments", "words"),
     [
         ({"reference": "other"}, "reference"),
-        ({"prompts": []}, "prompt"),
-        ({"repeats": 0}, "repeat"),
+        ({"batches": []}, "batch"),
+        ({"batches": [*PROMPTS, PromptBatch(torch.ones(2, 3))]}, "same number"),
     ],
 )
 def test_refusals(arguments: dict[str, Any], words: str) -> None:
     decoders = {"slow": FakeDecoder("slow", [], Clock(), [], 1)}
     with pytest.raises(ValueError, match=words):
-        compare(decoders, **{"prompts": PROMPTS, "reference": "slow", "repeats": 1, **arguments})
+        compare(decoders, **{"batches": PROMPTS, "reference": "slow", **arguments})
 
 
 def test_environment_names_the_machine() -> None:
     found = environment()
     assert found.cpu and found.cores >= 1 and found.threads >= 1
     assert found.torch == torch.__version__ or torch.__version__.startswith(found.torch.split("+")[0])
+
+
+def test_peak_memory_sees_what_is_held_for_a_while() -> None:
+    def hold() -> None:
+        torch.ones(2**25)
+
+    idle, busy = (peak_memory(torch.device("cpu"), run) for run in (lambda: None, hold))
+    if idle is None or busy is None:
+        pytest.skip("this system does not tell")
+    assert 100 * 2**20 < busy - idle < 160 * 2**20

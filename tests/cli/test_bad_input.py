@@ -156,5 +156,5 @@ def test_ctrl_c_is_quiet(run: Callable[..., Outcome], monkeypatch: pytest.Monkey
     def interrupt(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("speculative_eft.cli._load", interrupt)
+    monkeypatch.setattr("speculative_eft.cli.load_models", interrupt)
     assert run("generate", "x") == Outcome(130, "", "")

@@ -80,6 +80,9 @@ BAD: list[tuple[str, dict[str, Any]]] = [
         r"tuned_attention_mask of shape \[1, 9\]",
         {"tuned_input_ids": torch.tensor([[5]]), "tuned_attention_mask": torch.ones(1, 9)},
     ),
+    ("assistant_model is not supported: it belongs to assisted", {"assistant_model": object()}),
+    ("negative_prompt_ids is not supported: classifier-free", {"negative_prompt_ids": torch.tensor([[5]])}),
+    ("inputs_embeds is not supported: prompts are given", {"inputs_embeds": torch.zeros(1, 2, 32)}),
     ("temprature is not a generation option; did you mean temperature", {"temprature": 0.5}),
 ]
 

@@ -19,9 +19,11 @@ from transformers import (
 )
 
 from speculative_eft.decoding import CUSTOM_GENERATE_FOLDER, EFTConfig, EFTDecoder, EFTOutput, NaiveEFTDecoder
+from speculative_eft.decoding.output import CACHE_FIELD
 from speculative_eft.models import EFTModels
 
 from ..tokenizers_of_words import word_tokenizer
+from .test_chat import prefilled
 from .test_generate import VOCAB, ragged_prompts, tiny_trio
 
 
@@ -178,6 +180,23 @@ def test_outputs_of_both_ways_have_scores_statistics_and_trace(models: EFTModels
     torch.testing.assert_close(transitions, output.trace.target, atol=1e-4, rtol=0)
 
 
+def test_re_use_of_the_caches_inside_transformers(models: EFTModels) -> None:
+    decoder = EFTDecoder(models, EFTConfig(draft_tokens=3))
+    options: dict[str, Any] = {
+        "max_new_tokens": 8, "do_sample": True, "return_dict_in_generate": True, "eos_token_id": 96,
+        "custom_generate": decoder.custom_generate,
+    }  # fmt: skip
+    first = models.large_base.generate(torch.tensor([[5, 6, 7]]), seed=0, **options)
+    longer = torch.cat([first.sequences, torch.tensor([[8, 9]])], dim=1)
+    with prefilled(decoder) as counts:
+        second = models.large_base.generate(
+            longer, seed=1, **options, **{CACHE_FIELD: getattr(first, CACHE_FIELD)}
+        )
+    # The last generated token and the first of the two new ones.
+    assert counts == [2] * 3
+    assert torch.equal(second.sequences, models.large_base.generate(longer, seed=1, **options).sequences)
+
+
 def test_the_table_of_a_trace(models: EFTModels) -> None:
     output = EFTDecoder(models, EFTConfig(draft_tokens=3)).generate(
         **ragged_prompts(3), max_new_tokens=8, seed=1, do_sample=True, return_dict_in_generate=True
@@ -232,6 +251,7 @@ def test_text_streamers(models: EFTModels, capsys: pytest.CaptureFixture[str]) -
     assert "".join(iterator) == wanted
     thread.join()
 
+    assert torch.equal(decoder.generate(inputs=ids, **options), decoder.generate(ids, **options))
     models.large_base.generate(
         ids, **options, custom_generate=decoder.custom_generate, eft_streamer=TextStreamer(models.tokenizer)
     )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import StoppingCriteria
 
 from speculative_eft.decoding import EFTConfig, EFTDecoder, EFTOutput, EFTPast, NaiveEFTDecoder
 from speculative_eft.decoding.chat import plain_chat
@@ -110,6 +113,26 @@ def test_prompts_that_end_in_different_tokens(draft: Any, general: dict[str, Any
     assert torch.equal(output, ids)
 
 
+def test_loading_finds_the_tuned_models_template(tmp_path: Path) -> None:
+    models = chat_trio()
+    words = tokenizer_of(WORDS)
+    models.chat_tokenizer = tuned_words = copy.deepcopy(words)
+    tuned_words.add_tokens(list(ADDED), special_tokens=True)
+    tuned_words.chat_template = TEMPLATE
+    tuned = models.small_tuned[0]
+    for role, model, tokenizer in (
+        ("large", models.large_base, words), ("tuned", tuned, tuned_words), ("base", models.small_base, words)
+    ):  # fmt: skip
+        model.save_pretrained(tmp_path / role)
+        tokenizer.save_pretrained(tmp_path / role)
+    loaded = EFTModels.from_pretrained(*(tmp_path / role for role in ("large", "tuned", "base")))
+    assert loaded.tokenizer.chat_template is None
+    assert loaded.chat_tokenizer.chat_template == TEMPLATE
+    options: dict[str, Any] = {"max_new_tokens": 6, "seed": 0, "do_sample": True}
+    wanted = EFTDecoder(models).generate(chat=HELLO, **options)
+    assert torch.equal(EFTDecoder(loaded).generate(chat=HELLO, **options), wanted)
+
+
 def test_a_batch_of_chats_is_each_chat_alone() -> None:
     decoder = EFTDecoder(chat_trio(), EFTConfig(draft_tokens=3))
     chats = [HELLO, [{"role": "system", "content": "w50"}, {"role": "user", "content": "w9 w9 w9 w9 w10"}]]
@@ -189,6 +212,38 @@ def test_re_use_in_ragged_batches_that_grow_and_change() -> None:
         second = warm.generate(longer, mask, seed=1, past_key_values=first.past_key_values, **options)
     # Row 1 goes on from its eighth token and needs most: 29 of its 38, the last of which is not prefilled.
     assert counts == [4 * 29] * 3
+    wanted = cold.generate(longer, mask, seed=1, **options)
+    assert isinstance(second, EFTOutput)
+    assert isinstance(wanted, EFTOutput)
+    assert torch.equal(second.sequences, wanted.sequences)
+
+
+class EndsByRow(StoppingCriteria):
+    """Ends row i of a batch after 2 i + 2 new tokens, the last one first."""
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        return input_ids.shape[1] >= 11 + 2 * torch.arange(len(input_ids), 0, -1)
+
+
+@pytest.mark.parametrize("general", [{}, {"repetition_penalty": 1.2}], ids=["fused", "general"])
+def test_re_use_after_rows_that_ended_at_different_times(general: dict[str, Any]) -> None:
+    models, prompts = tiny_trio("llama"), ragged_prompts(4)
+    options: dict[str, Any] = {
+        "eos_token_id": [], "max_new_tokens": 12, "return_dict_in_generate": True, "do_sample": True,
+        "pad_token_id": 0, **general,
+    }  # fmt: skip
+    warm, cold = (EFTDecoder(models, EFTConfig(draft_tokens=4)) for _ in range(2))
+    first = warm.generate(**prompts, seed=0, stopping_criteria=[EndsByRow()], **options)
+    assert isinstance(first, EFTOutput)
+    ends = 11 + 2 * torch.arange(4, 0, -1)
+    longer = torch.cat([first.sequences, torch.full((4, 5), 6)], dim=1)
+    column = torch.arange(longer.shape[1])
+    mask = ((column < ends[:, None]) | (column >= first.sequences.shape[1])).long()
+    mask[:, :11] = prompts["attention_mask"]
+    with prefilled(warm) as counts:
+        second = warm.generate(longer, mask, seed=1, past_key_values=first.past_key_values, **options)
+    # The last generated token and five more, of which the last is not prefilled.
+    assert counts == [4 * 5] * 3
     wanted = cold.generate(longer, mask, seed=1, **options)
     assert isinstance(second, EFTOutput)
     assert isinstance(wanted, EFTOutput)

@@ -62,10 +62,13 @@ def compare_with_law(
     copies: int,
     seed: int = 0,
     decoder: type[EFTDecoder] = EFTDecoder,
+    lagging: bool = False,
 ) -> list[ChiSquare]:
     """Joint laws of the first and of the last four generated tokens, for each prompt of a ragged batch."""
     ids, mask = ragged_batch(copies)
-    output = decoder(table_runners(tables), config).generate(
+    sampler = decoder(table_runners(tables), config)
+    sampler.lagging = lagging
+    output = sampler.generate(
         ids,
         mask,
         seed=seed,

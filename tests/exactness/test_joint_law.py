@@ -43,6 +43,7 @@ LAWS: list[tuple[str, dict[str, object], dict[str, float], int]] = [
     ("draft_hot", {"draft_temperature": 1.5}, {"temperature": 0.7}, 1),
     ("draft_as_pair", {"draft": "pair"}, {"min_p": 0.05}, 1),
     ("adaptive", {"draft_tokens": "auto", "cost_ratio": 0.1}, {}, 1),
+    ("adaptive_or_plain", {"draft_tokens": "auto", "cost_ratio": 0.4, "row_cost": 0.35}, {}, 1),
     ("adaptive_costly", {"draft_tokens": "auto", "cost_ratio": 0.5, "alpha": 0.6}, {"top_p": 0.9}, 1),
 ]
 
@@ -77,6 +78,17 @@ def test_every_law(
         pytest.skip("Triton's interpreter is slow: a rule a law, or all with --every-law")
     config = EFTConfig(**{"acceptance": rule, "draft_tokens": 3, **fields})
     results = compare_with_law(random_tables(11, 4, experts), config, options, 8, copies(each_backend))
+    assert_exact(results, record_chi_square)
+
+
+@pytest.mark.parametrize("rule", ["block", "token"])
+def test_rounds_ahead_of_the_host(rule: str, each_backend: str, record_chi_square: Record) -> None:
+    """As on a GPU: a draft is no longer than the host knew of when it started the round."""
+    if is_interpreted(each_backend):
+        pytest.skip("what differs is not in the kernels")
+    config = EFTConfig(acceptance=rule, draft_tokens="auto", cost_ratio=0.15)
+    tables, new_tokens = random_tables(13, 4), 12
+    results = compare_with_law(tables, config, {}, new_tokens, copies(each_backend), lagging=True)
     assert_exact(results, record_chi_square)
 
 

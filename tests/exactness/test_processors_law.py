@@ -149,12 +149,15 @@ def test_processors_that_do_not_see_the_draft_are_found_out(
 
     process, options, sees_padding = CASES[case]
     tables = random_tables(21, VOCAB)
-    ids, mask = ragged_batch(COPIES)
+    prompt, padding = PROMPTS[1], [0] * 4
+    copies = 4 * COPIES
+    ids = torch.tensor([padding + prompt]).repeat(copies, 1)
+    mask = torch.tensor([[*padding, 1]]).repeat(copies, 1)
     monkeypatch.setattr(general, "process_rows", blind)
     output = EFTDecoder(table_runners(tables), EFTConfig(draft_tokens=4)).generate(
         ids, mask, seed=8, do_sample=True, top_k=0, max_new_tokens=LENGTH, **options
     )
     assert isinstance(output, torch.Tensor)
-    counts = count_windows(output[:COPIES, ids.shape[1] :].numpy(), VOCAB)
-    seen = [0] * (ids.shape[1] - len(PROMPTS[0])) + PROMPTS[0] if sees_padding else PROMPTS[0]
-    assert not chi_square(counts, enumerated(tables, process, PROMPTS[0], seen, 1.0)).accepts
+    counts = count_windows(output[:, ids.shape[1] :].numpy(), VOCAB)
+    seen = padding + prompt if sees_padding else prompt
+    assert not chi_square(counts, enumerated(tables, process, prompt, seen, 1.0)).accepts

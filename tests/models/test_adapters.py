@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from speculative_eft.bench.baselines import TransformersLoop
 from speculative_eft.cli import main
 from speculative_eft.decoding import EFTConfig, EFTDecoder, NaiveEFTDecoder
 from speculative_eft.models import EFTModels, IncompatibleModelsError, ModelRunner, inspect_trio
@@ -228,6 +229,13 @@ def test_several_adapters_of_one_base(settings: dict[str, Any]) -> None:
     tuned.base_model.set_adapter(["first", "second"])
     together = EFTModels(tiny_model("llama"), tuned).runners().tuned[0]
     torch.testing.assert_close(logits_of(together, True), own_logits(tuned, 0), atol=2e-5, rtol=1e-4)
+
+
+def test_a_plain_loop_runs_each_in_its_role() -> None:
+    large, tuned = tiny_model("llama", 0), with_adapter(tiny_model("llama", 1), 2, **PLAIN)
+    models = EFTModels(large, tuned)
+    wanted = NaiveEFTDecoder(models).generate(PROMPTS, max_new_tokens=12, do_sample=False, eos_token_id=[])
+    assert torch.equal(TransformersLoop(models).generate(PROMPTS, max_new_tokens=12), wanted)
 
 
 def test_a_large_base_that_is_the_adapted_model_runs_without_its_adapter() -> None:

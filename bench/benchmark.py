@@ -1,0 +1,213 @@
+"""A benchmark from its plan to its saved report, setting by setting."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from speculative_eft.models import EFTModels
+
+from .comparison import Comparison, compare
+from .cost_model import Projection
+from .machine import Environment, environment, memory_bandwidth, source_commit
+from .plan import NAIVE, Plan, Setting, build_decoders, decoder_names
+from .prompts import prompt_batches, with_context
+
+__all__ = ["FORMAT", "Report", "Result", "check_contexts", "new_report", "run_benchmark", "total_runs"]
+
+FORMAT = 1
+"""Of the JSON; grows when a reader of the old one would go wrong."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured in one setting."""
+
+    setting: Setting
+    comparison: Comparison
+
+
+@dataclass
+class Report:
+    """A benchmark, perhaps unfinished; docs/benchmarking.md describes its JSON.
+
+    Attributes:
+        command: as it was typed.
+        commit: of the source, None away from a checkout.
+        started: when, in UTC.
+        simulated_acceptance: the chance that was forced on random networks; None for a real measurement.
+        models: a row for each model.
+        prompts: where they came from.
+        bandwidth: measured bytes a second of a GPU's memory; None on a CPU.
+        results: of the settings measured so far.
+        projections: to machines that were not measured.
+    """
+
+    command: str
+    commit: str | None
+    started: str
+    simulated_acceptance: float | None
+    plan: Plan
+    environment: Environment
+    models: list[dict[str, Any]]
+    prompts: str
+    bandwidth: float | None
+    results: list[Result] = field(default_factory=list)
+    projections: list[Projection] = field(default_factory=list)
+
+    def grid(self) -> list[Result]:
+        """The results of temperatures and batches."""
+        return [result for result in self.results if result.setting.varied is None]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain containers and numbers."""
+        return {
+            "format": FORMAT,
+            **{name: getattr(self, name) for name in _KEPT},
+            "plan": self.plan.to_dict(),
+            "environment": asdict(self.environment),
+            "results": [
+                {
+                    "label": result.setting.label,
+                    "setting": asdict(result.setting),
+                    **result.comparison.to_dict(),
+                }
+                for result in self.results
+            ],
+            "projections": [asdict(projection) for projection in self.projections],
+        }
+
+    def save(self, path: Path, derived: dict[str, Any] | None = None) -> None:
+        """Write the JSON in one step, so that an interrupted run leaves the last whole one."""
+        content = self.to_dict() | ({} if derived is None else {"derived": derived})
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(_without_nan(content), indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Report:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: if the file is not such JSON.
+        """
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            if saved["format"] != FORMAT:
+                raise ValueError(f"{path} has format {saved['format']}, not {FORMAT}")
+            return cls(
+                **{name: saved[name] for name in _KEPT},
+                plan=Plan.from_dict(saved["plan"]),
+                environment=Environment(**saved["environment"]),
+                results=[
+                    Result(Setting(**result["setting"]), Comparison.from_dict(result))
+                    for result in saved["results"]
+                ],
+                projections=[Projection(**projection) for projection in saved["projections"]],
+            )
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is not the JSON of a benchmark ({error!r})") from error
+
+
+_KEPT = ("command", "commit", "started", "simulated_acceptance", "models", "prompts", "bandwidth")
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def new_report(
+    models: EFTModels, plan: Plan, command: str, prompts: str, simulated_acceptance: float | None
+) -> Report:
+    """A report of this machine without results."""
+    described = [{**asdict(row), "name": Path(row.name).name} for row in models.describe()]
+    return Report(
+        command=command,
+        commit=source_commit(),
+        started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        simulated_acceptance=simulated_acceptance,
+        plan=plan,
+        environment=environment(),
+        models=described,
+        prompts=prompts,
+        bandwidth=memory_bandwidth(models.runners().large.device),
+    )
+
+
+def check_contexts(models: EFTModels, plan: Plan, prompts: Sequence[Sequence[int]]) -> None:
+    """Raise ValueError if a setting's prompts and new tokens do not fit into a model."""
+    runners = models.runners()
+    limits = [runner.max_context for runner in (runners.large, *runners.tuned, runners.base)]
+    limit = min((value for value in limits if value is not None), default=None)
+    for setting in plan.settings():
+        prompt = setting.context or max(map(len, prompts))
+        if limit is not None and prompt + setting.new_tokens > limit:
+            raise ValueError(
+                f"prompts of {prompt} tokens (--context) and {setting.new_tokens} new ones (--length) exceed "
+                "the "
+                f"models' context of {limit} tokens"
+            )
+
+
+def total_runs(report: Report, prompts: int) -> int:
+    """Runs that are still to come, warm-ups included."""
+    simulated = report.simulated_acceptance is not None
+    return sum(
+        len(decoder_names(report.plan, setting, simulated)) * (report.plan.runs(setting, prompts) + 1)
+        for setting in _missing(report)
+    )
+
+
+def _missing(report: Report) -> list[Setting]:
+    measured = {result.setting for result in report.results}
+    return [setting for setting in report.plan.settings() if setting not in measured]
+
+
+def run_benchmark(
+    models: EFTModels,
+    prompts: Sequence[Sequence[int]],
+    report: Report,
+    on_setting: Callable[[Setting], None],
+    on_run: Callable[[], None],
+    on_result: Callable[[], None],
+) -> None:
+    """Measure the settings that the report does not have yet, and add them.
+
+    Args:
+        prompts: token ids.
+        on_setting: called before a setting.
+        on_run: called after each run, warm-ups included.
+        on_result: called when the report has another result.
+    """
+    plan = report.plan
+    for setting in _missing(report):
+        on_setting(setting)
+        ids = prompts if setting.context is None else with_context(prompts, setting.context)
+        sampling: dict[str, Any] = {"do_sample": False}
+        if setting.temperature > 0:
+            sampling = {"do_sample": True, "temperature": setting.temperature}
+        comparison = compare(
+            build_decoders(plan, setting, models, report.simulated_acceptance),
+            prompt_batches(ids, setting.batch, plan.runs(setting, len(prompts))),
+            reference=NAIVE,
+            seed=plan.seed,
+            device=models.runners().large.device,
+            on_run=lambda _: on_run(),
+            max_new_tokens=setting.new_tokens,
+            top_k=0,
+            # Every decoder makes the same number of tokens.
+            eos_token_id=[],
+            **sampling,
+        )
+        report.results.append(Result(setting, comparison))
+        on_result()

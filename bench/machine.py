@@ -1,0 +1,131 @@
+"""Where a measurement is taken: the machine, the versions, the memory a run needs, how fast memory is."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter
+
+import torch
+
+from speculative_eft.kernels import backend
+
+__all__ = ["Environment", "environment", "memory_bandwidth", "peak_memory", "source_commit"]
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where a measurement was taken.
+
+    Attributes:
+        cores: logical processors this process may run on.
+        threads: threads of one torch operation.
+        accelerators: names of the GPUs that torch sees.
+        backend: the implementation of the kernels for tensors in the host's memory.
+    """
+
+    cpu: str
+    cores: int
+    threads: int
+    accelerators: list[str]
+    system: str
+    python: str
+    torch: str
+    transformers: str
+    backend: str
+
+
+def environment() -> Environment:
+    """The machine and the versions at hand."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cuda = range(torch.cuda.device_count())
+    return Environment(
+        cpu=_cpu_name(),
+        cores=len(affinity(0)) if affinity else os.cpu_count() or 1,
+        threads=torch.get_num_threads(),
+        accelerators=[torch.cuda.get_device_name(index) for index in cuda],
+        system=f"{platform.system()} {platform.machine()}",
+        python=platform.python_version(),
+        torch=version("torch"),
+        transformers=version("transformers"),
+        backend=_backend_and_version(),
+    )
+
+
+def _backend_and_version() -> str:
+    chosen = backend(torch.device("cpu"))
+    return chosen if chosen == "torch" else f"{chosen} {version(chosen)}"
+
+
+def _cpu_name() -> str:
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        for line in information.read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def source_commit() -> str | None:
+    """The commit this package runs from, marked if its Python differs; None away from a checkout."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str | None:
+        command = ["git", "-C", str(root), *arguments]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return done.stdout.strip()
+
+    top = git("rev-parse", "--show-toplevel")
+    if top is None or Path(top) != root:
+        return None
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
+    return f"{git('rev-parse', '--short=12', 'HEAD')}{' with changes' if changed else ''}"
+
+
+def peak_memory(device: torch.device, run: Callable[[], object]) -> int | None:
+    """The most bytes held while `run` runs, what was held before included.
+
+    On a GPU what torch allocated there, on a CPU the process's memory; None where the system does not tell.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        # Linux forgets the peak of a process that writes 5 there.
+        Path("/proc/self/clear_refs").write_text("5")
+        forgotten = True
+    except OSError:
+        forgotten = False
+    run()
+    if forgotten:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name == "VmHWM":
+                return int(value.split()[0]) * 1024
+    return None
+
+
+def memory_bandwidth(device: torch.device) -> float | None:
+    """Bytes a second that a GPU reads and writes in a copy of 256 MiB, the best of ten; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    source = torch.empty(2**28, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(11):
+        torch.cuda.synchronize(device)
+        start = perf_counter()
+        target.copy_(source)
+        torch.cuda.synchronize(device)
+        best = min(best, perf_counter() - start)
+    return 2 * source.numel() / best

@@ -1,0 +1,498 @@
+"""`speculative-eft bench`: decoders against each other, a report of it, and reports against each other."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from .command_options import (
+    DRAFTING,
+    LAW,
+    MODELS,
+    OUTPUT,
+    SAMPLING,
+    Acceptance,
+    Dtype,
+    between,
+    choice,
+    draft_tokens_value,
+    finite_numbers,
+    load_models,
+    model_name,
+    model_names,
+    option,
+    seed_value,
+)
+
+if TYPE_CHECKING:
+    from .bench.benchmark import Report
+    from .models import EFTModels
+
+__all__ = ["bench_app"]
+
+_PLAN, _SIMULATION = "What is measured", "Simulation and projection"
+
+bench_app = typer.Typer(
+    help="Measure speculative EFT against every baseline, and report it.",
+    invoke_without_command=True,
+    pretty_exceptions_enable=False,
+)
+
+
+def _each(low: float, high: float, *, without_low: bool = False) -> Any:
+    check = between(low, high, without_low=without_low)
+
+    def check_all(values: list[float] | None) -> list[float] | None:
+        for value in values or ():
+            check(value)
+        return values
+
+    return check_all
+
+
+def _counts(values: list[int] | None) -> list[int] | None:
+    for value in values or ():
+        if value < 1:
+            raise typer.BadParameter(f"{value} is not at least 1.")
+    return values
+
+
+def _projection(value: str) -> tuple[str, str, int]:
+    """LARGE/SMALL@DEVICES taken apart."""
+    pair, _, devices = value.partition("@")
+    large, _, small = pair.partition("/")
+    if not (large and small) or not (devices or "1").isdigit() or int(devices or 1) < 1:
+        raise typer.BadParameter(f"{value!r} is not LARGE/SMALL@DEVICES, such as llama-2-70b/llama-2-7b@2.")
+    return large, small, int(devices or 1)
+
+
+_FULL: dict[str, Any] = {
+    "temperature": [1.0, 0.0],
+    "batch": [1, 4, 16],
+    "context": [256, 1024],
+    "length": [128, 32, 512],
+    "alpha": [1.0, 0.5, 1.5],
+    "beta": [1.0, 0.5, 1.5],
+    "conservative_top_p": [0.9],
+    "acceptance": ["block", "token", "shared_seed"],
+    "draft_tokens": [1, 2, 3, 4, 5, 6, 8, "auto"],
+    "prompts": 32,
+    "repeats": 1,
+    "least_runs": 8,
+}
+_QUICK: dict[str, Any] = {
+    "temperature": [1.0, 0.0],
+    "batch": [1, 4],
+    "context": [],
+    "length": [48],
+    "alpha": [1.0],
+    "beta": [1.0],
+    "conservative_top_p": [],
+    "acceptance": ["block", "token"],
+    "draft_tokens": [2, 4, 8, "auto"],
+    "prompts": 12,
+    "repeats": 1,
+    "least_runs": 6,
+}
+
+
+@bench_app.callback()
+def bench(
+    invocation: typer.Context,
+    large: Annotated[
+        str | None, option("Large base, by folder or Hub name.", "MODEL", MODELS, callback=model_name)
+    ] = None,
+    tuned: Annotated[
+        list[str] | None, option("Small tuned model; may be repeated.", "MODEL", MODELS, callback=model_names)
+    ] = None,
+    base: Annotated[
+        str | None,
+        option(
+            "Small base. Without any of the three: the bundled trio.", "MODEL", MODELS, callback=model_name
+        ),
+    ] = None,
+    dtype: Annotated[Dtype, choice(Dtype, "auto: as saved; float32 for the bundled trio.", MODELS)] = "auto",
+    device: Annotated[str | None, option("cpu, cuda, cuda:1...", "TEXT", MODELS)] = None,
+    prompts: Annotated[
+        Path | None,
+        option(
+            "A line each, or .jsonl with a field prompt; the bundled held-out set unless given.",
+            "FILE",
+            _PLAN,
+            exists=True,
+            dir_okay=False,
+            readable=True,
+        ),
+    ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick", rich_help_panel=_PLAN, help="A short plan; the options below replace its parts."
+        ),
+    ] = False,
+    temperature: Annotated[
+        list[float] | None,
+        option("0 is greedy; may be repeated.", "X", _PLAN, callback=_each(0, math.inf), show_default="1, 0"),
+    ] = None,
+    batch: Annotated[
+        list[int] | None,
+        option(
+            "Sequences decoded together; may be repeated.",
+            "N",
+            _PLAN,
+            callback=_counts,
+            show_default="1, 4, 16",
+        ),
+    ] = None,
+    context: Annotated[
+        list[int] | None,
+        option("Also prompts of that many tokens; may be repeated.", "N", _PLAN, callback=_counts),
+    ] = None,
+    length: Annotated[
+        list[int] | None,
+        option("New tokens; may be repeated, the first is used elsewhere.", "N", _PLAN, callback=_counts),
+    ] = None,
+    draft_tokens: Annotated[
+        list[Any] | None,
+        option("Tokens drafted a round; may be repeated.", "K|auto", DRAFTING, parser=draft_tokens_value),
+    ] = None,
+    acceptance: Annotated[
+        list[Any] | None, choice(Acceptance, "Rule; may be repeated, the first is used elsewhere.", DRAFTING)
+    ] = None,
+    alpha: Annotated[
+        list[float] | None,
+        option(
+            "Scale of F - B; may be repeated, the first is used elsewhere.", "X", LAW, callback=finite_numbers
+        ),
+    ] = None,
+    beta: Annotated[
+        list[float] | None,
+        option(
+            "Scale of L - B; may be repeated, the first is used elsewhere.", "X", LAW, callback=finite_numbers
+        ),
+    ] = None,
+    conservative_top_p: Annotated[
+        list[float] | None,
+        option(
+            "Also with this conservative filter; may be repeated.",
+            "X",
+            LAW,
+            callback=_each(0, 1, without_low=True),
+        ),
+    ] = None,
+    repeats: Annotated[int, option("Runs on each batch of prompts.", "N", SAMPLING, min=1)] = 1,
+    seed: Annotated[int, option("Of the first turn.", "N", SAMPLING, callback=seed_value)] = 0,
+    simulate_acceptance: Annotated[
+        float | None,
+        option(
+            "Random weights at the models' shapes, drafts accepted with this chance. Models may be named by "
+            "shape "
+            "(llama-2-7b...).",
+            "X",
+            _SIMULATION,
+            callback=between(0, 1),
+        ),
+    ] = None,
+    project: Annotated[
+        list[Any] | None,
+        option(
+            "Project to shapes that share devices; may be repeated.",
+            "LARGE/SMALL@DEVICES",
+            _SIMULATION,
+            parser=_projection,
+            show_default="llama-2-70b/llama-2-7b@2",
+        ),
+    ] = None,
+    bandwidth: Annotated[
+        float,
+        option(
+            "GB/s of a projected device's memory.",
+            "X",
+            _SIMULATION,
+            callback=between(0, math.inf, without_low=True),
+        ),
+    ] = 3350.0,
+    output: Annotated[Path, option("Writes PREFIX.json and PREFIX.html.", "PREFIX", OUTPUT)] = Path(
+        "speculative-eft-bench"
+    ),
+    resume: Annotated[
+        bool, typer.Option("--resume", rich_help_panel=OUTPUT, help="Go on where PREFIX.json ends.")
+    ] = False,
+    with_html: Annotated[
+        bool,
+        typer.Option(
+            "--html/--no-html", rich_help_panel=OUTPUT, help="The HTML report, which needs matplotlib."
+        ),
+    ] = True,
+) -> None:
+    """Measure speculative EFT and every baseline, interleaved in one process, and write a report."""
+    if invocation.invoked_subcommand is not None:
+        return
+    from .bench.plots import require_matplotlib
+
+    if with_html:
+        require_matplotlib()
+    json_file = _with_suffix(output, ".json")
+    if not json_file.absolute().parent.is_dir():
+        raise typer.BadParameter(
+            f"there is no folder {str(json_file.absolute().parent)!r}.", param_hint="'--output'"
+        )
+    if json_file.exists() != resume:
+        what = "does not exist" if resume else "exists; --resume goes on with it"
+        raise typer.BadParameter(f"{json_file} {what}.", param_hint="'--resume'" if resume else "'--output'")
+    named = (large, tuned, base)
+    if any(named) and not all(named):
+        raise typer.BadParameter(
+            "give all three of --large, --tuned and --base, or none for the bundled trio."
+        )
+    if simulate_acceptance is not None and prompts is not None:
+        raise typer.BadParameter("a simulation has no text to take prompts from.", param_hint="'--prompts'")
+
+    out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+    defaults = _QUICK if quick else _FULL
+    plan_values = {
+        "temperatures": tuple(temperature or defaults["temperature"]),
+        "batches": tuple(batch or defaults["batch"]),
+        "contexts": (None, *(context or defaults["context"])),
+        "lengths": tuple(length or defaults["length"]),
+        "alphas": tuple(alpha or defaults["alpha"]),
+        "betas": tuple(beta or defaults["beta"]),
+        "conservative_top_ps": (None, *(conservative_top_p or defaults["conservative_top_p"])),
+        "rules": tuple(acceptance or defaults["acceptance"]),
+        "draft_tokens": tuple(draft_tokens or defaults["draft_tokens"]),
+    }
+    for name, values in plan_values.items():
+        if len(set(values)) < len(values):
+            raise typer.BadParameter(
+                f"{name.replace('_', ' ')} has a value twice: {', '.join(map(str, values))}."
+            )
+    models = _models(large, tuned or [], base, dtype, device, simulate_acceptance, err)
+
+    from .bench.benchmark import check_contexts, new_report
+    from .bench.plan import Plan
+
+    plan = Plan(**plan_values, repeats=repeats, least_runs=defaults["least_runs"], seed=seed)
+    ids, described = _prompt_ids(models, prompts, defaults["prompts"], simulate_acceptance)
+    check_contexts(models, plan, ids)
+    command = shlex.join(["speculative-eft", *sys.argv[1:]])
+    report = new_report(models, plan, command, described, simulate_acceptance)
+    projections = project or [("llama-2-70b", "llama-2-7b", 2)]
+    if resume:
+        report = _resumed(json_file, report)
+    _measure(models, ids, report, json_file, err)
+    _add_projections(report, projections, bandwidth)
+    _write(report, json_file, with_html)
+    _show(report, out)
+    written = f"Written: {json_file}" + (f" and {_with_suffix(output, '.html')}" if with_html else "")
+    out.print(written, markup=False, soft_wrap=True)
+
+
+def _with_suffix(prefix: Path, suffix: str) -> Path:
+    return prefix.with_name(prefix.name + suffix)
+
+
+def _models(
+    large: str | None,
+    tuned: list[str],
+    base: str | None,
+    dtype: str,
+    device: str | None,
+    simulate_acceptance: float | None,
+    err: Console,
+) -> EFTModels:
+    if simulate_acceptance is None:
+        return load_models(large, tuned, base, dtype, device, err)
+    from transformers.utils import logging
+
+    from .bench.simulation import random_models
+    from .models.demo import weights_folder
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    if large is None or base is None:
+        # The bundled trio's shapes, small enough for any machine.
+        large, base = str(weights_folder("large_base")), str(weights_folder("small_base"))
+        tuned, dtype = [str(weights_folder("small_tuned"))], "float32" if dtype == "auto" else dtype
+    with err.status("Drawing random weights"):
+        models = random_models(large, tuned, base, dtype, device)
+        models.runners()
+    return models
+
+
+def _prompt_ids(
+    models: EFTModels, file: Path | None, most: int, simulate_acceptance: float | None
+) -> tuple[list[list[int]], str]:
+    """Prompts as token ids, and where they came from."""
+    if simulate_acceptance is not None:
+        import torch
+
+        drawn = torch.randint(models.vocab_size, (most, 32), generator=torch.Generator().manual_seed(0))
+        return drawn.tolist(), f"{most} of 32 random tokens"
+    from .bench.prompts import read_prompt_file
+    from .models.demo import held_out_prompts
+
+    texts = held_out_prompts()[:most] if file is None else read_prompt_file(file)
+    tokenizer: Any = models.tokenizer
+    if tokenizer is None:
+        raise ValueError("none of the models comes with a tokenizer")
+    where = "of the bundled held-out set" if file is None else f"of {file.name}"
+    return [tokenizer(text).input_ids for text in texts], f"{len(texts)} {where}"
+
+
+def _resumed(file: Path, fresh: Report) -> Report:
+    """The report of a run that was interrupted, if it is of what would be measured now."""
+    from .bench.benchmark import Report
+
+    saved = Report.load(file)
+    for name in ("plan", "environment", "commit", "models", "prompts", "simulated_acceptance"):
+        then, now = getattr(saved, name), getattr(fresh, name)
+        if then != now:
+            raise ValueError(
+                f"{file} cannot be resumed: its {name.replace('_', ' ')} is another ({then} then, {now} now)"
+            )
+    return saved
+
+
+def _measure(models: EFTModels, ids: list[list[int]], report: Report, file: Path, err: Console) -> None:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from .bench.benchmark import run_benchmark, total_runs
+
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=err,
+        transient=True,
+        disable=not err.is_terminal,
+    )
+
+    def announce(label: str) -> None:
+        progress.update(task, description=label)
+        if not err.is_terminal:
+            # A log has no bar, but it can tell how far the run is.
+            err.print(f"Measuring {label}", markup=False, soft_wrap=True)
+
+    with progress:
+        task = progress.add_task("Measuring", total=total_runs(report, len(ids)))
+        run_benchmark(
+            models,
+            ids,
+            report,
+            on_setting=lambda setting: announce(setting.label),
+            on_run=lambda: progress.advance(task),
+            on_result=lambda: report.save(file),
+        )
+
+
+def _add_projections(report: Report, asked: list[tuple[str, str, int]], bandwidth: float) -> None:
+    """Projections with the acceptance that the chosen decoder met in the first setting."""
+    from .bench.cost_model import project
+
+    row = report.results[0].comparison[report.plan.chosen]
+    if row.expected_acceptance is not None:
+        report.projections = [
+            project(large, small, devices, 1e9 * bandwidth, row.expected_acceptance)
+            for large, small, devices in asked
+        ]
+
+
+def _write(report: Report, json_file: Path, with_html: bool) -> None:
+    from .bench.analysis import derived
+
+    report.save(json_file, derived(report))
+    if with_html:
+        _write_html(report, json_file)
+
+
+def _write_html(report: Report, json_file: Path) -> Path:
+    from .bench.plots import figures, svg
+    from .bench.report import html_page
+
+    drawn = figures(report).items()
+    drawings = {name: (caption, svg(figure, json_file.name)) for name, (caption, figure) in drawn}
+    page = json_file.with_suffix(".html")
+    page.write_text(html_page(report, drawings), encoding="utf-8")
+    return page
+
+
+def _show(report: Report, out: Console) -> None:
+    from . import console_tables as tables
+    from .bench.analysis import losses, noise_sentence
+    from .bench.report import against_baselines, break_even_sentences, machine_line, sweep_rows
+
+    if report.simulated_acceptance is not None:
+        out.print(
+            f"SIMULATED: random weights, an acceptance of {report.simulated_acceptance:g} forced on every "
+            "draft.",
+            style="bold red",
+        )
+    for result in report.grid():
+        title = f"{result.setting.label}: {result.comparison.runs} runs of each; medians over quartiles"
+        if report.simulated_acceptance is not None:
+            title += " (simulated)"
+        out.print(tables.comparison_table(result.comparison, title))
+        out.print(tables.latency_table(result.comparison))
+        out.print(tables.phases_table(result.comparison))
+    swept = sweep_rows(report)
+    if swept[1]:
+        title = f"{report.plan.chosen}, one quantity varied at a time: ratios of tokens/s"
+        out.print(tables.text_table(title, *swept))
+    heads, rows = against_baselines(report)
+    out.print(tables.text_table(f"{report.plan.chosen}: ratios of tokens/s over each baseline", heads, rows))
+    lines = [f"{loss.label}: slower than {loss.baseline} ({loss.reason})." for loss in losses(report)]
+    for line in (*lines, *break_even_sentences(report), noise_sentence(report), f"{machine_line(report)}."):
+        out.print(line, markup=False, soft_wrap=True)
+
+
+@bench_app.command()
+def report(
+    json_file: Annotated[
+        Path,
+        typer.Argument(metavar="JSON", exists=True, dir_okay=False, readable=True, help="Of a benchmark."),
+    ],
+) -> None:
+    """Make the HTML report of a benchmark's JSON again, beside it."""
+    from .bench.benchmark import Report
+    from .bench.plots import require_matplotlib
+
+    require_matplotlib()
+    page = _write_html(Report.load(json_file), json_file)
+    Console(highlight=False).print(f"Written: {page}", markup=False, soft_wrap=True)
+
+
+@bench_app.command()
+def compare(
+    before: Annotated[
+        Path, typer.Argument(metavar="BEFORE", exists=True, dir_okay=False, readable=True, help="JSON.")
+    ],
+    after: Annotated[
+        Path, typer.Argument(metavar="AFTER", exists=True, dir_okay=False, readable=True, help="JSON.")
+    ],
+) -> None:
+    """Tell where the second benchmark is slower than the first by more than the noise.
+
+    The exit status is 1 if it is anywhere.
+    """
+    from . import console_tables as tables
+    from .bench.benchmark import Report
+    from .bench.regressions import changes
+
+    reports = Report.load(before), Report.load(after)
+    out = Console(highlight=False)
+    if reports[0].environment != reports[1].environment:
+        out.print("The machines or versions differ: tokens a second compare only loosely, ratios better.")
+    found = changes(*reports)
+    out.print(tables.changes_table(found))
+    slower = sum(change.verdict == "slower" for change in found)
+    out.print(
+        f"{slower} of {len(found)} slower by more than the noise.", style="bold red" if slower else "bold"
+    )
+    if slower:
+        raise typer.Exit(1)

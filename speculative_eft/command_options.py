@@ -1,0 +1,166 @@
+"""What options of several commands share: the values they take, and the models they name.
+
+Nothing here imports torch before the options have been read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from .models import EFTModels
+
+__all__ = [
+    "DRAFTING",
+    "LAW",
+    "MODELS",
+    "OUTPUT",
+    "SAMPLING",
+    "Acceptance",
+    "AcceptanceRule",
+    "Draft",
+    "DraftTokens",
+    "Dtype",
+    "MaxNewTokens",
+    "Temperature",
+    "between",
+    "choice",
+    "draft_tokens_value",
+    "finite_numbers",
+    "load_models",
+    "model_name",
+    "model_names",
+    "new_file",
+    "one_of",
+    "option",
+    "seed_value",
+]
+
+_ROLES: tuple[Literal["large_base", "small_tuned", "small_base"], ...] = (
+    "large_base",
+    "small_tuned",
+    "small_base",
+)
+
+
+def between(low: float, high: float, *, without_low: bool = False) -> Callable[[float | None], float | None]:
+    def check(value: float | None) -> float | None:
+        if value is None:
+            return None
+        if not math.isfinite(value) or not low <= value <= high or (without_low and value == low):
+            if math.isinf(low):
+                wanted = "a finite number"
+            elif math.isinf(high):
+                wanted = f"a finite number {'above' if without_low else 'of at least'} {low:g}"
+            else:
+                wanted = f"{'above' if without_low else 'at least'} {low:g} and at most {high:g}"
+            raise typer.BadParameter(f"{value} is not {wanted}.")
+        return value
+
+    return check
+
+
+def finite_numbers(values: list[float] | None) -> list[float] | None:
+    for value in values or ():
+        between(-math.inf, math.inf)(value)
+    return values
+
+
+def seed_value(value: int | None) -> int | None:
+    if value is not None and not -(2**63) <= value < 2**63:
+        raise typer.BadParameter(f"{value} is not an integer of 64 bits.")
+    return value
+
+
+def one_of(*choices: str) -> Callable[[str], str]:
+    def check(value: str) -> str:
+        if value not in choices:
+            raise typer.BadParameter(f"{value!r} is not one of {', '.join(choices)}.")
+        return value
+
+    return check
+
+
+def draft_tokens_value(value: str) -> int | str:
+    if value != "auto" and not (value.isascii() and value.isdigit() and int(value) > 0):
+        raise typer.BadParameter(f'{value} is neither an integer of at least 1 nor "auto".')
+    return value if value == "auto" else int(value)
+
+
+def model_name(value: str | None) -> str | None:
+    """A folder, or what could be a name on the Hub."""
+    if value is not None and not Path(value).expanduser().is_dir():
+        path_like = value.startswith(("/", ".", "~")) or value.count("/") > 1 or "\\" in value
+        if not value or path_like:
+            raise typer.BadParameter(f"there is no folder {value!r}.")
+    return value
+
+
+def model_names(values: list[str] | None) -> list[str] | None:
+    for value in values or ():
+        model_name(value)
+    return values
+
+
+def new_file(path: Path | None) -> Path | None:
+    if path is not None and not path.absolute().parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {str(path.absolute().parent)!r}.")
+    return path
+
+
+Acceptance = Literal["block", "token", "shared_seed"]
+Draft = Literal["auto", "tuned", "pair"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+MODELS, LAW, DRAFTING, SAMPLING, OUTPUT = "Models", "Target law", "Drafting", "Sampling", "Output"
+
+
+def option(help_text: str, metavar: str | None = None, panel: str | None = None, **settings: Any) -> Any:
+    return typer.Option(help=help_text, metavar=metavar, rich_help_panel=panel, **settings)
+
+
+def choice(choices: Any, help_text: str, panel: str) -> Any:
+    """An option for one of a Literal's values; typer's own wording of a mistake is pydantic's."""
+    return option(help_text, "|".join(get_args(choices)), panel, parser=one_of(*get_args(choices)))
+
+
+MaxNewTokens = Annotated[int, option("Most tokens to generate.", "N", SAMPLING, min=1)]
+Temperature = Annotated[float, option("0 is greedy.", "X", SAMPLING, callback=between(0, math.inf))]
+DraftTokens = Annotated[Any, option("Tokens drafted a round.", "K|auto", DRAFTING, parser=draft_tokens_value)]
+AcceptanceRule = Annotated[Acceptance, choice(Acceptance, "Rule; all leave the law as it is.", DRAFTING)]
+
+
+def load_models(
+    large: str | None, tuned: list[str], base: str | None, dtype: str, device_map: str | None, err: Console
+) -> EFTModels:
+    """The models asked for, or the bundled trio; problems are reported before torch is imported."""
+    from .models import find_sources
+
+    if large is None or base is None:
+        from .models.demo import weights_folder
+
+        large, first, base = (str(weights_folder(role)) for role in _ROLES)
+        tuned = [first]
+        dtype = "float32" if dtype == "auto" else dtype
+    find_sources(large, tuned, base)
+    local = all(Path(name).expanduser().is_dir() for name in (large, *tuned, base))
+    # The Hub's own bars tell more about downloads.
+    loading = "Loading the models (and compiling them for this processor, the first time: half a minute)"
+    with err.status(loading) if local else nullcontext():
+        from transformers.utils import logging
+
+        from .models import EFTModels
+
+        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        if local:
+            logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        models = EFTModels.from_pretrained(large, tuned, base, dtype=dtype, device_map=device_map)
+        models.runners()
+    return models

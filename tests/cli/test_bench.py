@@ -1,0 +1,138 @@
+"""`speculative-eft bench` from its options to its report, and `bench compare`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import Outcome, Trio
+
+SHORT = (
+    "--quick", "--temperature", "1", "--batch", "1", "--length", "6", "--draft-tokens", "2", "--acceptance",
+    "block", "--beta", "1", "--beta", "1.5",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    file.write_text("def add(\nreturn first\n")
+    return file
+
+
+def bench(run: Callable[..., Outcome], trio: Trio, prompts: Path, output: Path, *more: str) -> Outcome:
+    return run("bench", *trio.options, "--prompts", str(prompts), *SHORT, "--output", str(output), *more)
+
+
+def test_bench_writes_a_report_and_goes_on_with_it(
+    run: Callable[..., Outcome], trio: Trio, prompts: Path, tmp_path: Path
+) -> None:
+    outcome = bench(run, trio, prompts, tmp_path / "b")
+    assert outcome.status == 0, outcome.err
+    for words in (
+        "T=1, batch 1: 6 runs",
+        "assisted",
+        "Noise: ",
+        "beta 1.5",
+        "first",
+    ):
+        assert words in outcome.out
+    assert "SIMULATED" not in outcome.out
+    assert outcome.err.splitlines()[-2:] == ["Measuring T=1, batch 1", "Measuring T=1, batch 1, beta 1.5"]
+    file = tmp_path / "b.json"
+    saved: dict[str, Any] = json.loads(file.read_text())
+    assert [result["label"] for result in saved["results"]] == ["T=1, batch 1", "T=1, batch 1, beta 1.5"]
+    assert saved["derived"]["predictions"] and saved["projections"][0]["large"] == "llama-2-70b"
+    assert saved["prompts"] == "2 of prompts.txt" and saved["environment"]["torch"]
+    assert (tmp_path / "b.html").read_text().startswith("<!doctype html>")
+
+    again = bench(run, trio, prompts, tmp_path / "b")
+    assert again.status == 2 and "--resume" in again.err
+    first = saved["results"].pop(0)
+    file.write_text(json.dumps(saved))
+    assert bench(run, trio, prompts, tmp_path / "b", "--resume").status == 0
+    resumed = json.loads(file.read_text())
+    # The setting that was there is kept as it was, the other one is measured again.
+    assert resumed["results"][0] == saved["results"][0]
+    assert resumed["results"][1]["label"] == "T=1, batch 1"
+    assert resumed["results"][1]["measurements"] != first["measurements"]
+    other = bench(run, trio, prompts, tmp_path / "b", "--resume", "--seed", "9")
+    assert other.status == 2 and "its plan is another" in other.err
+
+    assert run("bench", "report", str(file)).status == 0
+    assert run("bench", "compare", str(file), str(file)).status == 0
+    # On a machine without noise, one decoder became slower by a tenth.
+    for result in resumed["results"]:
+        for row in result["measurements"]:
+            row["run_seconds"] = [1.0] * len(row["run_seconds"])
+            row["ratio"] = dict.fromkeys(row["ratio"], 1.0)
+            row["tokens_per_second"] = dict.fromkeys(row["tokens_per_second"], 6.0)
+    (tmp_path / "before.json").write_text(json.dumps(resumed))
+    (slowed,) = [row for row in resumed["results"][0]["measurements"] if row["name"].startswith("EFT")]
+    slowed["ratio"] = dict.fromkeys(slowed["ratio"], 0.9)
+    (tmp_path / "after.json").write_text(json.dumps(resumed))
+    compared = run("bench", "compare", str(tmp_path / "before.json"), str(tmp_path / "after.json"))
+    assert compared.status == 1 and "1 of 11 slower" in compared.out
+
+
+def test_a_simulation_says_so(
+    run: Callable[..., Outcome], trio: Trio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = {"large_base": trio.large, "small_tuned": trio.tuned, "small_base": trio.base}
+    monkeypatch.setattr("speculative_eft.models.demo.weights_folder", folders.__getitem__)
+    outcome = run("bench", *SHORT, "--simulate-acceptance", "0.8", "--output", str(tmp_path / "s"))
+    assert outcome.status == 0, outcome.err
+    assert "SIMULATED" in outcome.out and "(simulated)" in outcome.out
+    assert json.loads((tmp_path / "s.json").read_text())["simulated_acceptance"] == 0.8
+    assert "Simulated:" in (tmp_path / "s.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--batch", "0"), "at least 1"),
+        (("--temperature", "-1"), "finite number"),
+        (("--draft-tokens", "0"), "neither an integer"),
+        (("--acceptance", "best"), "not one of"),
+        (("--conservative-top-p", "2"), "at most 1"),
+        (("--project", "llama-2-70b"), "LARGE/SMALL@DEVICES"),
+        (("--beta", "1", "--beta", "1"), "twice"),
+        (("--large", "somewhere/model"), "all three"),
+        (("--resume",), "does not exist"),
+        (("--output", "/nowhere/b"), "no folder"),
+        (("--simulate-acceptance", "1.5"), "at most 1"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_loaded(
+    run: Callable[..., Outcome],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...],
+    words: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "speculative_eft.bench_command.load_models", lambda *_: pytest.fail("models were loaded")
+    )
+    outcome = run("bench", *options)
+    assert outcome.status == 2 and words in outcome.err and outcome.out == ""
+
+
+def test_without_matplotlib_one_line_says_what_to_install(
+    run: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("speculative_eft.bench.plots.find_spec", lambda _: None)
+    outcome = run("bench", "--output", str(tmp_path / "b"))
+    assert outcome.status == 2 and "speculative-eft[bench]" in outcome.err
+    assert len(outcome.err.splitlines()) == 1
+
+
+def test_a_context_too_long_is_told(
+    run: Callable[..., Outcome], trio: Trio, prompts: Path, tmp_path: Path
+) -> None:
+    outcome = bench(run, trio, prompts, tmp_path / "b", "--context", "60")
+    assert outcome.status == 2 and "context of 64 tokens" in outcome.err
