@@ -15,7 +15,7 @@ from speculative_eft.decoding import EFTConfig, EFTDecoder, EFTOutput, EFTStats,
 from speculative_eft.decoding.request import read_options, read_prompts, read_seeds
 from speculative_eft.decoding.round import PhaseTimer
 from speculative_eft.kernels import Coefficients, NoiseKey, Stream, draft_step
-from speculative_eft.models import EFTModels, EFTRunners
+from speculative_eft.models import EFTModels, EFTRunners, StepCosts
 
 __all__ = [
     "AssistedDecoder",
@@ -180,7 +180,7 @@ class UniformRunner:
 
 
 def ordinary_speculation(
-    runners: EFTRunners, draft_tokens: int | Literal["auto"], cost_ratio: float
+    runners: EFTRunners, draft_tokens: int | Literal["auto"], costs: StepCosts
 ) -> EFTDecoder:
     """The large base alone, with drafts by the small base: ordinary speculative decoding, by the block rule.
 
@@ -191,11 +191,16 @@ def ordinary_speculation(
     Args:
         runners: of the three models; those of `large` and `base` run.
         draft_tokens: as in `EFTConfig`.
-        cost_ratio: one step of the small base over one of the large base.
+        costs: of a step of the small base and of a row.
     """
     uniform = UniformRunner(runners.large.vocab_size, runners.large.device)
     config = EFTConfig(
-        alpha=0.0, draft="tuned", draft_tokens=draft_tokens, cost_ratio=cost_ratio, remembered=0
+        alpha=0.0,
+        draft="tuned",
+        draft_tokens=draft_tokens,
+        cost_ratio=costs.cost_ratio,
+        row_cost=costs.row_cost,
+        remembered=0,
     )
     return EFTDecoder(EFTRunners(large=runners.large, tuned=[runners.base], base=uniform), config)
 

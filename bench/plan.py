@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from speculative_eft.decoding import EFTConfig, EFTDecoder, NaiveEFTDecoder
 from speculative_eft.kernels import AcceptanceRule
-from speculative_eft.models import EFTModels
+from speculative_eft.models import EFTModels, StepCosts
 
 from .baselines import AssistedDecoder, SingleModelDecoder, TransformersLoop, ordinary_speculation
 from .comparison import Decoder
@@ -217,7 +217,11 @@ def build_decoders(
     if simulated_acceptance is not None:
         # Random logits have nothing to remember, and bare runners do not know their sizes.
         runners = forced_runners(runners, simulated_acceptance)
-        shared |= {"remembered": 0, "cost_ratio": sum(sizes[1:-1]) / sizes[0]}
+        costs = StepCosts(sum(sizes[1:-1]) / sizes[0], 0.0)
+        shared |= {"remembered": 0, "cost_ratio": costs.cost_ratio}
+    else:
+        costs = models.step_costs(pair=False, batch=setting.batch)
+        shared |= {"expected_batch": setting.batch}
     subject = models if simulated_acceptance is None else runners
     speculative = _speculative(plan, setting)
 
@@ -232,7 +236,7 @@ def build_decoders(
             return AssistedDecoder(models)
         if name.startswith(SPECULATION):
             _, _, count = name.partition("K=")
-            return ordinary_speculation(runners, int(count) if count else "auto", sizes[-1] / sizes[0])
+            return ordinary_speculation(runners, int(count) if count else "auto", costs)
         rule, draft_tokens = speculative[name.removesuffix(AGAIN)]
         return EFTDecoder(subject, EFTConfig(acceptance=rule, draft_tokens=draft_tokens, **shared))
 

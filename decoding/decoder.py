@@ -474,7 +474,7 @@ class EFTDecoder:
         drafted = int(state.draft_lens.max())
         rounds = 0
         while drafted >= 0:
-            report = running.advance(drafted, timer, wait=first is not None)
+            report = running.advance(drafted, timer, first=first is not None)
             rounds += 1
             if report is None:
                 continue

@@ -101,7 +101,6 @@ class RunningBatch:
         self.rows = len(lengths)
         self._lengths, self._limits = dict(enumerate(lengths)), dict(enumerate(limits))
         self._sent: deque[_Sent] = deque()
-        self._pinned: deque[Tensor] = deque(maxlen=_ROUNDS_AHEAD + 1)
         self._narrow()
 
     def _narrow(self) -> None:
@@ -116,16 +115,16 @@ class RunningBatch:
     def _runners(self) -> list[Runner]:
         return [self.runners.large, *self.runners.tuned, self.runners.base]
 
-    def advance(self, drafted: int, timer: PhaseTimer, wait: bool = False) -> Report | None:
+    def advance(self, drafted: int, timer: PhaseTimer, first: bool = False) -> Report | None:
         """Start a round that drafts `drafted` tokens; the oldest report that is due, or None.
 
-        `drafted` is the longest draft length of the last report that was read. With `wait` this round's
-        report is due.
+        `drafted` is the longest draft length of the last report that was read. A `first` round, of runners
+        that are this call's own, has its report due at once, and no graph of it would serve another round.
         """
         sequences = self.order[: self.rows]
-        report = self._round(drafted, self._span(sequences, drafted), timer)
+        report = self._round(drafted, self._span(sequences, drafted), timer, first)
         self._sent.append(self._send(report, sequences, drafted + 1))
-        due = wait or self.state.offered_lens is None or len(self._sent) > _ROUNDS_AHEAD
+        due = first or self.state.offered_lens is None or len(self._sent) > _ROUNDS_AHEAD
         return self._read(self._sent.popleft()) if due else None
 
     def _span(self, sequences: Sequence[int], drafted: int) -> int:
@@ -133,9 +132,9 @@ class RunningBatch:
         reached = max(min(self._lengths[index] + ahead, self._limits[index]) for index in sequences)
         return reached + drafted + 1
 
-    def _round(self, drafted: int, span: int, timer: PhaseTimer) -> Tensor:
+    def _round(self, drafted: int, span: int, timer: PhaseTimer, first: bool) -> Tensor:
         state, plan, trace = self._parts
-        if self._captured is None:
+        if self._captured is None or first:
             draft = draft_phase(self.runners, state, plan, drafted, span)
             timer.mark("draft")
             return verify_phase(self.runners, state, plan, draft, span, timer, trace)
@@ -151,12 +150,8 @@ class RunningBatch:
     def _send(self, report: Tensor, sequences: list[int], most: int) -> _Sent:
         if report.device.type != "cuda":
             return _Sent(report, None, sequences, most)
-        pinned = next((host for host in self._pinned if host.shape == report.shape), None)
-        if pinned is None or len(self._pinned) <= _ROUNDS_AHEAD:
-            pinned = torch.empty_like(report, device="cpu", pin_memory=True)
-        else:
-            self._pinned.remove(pinned)
-        self._pinned.append(pinned)
+        # Torch keeps pinned memory that was let go, and gives it again once its copy has ended.
+        pinned = torch.empty_like(report, device="cpu", pin_memory=True)
         pinned.copy_(report, non_blocking=True)
         arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
         arrived.record()

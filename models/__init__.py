@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .costs import StepCosts as StepCosts
     from .describe import ModelDescription as ModelDescription
     from .eft_models import EFTModels as EFTModels
     from .eft_models import TrioReport as TrioReport
@@ -32,6 +33,7 @@ _HOMES = {
     "ModelRunner": "runner",
     "Runner": "protocol",
     "SlotCache": "slot_cache",
+    "StepCosts": "costs",
     "TrioReport": "eft_models",
     "find_sources": "sources",
     "graph_budget": "graphs",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        # What is measured of tests' models is not kept for those of users.
+        os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="speculative-eft-tests-")
     if config.getoption("--device") == "cpu":
         # Before anything imports Triton: on a CPU its kernels run in the interpreter.
         os.environ["TRITON_INTERPRET"] = "1"

@@ -250,6 +250,24 @@ def test_re_use_after_rows_that_ended_at_different_times(general: dict[str, Any]
     assert torch.equal(second.sequences, wanted.sequences)
 
 
+def test_a_past_that_another_decoder_of_the_models_overwrote() -> None:
+    """Decoders of the same models share their caches."""
+    models = tiny_trio("llama")
+    options: dict[str, Any] = {
+        "eos_token_id": [], "max_new_tokens": 9, "return_dict_in_generate": True, "do_sample": True
+    }  # fmt: skip
+    warm, other = (EFTDecoder(models, EFTConfig(draft_tokens=3)) for _ in range(2))
+    first = warm.generate(torch.tensor([[5, 6, 7]]), seed=0, **options)
+    assert isinstance(first, EFTOutput)
+    longer = torch.cat([first.sequences, torch.tensor([[8, 9]])], dim=1)
+    wanted = other.generate(longer, seed=1, **options)
+    other.generate(torch.full((1, 20), 50), seed=2, **options)
+    second = warm.generate(longer, seed=1, past_key_values=first.past_key_values, **options)
+    assert isinstance(second, EFTOutput)
+    assert isinstance(wanted, EFTOutput)
+    assert torch.equal(second.sequences, wanted.sequences)
+
+
 def test_an_old_past_does_no_harm() -> None:
     decoder = EFTDecoder(table_runners(random_tables(1, 6)), EFTConfig(draft_tokens=2))
     ids = torch.tensor([[1, 2, 3]])

@@ -1,0 +1,50 @@
+"""Step costs are measured once a machine, rounded, and kept; where they cannot be kept they are measured."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from speculative_eft.decoding import EFTDecoder, EFTOutput
+from speculative_eft.decoding.draft_length import DraftLengthPolicy
+from speculative_eft.models.costs import StepCosts, kept_step_costs
+
+from ..decoding.test_generate import ragged_prompts, tiny_trio
+
+
+def test_costs_are_kept_for_the_same_facts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    measured = [StepCosts(0.25, 0.0), StepCosts(0.5, 0.125), StepCosts(1.0, 0.0)]
+    first = kept_step_costs(["a", 1], lambda: measured[0])
+    assert first == kept_step_costs(["a", 1], lambda: measured[1]) == measured[0]
+    assert kept_step_costs(["a", 2], lambda: measured[1]) == measured[1]
+    for file in tmp_path.rglob("*.json"):
+        file.write_text("not what was written")
+    assert kept_step_costs(["a", 1], lambda: measured[2]) == measured[2]
+    # A file stands where the folder should be.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(next(tmp_path.rglob("*.json"))))
+    assert kept_step_costs(["b"], lambda: measured[1]) == measured[1]
+
+
+def test_the_models_own_costs_are_powers_of_two(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    models = tiny_trio("llama")
+    costs = models.step_costs(pair=True, batch=2)
+    for cost in (costs.cost_ratio, costs.row_cost):
+        assert cost == 0 or 1 / 64 < cost == 2.0 ** round(math.log2(cost))
+    output = EFTDecoder(models).generate(**ragged_prompts(2), max_new_tokens=4, return_dict_in_generate=True)
+    assert isinstance(output, EFTOutput)
+    assert output.stats is not None
+    assert output.stats.cost_ratio == models.step_costs(pair=False, batch=1).cost_ratio
+
+
+def test_costly_drafts_are_not_made() -> None:
+    nothing = torch.zeros(1)
+    lens = [
+        int(DraftLengthPolicy(cost_ratio, row_cost).rule(nothing.device).draft_lens(nothing, nothing))
+        for cost_ratio, row_cost in ((0.05, 0.0), (0.3, 0.0), (0.3, 1.5))
+    ]
+    assert lens[0] > lens[1] > lens[2] == 0
