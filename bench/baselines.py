@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from time import perf_counter
 from typing import Any, Literal, cast
 
@@ -314,7 +314,8 @@ class AssistedDecoder:
     """
 
     def __init__(self, models: EFTModels) -> None:
-        self._large, self._small = models.large_base, models.small_base
+        (self._large, large_in_its_role), *_, (self._small, small_in_its_role) = models.forward_passes()
+        self._in_their_roles = (large_in_its_role, small_in_its_role)
 
     def generate(
         self,
@@ -347,7 +348,12 @@ class AssistedDecoder:
         device = self._large.device
         large, small = _PassTimer(), _PassTimer()
         start = perf_counter()
-        with _without_ends(self._large, self._small), large.on(self._large), small.on(self._small):
+        with ExitStack() as stack:
+            for in_its_role in self._in_their_roles:
+                stack.enter_context(in_its_role())
+            stack.enter_context(_without_ends(self._large, self._small))
+            stack.enter_context(large.on(self._large))
+            stack.enter_context(small.on(self._small))
             generate: Any = self._large.generate
             sequences = generate(
                 input_ids.to(device),
