@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from time import perf_counter
 from typing import Any, Literal, cast
 
@@ -298,7 +298,7 @@ class TransformersLoop:
     """
 
     def __init__(self, models: EFTModels, alpha: float = 1.0, beta: float = 1.0) -> None:
-        self._networks = [models.large_base, *models.small_tuned, models.small_base]
+        self._networks = models.forward_passes()
         tuned = len(models.small_tuned)
         # B + sum alpha (F - B) + beta (L - B); the models' normalisers cancel.
         self._weights = [beta, *[alpha] * tuned, 1 - tuned * alpha - beta]
@@ -327,7 +327,7 @@ class TransformersLoop:
         """
         _refuse_trace(trace)
         _refuse_filters_and_ends(top_k, eos_token_id)
-        device = self._networks[0].device
+        device = self._networks[0][0].device
         generator = torch.Generator(device)
         generator.manual_seed(0 if seed is None else seed)
         batch = input_ids.shape[0]
@@ -335,7 +335,7 @@ class TransformersLoop:
         mask = mask.to(device)
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
         tokens = input_ids.to(device)
-        caches = [DynamicCache(config=model.config) for model in self._networks]
+        caches = [DynamicCache(config=model.config) for model, _ in self._networks]
         phases = ["large", *["draft"] * (len(self._networks) - 2), "base"]
         timer = PhaseTimer()
         if streamer is not None:
@@ -343,18 +343,19 @@ class TransformersLoop:
         output: list[Tensor] = []
         for step in range(max_new_tokens):
             mixed: Tensor | None = None
-            for model, cache, weight, phase in zip(
+            for (model, in_its_role), cache, weight, phase in zip(
                 self._networks, caches, self._weights, phases, strict=True
             ):
-                logits = model(
-                    input_ids=tokens,
-                    # Without padding the mask says nothing, and transformers is faster without it.
-                    attention_mask=None if attention_mask is None else mask,
-                    position_ids=positions,
-                    past_key_values=cache,
-                    use_cache=True,
-                    logits_to_keep=1,
-                ).logits[:, -1, : self._vocab_size]
+                with in_its_role():
+                    logits = model(
+                        input_ids=tokens,
+                        # Without padding the mask says nothing, and transformers is faster without it.
+                        attention_mask=None if attention_mask is None else mask,
+                        position_ids=positions,
+                        past_key_values=cache,
+                        use_cache=True,
+                        logits_to_keep=1,
+                    ).logits[:, -1, : self._vocab_size]
                 timer.mark("prefill" if step == 0 else phase)
                 if weight != 0:
                     part = logits.float() * weight
@@ -393,7 +394,8 @@ class AssistedDecoder:
     """
 
     def __init__(self, models: EFTModels) -> None:
-        self._large, self._small = models.large_base, models.small_base
+        (self._large, large_in_its_role), *_, (self._small, small_in_its_role) = models.forward_passes()
+        self._in_their_roles = (large_in_its_role, small_in_its_role)
 
     def generate(
         self,
@@ -426,7 +428,12 @@ class AssistedDecoder:
         device = self._large.device
         large, small = _PassTimer(), _PassTimer()
         start = perf_counter()
-        with _without_ends(self._large, self._small), large.on(self._large), small.on(self._small):
+        with ExitStack() as stack:
+            for in_its_role in self._in_their_roles:
+                stack.enter_context(in_its_role())
+            stack.enter_context(_without_ends(self._large, self._small))
+            stack.enter_context(large.on(self._large))
+            stack.enter_context(small.on(self._small))
             generate: Any = self._large.generate
             sequences = generate(
                 input_ids.to(device),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .configs import position_limit, text_config
@@ -21,7 +23,7 @@ class ModelDescription:
     architecture: str
     parameters: int
     bytes: int
-    """Memory of the weights."""
+    """Memory of the weights; what models share counts for one of them."""
     dtype: str
     device: str
     """`"meta"` for a model that is not loaded."""
@@ -34,10 +36,12 @@ class ModelDescription:
     """Keys and values of one token of one sequence."""
 
 
-def describe_model(role: str, model: PreTrainedModel, chat_template: bool) -> ModelDescription:
-    """Describe `model`, loaded or on the meta device."""
+def describe_model(
+    role: str, model: PreTrainedModel, chat_template: bool, parameters: Sequence[nn.Parameter] | None = None
+) -> ModelDescription:
+    """Describe `model`, loaded or on the meta device; `parameters` are those to count, all for None."""
     config = text_config(model.config)
-    parameters = list(model.parameters())
+    parameters = list(model.parameters()) if parameters is None else parameters
     return ModelDescription(
         role=role,
         name=str(model.config.name_or_path),

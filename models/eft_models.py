@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from transformers import (
@@ -18,6 +20,17 @@ from transformers import (
 
 from speculative_eft.kernels import backend
 
+from .adapters import (
+    AdapterSwitch,
+    adapter_shapes,
+    check_peft,
+    check_shapes,
+    check_sharing,
+    chosen_adapters,
+    is_peft_model,
+    load_adapters,
+    parameters_with,
+)
 from .configs import layer_windows, text_config
 from .costs import StepCosts, kept_step_costs, measure_step_costs
 from .describe import ModelDescription, describe_model, vocabulary_rows
@@ -35,7 +48,18 @@ from .sources import (
     tuned_arguments,
 )
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 Name = str | os.PathLike[str]
+Tuned: TypeAlias = "PreTrainedModel | PeftModel | tuple[PeftModel, str]"
+
+
+class _Network(NamedTuple):
+    argument: str
+    model: PreTrainedModel
+    adapters: tuple[str, ...] | None
+    """As `ModelRunner` takes them."""
 
 
 class EFTModels:
@@ -44,12 +68,13 @@ class EFTModels:
     All share one vocabulary; sizes of output heads may differ by padding, and ids from `vocab_size` up are
     never produced. Every model keeps its own dtype; all take their tokens on one device, from which
     accelerate may spread a model's layers over others. An id that only some tokenizers know but all heads
-    have a row for follows the law like any other, with the logits that the models give it.
+    have a row for follows the law like any other, with the logits that the models give it. A tuned model may
+    be a LoRA adapter over the small base: one copy of the weights serves both, with a cache for each.
 
     Attributes:
         large_base: the module as given.
-        small_tuned: a list of modules, one for each tuned model.
-        small_base: the module as given.
+        small_tuned: a list of modules, one for each tuned model; a `PeftModel` for an adapter.
+        small_base: the module as given, or the one under the adapters.
         tokenizer: the tokenizer of the large base, or of the first model that has one, or None.
         chat_tokenizer: that of the first tuned model with a chat template, or None. It may know tokens that
             the bases have never seen.
@@ -68,37 +93,43 @@ class EFTModels:
     def __init__(
         self,
         large_base: PreTrainedModel,
-        small_tuned: PreTrainedModel | Sequence[PreTrainedModel],
-        small_base: PreTrainedModel,
+        small_tuned: Tuned | Sequence[Tuned],
+        small_base: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         attention: str = "auto",
         chat_tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         """Take loaded modules. They stay where they are and as they are, but for `eval()`.
 
+        A tuned model may be a `peft.PeftModel` with LoRA adapters, which runs with the adapters that are
+        active now, or a pair of such a model and the name of one adapter. The module under it, given as
+        another model, as `small_base` above all, runs on the same weights with every adapter off; left out,
+        `small_base` is that module. Which adapters are on outside of our passes stays as it is.
+
         `attention` is how all of them compute attention, see `ModelRunner`.
 
         Raises IncompatibleModelsError, a ValueError, if one is not a causal language model, if one keeps a
-        recurrent state or has an encoder, if vocabularies differ by more than padding, or if the models are
-        not on one device. Tokenizers cannot be compared here; `from_pretrained` compares them.
+        recurrent state or has an encoder, if vocabularies differ by more than padding, if an adapter is no
+        LoRA or changes the base that it shares, or if the models are not on one device. Tokenizers cannot be
+        compared here; `from_pretrained` compares them.
         """
+        tuned: list[Any] = _as_list(small_tuned)
         self.large_base = large_base
-        self.small_tuned = list(small_tuned) if isinstance(small_tuned, Sequence) else [small_tuned]
-        self.small_base = small_base
+        self.small_tuned = [model[0] if _is_pair(model) else model for model in tuned]
         self.tokenizer = tokenizer
         self.chat_tokenizer = chat_tokenizer
         self.attention = attention
         self._with_template: set[str] = set()
         self._runners: EFTRunners | None = None
         self._step_costs: dict[tuple[bool, int], StepCosts] = {}
-        if not self.small_tuned:
+        if not tuned:
             raise IncompatibleModelsError("small_tuned must hold at least one model.")
-        for argument, model in self._by_argument():
-            _check_model(argument, model)
-        sizes = {argument: vocabulary_rows(model) for argument, model in self._by_argument()}
+        self._networks = _networks(large_base, tuned, small_base)
+        self.small_base = self._networks[-1].model
+        sizes = {network.argument: vocabulary_rows(network.model) for network in self._networks}
         for problem in size_problems(sizes):
             raise IncompatibleModelsError(problem)
-        _check_devices(self._by_argument())
+        _check_devices([(network.argument, network.model) for network in self._networks])
         self.vocab_size = min(sizes.values())
 
     @classmethod
@@ -116,30 +147,48 @@ class EFTModels:
     ) -> EFTModels:
         """Load models by folder or Hub name, after checking all of them.
 
+        A LoRA adapter as `small_tuned` (a folder with `adapter_config.json`) is put over `small_base`, which
+        is loaded once, also for several adapters. What the adapter's own configuration calls its base is not
+        looked at; its shapes are.
+
         `dtype` and `device_map` mean what they mean to transformers' `from_pretrained`, except that naming a
         single device, such as `"cuda"`, does not need accelerate. `tokenizer` replaces the large base's own.
         `attention` is how all of them compute attention, see `ModelRunner`.
 
         Raises IncompatibleModelsError, a ValueError, before anything is loaded if a model cannot be found or
-        run or if tokenizers differ (see `find_sources`), if `tensor_parallel` is not 1, and for whatever
-        `EFTModels` itself refuses; and with what each model needs if a GPU's memory does not hold them.
+        run or if tokenizers differ (see `find_sources`), if an adapter is not of `small_base`'s shape or peft
+        is missing, if `tensor_parallel` is not 1, and for whatever `EFTModels` itself refuses; and with what
+        each model needs if a GPU's memory does not hold them.
         """
         if tensor_parallel != 1:
             raise IncompatibleModelsError(
                 f"tensor_parallel must be 1, not {tensor_parallel}: splitting a model is not supported yet."
             )
         sources = find_sources(large_base, small_tuned, small_base)
+        adapters = [source for source in sources if source.is_adapter]
+        if adapters:
+            skeleton = _without_weights(sources[-1], trust_remote_code)
+            for source in adapters:
+                check_peft(source)
+                check_shapes(source, adapter_shapes(source), skeleton)
         free = free_bytes(torch.device(device_map)) if _is_one_device(device_map) else None
+        whole = [source for source in sources if not source.is_adapter]
         try:
-            loaded = [_load(source, dtype, device_map, trust_remote_code) for source in sources]
+            loaded: dict[str, Any] = {
+                source.argument: _load(source, dtype, device_map, trust_remote_code) for source in whole
+            }
         except torch.OutOfMemoryError as error:
-            needs = [_describe_unloaded(source, dtype, trust_remote_code) for source in sources]
+            needs = [_describe_unloaded(source, dtype, trust_remote_code) for source in whole]
             raise IncompatibleModelsError(weights_do_not_fit(needs, free)) from error
+        if adapters:
+            over_base = load_adapters(loaded["small_base"], adapters)
+            loaded |= zip((source.argument for source in adapters), over_base, strict=True)
+        in_order = [loaded[source.argument] for source in sources]
         if tokenizer is None:
             tokenizer = _load_tokenizer(sources, trust_remote_code)
         with_template = [source for source in sources[1:-1] if source.has_chat_template]
         chat_tokenizer = _load_tokenizer(with_template, trust_remote_code)
-        models = cls(loaded[0], loaded[1:-1], loaded[-1], tokenizer, attention, chat_tokenizer)
+        models = cls(in_order[0], in_order[1:-1], in_order[-1], tokenizer, attention, chat_tokenizer)
         models._with_template = {source.argument for source in sources if source.has_chat_template}
         return models
 
@@ -162,12 +211,21 @@ class EFTModels:
         for an `attention` that cannot run one of the models.
         """
         if self._runners is None:
-            self._runners = EFTRunners(
-                large=ModelRunner(self.large_base, self.attention),
-                tuned=[ModelRunner(model, self.attention) for model in self.small_tuned],
-                base=ModelRunner(self.small_base, self.attention),
+            large, *tuned, base = (
+                ModelRunner(network.model, self.attention, network.adapters) for network in self._networks
             )
+            self._runners = EFTRunners(large, list(tuned), base)
         return self._runners
+
+    def forward_passes(self) -> list[tuple[PreTrainedModel, Callable[[], AbstractContextManager[None]]]]:
+        """Each model and a context in which its own forward pass is that of its role, in `describe`'s order.
+
+        Where adapters share a base, what a module computes depends on which are on.
+        """
+        return [
+            (model, nullcontext if adapters is None else AdapterSwitch(model, adapters))
+            for _, model, adapters in self._networks
+        ]
 
     def step_costs(self, pair: bool, batch: int) -> StepCosts:
         """What a draft's step and a row cost for `batch` sequences, measured once on a machine.
@@ -190,15 +248,66 @@ class EFTModels:
         return self._step_costs[pair, batch]
 
     def describe(self) -> list[ModelDescription]:
-        """A row for each model: large base, tuned models, small base."""
-        return [
-            describe_model(argument, model, argument in self._with_template)
-            for argument, model in self._by_argument()
-        ]
+        """A row for each model: large base, tuned models, small base.
 
-    def _by_argument(self) -> list[tuple[str, PreTrainedModel]]:
-        tuned = zip(tuned_arguments(len(self.small_tuned)), self.small_tuned, strict=True)
-        return [("large_base", self.large_base), *tuned, ("small_base", self.small_base)]
+        Weights that adapters share with their base count there.
+        """
+        rows, counted = {}, set[int]()
+        large, *tuned, base = self._networks
+        for argument, model, adapters in (large, base, *tuned):
+            parameters = [p for p in parameters_with(model, adapters) if id(p) not in counted]
+            counted |= set(map(id, parameters))
+            rows[argument] = describe_model(argument, model, argument in self._with_template, parameters)
+        return [rows[network.argument] for network in self._networks]
+
+
+def _as_list(small_tuned: Any) -> list[Any]:
+    several = isinstance(small_tuned, Sequence) and not _is_pair(small_tuned)
+    return list(small_tuned) if several else [small_tuned]
+
+
+def _is_pair(tuned: Any) -> bool:
+    """Whether `tuned` is a model with the name of its adapter."""
+    return isinstance(tuned, tuple) and len(tuned) == 2 and isinstance(tuned[1], str)
+
+
+def _networks(large_base: Any, small_tuned: Sequence[Any], small_base: Any) -> list[_Network]:
+    """The networks behind the models given, checked one by one; large base first, small base last."""
+    tuned: list[_Network] = []
+    adapted: list[tuple[str, Any]] = []
+    for argument, given in zip(tuned_arguments(len(small_tuned)), small_tuned, strict=True):
+        module, adapter = given if _is_pair(given) else (given, None)
+        if is_peft_model(module):
+            adapters = chosen_adapters(argument, module, adapter)
+            adapted.append((argument, module))
+            tuned.append(_Network(argument, module.get_base_model(), adapters))
+        elif adapter is None:
+            tuned.append(_Network(argument, module, None))
+        else:
+            raise IncompatibleModelsError(
+                f"{argument}: an adapter's name must come with a peft.PeftModel, not {type(module).__name__}."
+            )
+    under = {id(module.get_base_model()): module.get_base_model() for _, module in adapted}
+    if small_base is None:
+        if len(under) != 1:
+            raise IncompatibleModelsError(
+                "small_base must be given, unless all adapters in small_tuned are over one model."
+            )
+        (small_base,) = under.values()
+    networks = []
+    for network in (
+        _Network("large_base", large_base, None),
+        *tuned,
+        _Network("small_base", small_base, None),
+    ):
+        _check_model(network.argument, network.model)
+        is_base = network.adapters is None and id(network.model) in under
+        networks.append(network._replace(adapters=()) if is_base else network)
+    shared = {id(network.model) for network in networks if network.adapters == ()}
+    for argument, module in adapted:
+        if id(module.get_base_model()) in shared:
+            check_sharing(argument, module)
+    return networks
 
 
 @dataclass
@@ -240,17 +349,29 @@ def inspect_trio(
         sources = find_sources(large_base, small_tuned, small_base)
         models = []
         for source in sources:
-            model = _without_weights(source, trust_remote_code)
+            model = _without_weights(source.base or source, trust_remote_code)
             _check_model(source.argument, model)
             models.append(model)
+        sizes = {source.argument: adapter_shapes(source) for source in sources if source.is_adapter}
+        for source in sources:
+            if source.is_adapter:
+                check_shapes(source, sizes[source.argument], models[-1])
     except IncompatibleModelsError as error:
         return TrioReport(problems=[str(error)])
     rows = [
         describe_model(source.argument, model, source.has_chat_template)
         for source, model in zip(sources, models, strict=True)
     ]
+    rows = [_of_adapter(row, sizes[row.role], models[-1]) if row.role in sizes else row for row in rows]
     problems = size_problems({row.role: row.vocabulary for row in rows})
     return TrioReport(problems, [*token_differences(sources), *_row_differences(rows)], rows)
+
+
+def _of_adapter(
+    row: ModelDescription, shapes: dict[str, tuple[int, ...]], base: PreTrainedModel
+) -> ModelDescription:
+    parameters = sum(map(math.prod, shapes.values()))
+    return replace(row, parameters=parameters, bytes=parameters * base.dtype.itemsize)
 
 
 def _row_differences(rows: Sequence[ModelDescription]) -> list[str]:
@@ -312,7 +433,8 @@ def _cannot_load(source: Source, error: Exception) -> IncompatibleModelsError:
 def _load_tokenizer(sources: Iterable[Source], trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
     for source in sources:
         if source.has_tokenizer:
-            return AutoTokenizer.from_pretrained(source.location, trust_remote_code=trust_remote_code)
+            location = source.tokenizer_source.location
+            return AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code)
     return None
 
 

@@ -6,15 +6,16 @@ what the modules of Llama, Mistral, Qwen2 and Qwen3 do in a third of the operati
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from .adapters import LowRank, is_adapter_layer, is_low_rank, low_ranks
 from .attention import Attention, attend, attend_ragged, attention_for, ragged_bias, visible_lengths
 from .bodies import Block
 from .configs import changes_with_length, layer_windows
@@ -27,8 +28,24 @@ _DECODERS = {
 }
 
 
-# Weight [out, in] and bias [out].
-Linear: TypeAlias = tuple[nn.Parameter, "nn.Parameter | None"]
+@dataclass
+class Linear:
+    """A linear layer: weight [out, in], bias [out], and what adapters add."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    low_ranks: list[LowRank]
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        plain = F.linear(inputs, self.weight, self.bias)
+        if not self.low_ranks:
+            return plain
+        # An adapter may be of a wider dtype, in which sums are kept until the end, as peft does it.
+        out = plain
+        for part in self.low_ranks:
+            narrow = F.linear(inputs.to(part.down.dtype), part.down)
+            out = out + F.linear(narrow, part.up, part.bias) * part.scaling
+        return out.to(plain.dtype)
 
 
 @dataclass
@@ -54,25 +71,28 @@ class LlamaBody:
     """Runs a `LlamaModel`, `MistralModel`, `Qwen2Model` or `Qwen3Model`; see `fits`."""
 
     @staticmethod
-    def fits(decoder: PreTrainedModel) -> bool:
+    def fits(decoder: PreTrainedModel, adapters: Sequence[str] | None = None) -> bool:
         """Whether `decoder` is one of these models as transformers builds it, on one device.
 
-        Quantised or adapted layers, hooks (also those that spread a model over devices) and rotations that
-        change with the length of the input are left to the model's own modules.
+        Quantised layers, adapted ones other than linear layers with plain LoRAs, hooks (also those that
+        spread a model over devices) and rotations that change with the length of the input are left to the
+        model's own modules. `adapters` are as for the runner.
         """
         kind = type(decoder)
         if f"{kind.__module__}.{kind.__qualname__}" not in _DECODERS or changes_with_length(decoder.config):
             return False
         projections = [module for name, module in decoder.named_modules() if name.endswith("_proj")]
         return (
-            all(type(module) is nn.Linear for module in projections)
+            all(type(module) is nn.Linear or is_low_rank(module, adapters) for module in projections)
+            and all(module in projections for module in decoder.modules() if is_adapter_layer(module))
             and all(map(is_plain, decoder.modules()))
             and all(map(is_ordinary, decoder.parameters()))
         )
 
-    def __init__(self, decoder: Any, attention: Attention) -> None:
-        """Take a `decoder` that `fits`."""
+    def __init__(self, decoder: Any, attention: Attention, adapters: Sequence[str] | None = None) -> None:
+        """Take a `decoder` that `fits` with these `adapters`."""
         config = decoder.config
+        self.adapters = adapters or ()
         self.attention = attention
         self.decoder = decoder
         self.eps = config.rms_norm_eps
@@ -89,7 +109,7 @@ class LlamaBody:
     def prepare(self, cache: SlotCache) -> None:
         """Find the weights again and make a rotation for every position of `cache`."""
         layers = zip(self.decoder.layers, self.kinds, strict=True)
-        self.layers = [_read(layer, kind) for layer, kind in layers]
+        self.layers = [_read(layer, kind, self.adapters) for layer, kind in layers]
         if self.rotations.shape[0] == cache.capacity:
             return
         # The sines' first half changes sign: rotating halves is then a roll, times these.
@@ -117,7 +137,7 @@ class LlamaBody:
 
         for index, layer in enumerate(self.layers):
             inputs = self._norm(hidden, layer.attention_norm)
-            query, key, value = (F.linear(inputs, *part) for part in (layer.query, layer.key, layer.value))
+            query, key, value = (part(inputs) for part in (layer.query, layer.key, layer.value))
             query, key = query.view(count, heads, dim), key.view(count, self.kv_heads, dim)
             if layer.query_norm is not None and layer.key_norm is not None:
                 query, key = self._norm(query, layer.query_norm), self._norm(key, layer.key_norm)
@@ -131,10 +151,10 @@ class LlamaBody:
             else:
                 window = self.windows[layer.kind]
                 mixed = attend_ragged(attention, query, keys, values, lengths, window=window)
-            hidden = hidden + F.linear(mixed.reshape(count, heads * dim), *layer.output)
+            hidden = hidden + layer.output(mixed.reshape(count, heads * dim))
             inputs = self._norm(hidden, layer.mlp_norm)
-            gated = layer.activation(F.linear(inputs, *layer.gate)) * F.linear(inputs, *layer.up)
-            hidden = hidden + F.linear(gated, *layer.down)
+            gated = layer.activation(layer.gate(inputs)) * layer.up(inputs)
+            hidden = hidden + layer.down(gated)
 
         return self._norm(hidden, self.decoder.norm.weight).view(batch, length, -1)
 
@@ -152,24 +172,26 @@ def is_ordinary(weight: nn.Parameter) -> bool:
     return type(weight) is nn.Parameter
 
 
-def _read(layer: Any, kind: str) -> Layer:
+def _read(layer: Any, kind: str, adapters: Sequence[str]) -> Layer:
     attention, mlp = layer.self_attn, layer.mlp
     return Layer(
         kind=kind,
         attention_norm=layer.input_layernorm.weight,
-        query=_linear(attention.q_proj),
-        key=_linear(attention.k_proj),
-        value=_linear(attention.v_proj),
+        query=_linear(attention.q_proj, adapters),
+        key=_linear(attention.k_proj, adapters),
+        value=_linear(attention.v_proj, adapters),
         query_norm=attention.q_norm.weight if hasattr(attention, "q_norm") else None,
         key_norm=attention.k_norm.weight if hasattr(attention, "k_norm") else None,
-        output=_linear(attention.o_proj),
+        output=_linear(attention.o_proj, adapters),
         mlp_norm=layer.post_attention_layernorm.weight,
-        gate=_linear(mlp.gate_proj),
-        up=_linear(mlp.up_proj),
-        down=_linear(mlp.down_proj),
+        gate=_linear(mlp.gate_proj, adapters),
+        up=_linear(mlp.up_proj, adapters),
+        down=_linear(mlp.down_proj, adapters),
         activation=F.silu if mlp.config.hidden_act == "silu" else mlp.act_fn,
     )
 
 
-def _linear(module: Any) -> Linear:
-    return module.weight, module.bias
+def _linear(module: Any, adapters: Sequence[str]) -> Linear:
+    if is_adapter_layer(module):
+        return Linear(module.base_layer.weight, module.base_layer.bias, low_ranks(module, adapters))
+    return Linear(module.weight, module.bias, [])

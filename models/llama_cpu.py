@@ -51,7 +51,12 @@ class CompiledLlama:
 
     @staticmethod
     def fits(body: LlamaBody, head: object) -> bool:
-        """Whether `body` with output layer `head` is a float32 model on a CPU that these functions know."""
+        """Whether `body` with output layer `head` is a float32 model on a CPU that these functions know.
+
+        A model with adapters is not; its base without them is.
+        """
+        if body.adapters:
+            return False
         if type(head) is not nn.Linear or not is_plain(head) or not all(map(is_ordinary, head.parameters())):
             return False
         parameters = [*body.decoder.parameters(), *head.parameters()]
@@ -83,7 +88,9 @@ class CompiledLlama:
             linears = (
                 layer.query, layer.key, layer.value, layer.output, layer.gate, layer.up, layer.down,
             )  # fmt: skip
-            row[:] = _addresses(*norms, *(part for linear in linears for part in linear))
+            row[:] = _addresses(
+                *norms, *(part for linear in linears for part in (linear.weight, linear.bias))
+            )
         decoder = body.decoder
         self._ends[:] = _addresses(
             decoder.embed_tokens.weight, decoder.norm.weight, self.head.weight, self.head.bias

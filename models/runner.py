@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -10,6 +12,7 @@ from transformers import PreTrainedModel
 
 from speculative_eft.kernels import Coefficients, DraftMemory, NoiseKey, Sampling, Stream, backend
 
+from .adapters import AdapterSwitch, is_adapter_layer, is_low_rank
 from .attention import Attention, choose_attention
 from .bodies import Block, Body, FalconAlibiBody, TransformersBody
 from .configs import TESTED_FAMILIES, position_limit, text_config
@@ -31,13 +34,19 @@ class ModelRunner:
     lengths and whatever padding stands behind them. The model itself is left as it was, but for `eval()`.
     """
 
-    def __init__(self, model: PreTrainedModel, attention: str = "auto") -> None:
+    def __init__(
+        self, model: PreTrainedModel, attention: str = "auto", adapters: Sequence[str] | None = None
+    ) -> None:
         """Take `model`, which stays on its device and in its dtype.
 
         `attention` is how attention is computed: `"sdpa"` by torch's scaled_dot_product_attention with a
         mask, `"triton"` by the kernel of `kernels.attention` (with sdpa for blocks of more than 16 tokens),
         `"flash_attn"` by flash-attn's `flash_attn_with_kvcache`, and `"auto"` by Triton's kernel on a GPU
         where it knows the model and its size of head, else by sdpa. `self.attention` says which it is.
+
+        `adapters` names the LoRA adapters in `model` that are on in this runner's passes, whatever is on
+        outside of them: none if it is empty. So several runners can share one model. None leaves them as they
+        are.
 
         Raises ValueError for an `attention` that cannot run this model here, and for a model that this runner
         cannot run: an untested architecture is compared with its own plain forward pass and refused if the
@@ -49,8 +58,13 @@ class ModelRunner:
         config = text_config(model.config)
         self.max_context = position_limit(config)
         self.vocab_size = vocabulary_rows(model)
-        self._body = _choose_body(model, self.attention)
-        self._head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        self._body = _choose_body(model, self.attention, adapters)
+        head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        self._head = head.base_layer if not adapters and is_low_rank(head, adapters) else head
+        # Read one by one, weights need no switch; a captured graph keeps what was on at its capture.
+        self._adapted: Callable[[], AbstractContextManager[None]] = nullcontext
+        if adapters is not None and (not isinstance(self._body, LlamaBody) or is_adapter_layer(self._head)):
+            self._adapted = AdapterSwitch(model, adapters)
         self._softcap = getattr(config, "final_logit_softcapping", None)
         # Cohere multiplies its logits, Granite divides them.
         self._scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
@@ -131,7 +145,8 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _forward(self, tokens: Tensor, span: int) -> Tensor:
-        logits = cast(Tensor, self._head(self._run(tokens, span)))
+        with self._adapted():
+            logits = cast(Tensor, self._head(self._run(tokens, span)))
         if self._scale != 1.0:
             logits = logits * self._scale
         if self._softcap is not None:
@@ -194,7 +209,8 @@ class ModelRunner:
             if compiled is not None:
                 compiled.fill(part, self.cache)
             else:
-                self._run(part, first + start + part.shape[1])
+                with self._adapted():
+                    self._run(part, first + start + part.shape[1])
             self.lengths.add_(part.shape[1])
         self.lengths.copy_(prompt_lengths)
 
@@ -216,7 +232,8 @@ class ModelRunner:
             self.reserve(2, 8)
             self.prefill(tokens[:, :3], torch.tensor([3, 2], device=self.device))
             mine = self.forward(torch.stack((tokens[0, 3:7], tokens[1, 2:6])), 7).float()
-            plain = self.model(tokens, use_cache=False).logits.float()
+            with self._adapted():
+                plain = self.model(tokens, use_cache=False).logits.float()
             plain = torch.stack((plain[0, 3:7], plain[1, 2:6]))
             tolerance = 1e-3 if self.model.dtype == torch.float32 else 5e-2
             agree = bool(((mine - plain).abs() <= tolerance * (1 + plain.abs())).all())
@@ -230,10 +247,10 @@ class ModelRunner:
         self.cache = SlotCache(0, 0, self.device, self.attention)
 
 
-def _choose_body(model: PreTrainedModel, attention: Attention) -> Body:
+def _choose_body(model: PreTrainedModel, attention: Attention, adapters: Sequence[str] | None) -> Body:
     decoder: PreTrainedModel = model.get_decoder()  # type: ignore[no-untyped-call]
-    if LlamaBody.fits(decoder):
-        return LlamaBody(decoder, attention)
+    if LlamaBody.fits(decoder, adapters):
+        return LlamaBody(decoder, attention, adapters)
     if decoder.config.model_type == "falcon" and decoder.config.alibi:
         return FalconAlibiBody(decoder, attention)
     return TransformersBody(decoder, attention, model._supports_attention_backend)

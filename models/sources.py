@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -32,6 +32,9 @@ RECURRENT = frozenset({
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "attention"}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+# Values of init_lora_weights that leave the base's weights as they are; the others move a part of them.
+_LEAVES_BASE = (True, False, None, "gaussian", "eva", "mica", "orthogonal")
 _SECONDS_TO_ANSWER = 2.0
 
 
@@ -45,6 +48,10 @@ class Source:
     """The folder or Hub name as given."""
     folder: Path | None
     """Where the files are, None if the Hub has them."""
+    is_adapter: bool = False
+    """Whether this is an adapter of peft, without the weights of its base."""
+    base: Source | None = None
+    """The model that an adapter is put over."""
 
     @property
     def location(self) -> str:
@@ -75,15 +82,27 @@ class Source:
             raise IncompatibleModelsError(f"{self.argument}: cannot read {path} ({error}).") from error
 
     @property
+    def config(self) -> dict[str, Any]:
+        """The contents of config.json, which an adapter leaves to its base; empty if there is none."""
+        return (self.base or self).read("config.json") or {}
+
+    @property
+    def tokenizer_source(self) -> Source:
+        """Where its tokenizer would be: an adapter without one has its base's."""
+        own = self.base is None or any(self.find(name) for name in _TOKENIZER_FILES)
+        return self if own or self.base is None else self.base
+
+    @property
     def has_tokenizer(self) -> bool:
         """Whether the model comes with a tokenizer."""
-        return any(self.find(name) for name in _TOKENIZER_FILES)
+        return any(self.tokenizer_source.find(name) for name in _TOKENIZER_FILES)
 
     @property
     def has_chat_template(self) -> bool:
         """Whether its tokenizer knows how to write a conversation."""
-        settings = self.read("tokenizer_config.json") or {}
-        return bool(settings.get("chat_template")) or self.find("chat_template.jinja") is not None
+        source = self.tokenizer_source
+        settings = source.read("tokenizer_config.json") or {}
+        return bool(settings.get("chat_template")) or source.find("chat_template.jinja") is not None
 
 
 def find_sources(
@@ -93,9 +112,12 @@ def find_sources(
 ) -> list[Source]:
     """Find the models, large base first and small base last, and check what can be checked without loading.
 
+    A tuned model may be a LoRA adapter of the small base: a folder with `adapter_config.json`.
+
     Raises IncompatibleModelsError within about three seconds, also without a network: for a folder that is
     missing or holds no weights, a name that the Hub does not answer for, an architecture that cannot be
-    run, tokenizers that differ, and vocabularies whose sizes differ by more than `VOCABULARY_PADDING`.
+    run, an adapter that cannot share the small base's weights (`adapter_problem`) or stands for a base,
+    tokenizers that differ, and vocabularies whose sizes differ by more than `VOCABULARY_PADDING`.
     """
     tuned = [small_tuned] if isinstance(small_tuned, str | os.PathLike) else list(small_tuned)
     if not tuned:
@@ -103,9 +125,12 @@ def find_sources(
     asked = [("large_base", large_base), *zip(tuned_arguments(len(tuned)), tuned, strict=True)]
     asked.append(("small_base", small_base))
     with ThreadPoolExecutor(len(asked)) as pool:
-        sources = list(pool.map(lambda one: _find(one[0], os.fspath(one[1])), asked))
+        found = list(pool.map(lambda one: _find(one[0], os.fspath(one[1])), asked))
+    sources = [replace(source, base=found[-1]) if source.is_adapter else source for source in found]
     for source in sources:
-        check_architecture(source.argument, source.read("config.json") or {})
+        if source.is_adapter:
+            _check_adapter(source)
+        check_architecture(source.argument, source.config)
     problems = [*tokenizer_problems(sources), *size_problems(vocabulary_sizes(sources))]
     if problems:
         raise IncompatibleModelsError(problems[0])
@@ -115,6 +140,41 @@ def find_sources(
 def tuned_arguments(count: int) -> list[str]:
     """What errors and tables call the tuned models."""
     return ["small_tuned"] if count == 1 else [f"small_tuned[{i}]" for i in range(count)]
+
+
+def adapter_problem(settings: dict[str, Any], shares_base: bool) -> str | None:
+    """Why an adapter with these `settings`, of an adapter_config.json, cannot be a tuned model, if it cannot.
+
+    With `shares_base` the small base is the adapter's own with the adapter off, which then has to be the base
+    that the adapter was made from.
+    """
+    kind = getattr(settings.get("peft_type"), "value", settings.get("peft_type"))
+    if kind != "LORA":
+        return f"is of type {kind}; only LoRA adapters can be run, which leave the prompt as it is"
+    if settings.get("alora_invocation_tokens"):
+        return "is an activated LoRA, which depends on where the prompt invokes it; give a plain LoRA"
+    if not shares_base:
+        return None
+    initial = settings.get("init_lora_weights")
+    changes = {
+        f"bias={settings.get('bias')!r}": settings.get("bias") not in ("none", None),
+        f"init_lora_weights={initial!r}": initial not in _LEAVES_BASE,
+        "layer_replication": settings.get("layer_replication"),
+        "kasa_config": settings.get("kasa_config"),
+    }
+    for name, changed in changes.items():
+        if changed:
+            return f"changes the base itself ({name}); merge it into a model of its own (merge_and_unload)"
+    return None
+
+
+def _check_adapter(source: Source) -> None:
+    if not source.argument.startswith("small_tuned"):
+        raise IncompatibleModelsError(
+            f"{source.argument}: {source.name} is an adapter; give the model that it was trained on."
+        )
+    if problem := adapter_problem(source.read("adapter_config.json"), shares_base=True):
+        raise IncompatibleModelsError(f"{source.argument}: {source.name} {problem}.")
 
 
 def check_architecture(argument: str, config: dict[str, Any]) -> None:
@@ -142,7 +202,7 @@ def vocabulary_sizes(sources: Iterable[Source]) -> dict[str, int]:
     """Rows of each model's output head, where its `config.json` says."""
     sizes = {}
     for source in sources:
-        config = source.read("config.json") or {}
+        config = source.config
         size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
         if size:
             sizes[source.argument] = int(size)
@@ -200,8 +260,7 @@ def token_differences(sources: Sequence[Source]) -> list[str]:
 def _find(argument: str, name: str) -> Source:
     path = Path(name).expanduser()
     if name and path.is_dir():
-        _check_folder(argument, path)
-        return Source(argument, name, path)
+        return Source(argument, name, path, _check_folder(argument, path))
     if name and path.exists():
         raise IncompatibleModelsError(f"{argument}: {name} is a file; give the folder of a saved model.")
     parts = name.split("/")
@@ -210,7 +269,14 @@ def _find(argument: str, name: str) -> Source:
     return _find_on_hub(argument, name)
 
 
-def _check_folder(argument: str, folder: Path) -> None:
+def _check_folder(argument: str, folder: Path) -> bool:
+    """Whether `folder` holds an adapter; it holds a whole model otherwise."""
+    if (folder / "adapter_config.json").is_file():
+        if not any((folder / name).is_file() for name in _ADAPTER_WEIGHTS):
+            raise IncompatibleModelsError(
+                f"{argument}: {folder} has an adapter_config.json but no {_ADAPTER_WEIGHTS[0]}."
+            )
+        return True
     if not (folder / "config.json").is_file():
         raise IncompatibleModelsError(f"{argument}: {folder} has no config.json, so it is no saved model.")
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
@@ -219,11 +285,12 @@ def _check_folder(argument: str, folder: Path) -> None:
             missing = sorted(shard for shard in shards if not (folder / shard).is_file())
             if missing:
                 raise IncompatibleModelsError(f"{argument}: {folder} lacks the weight file {missing[0]}.")
-            return
+            return False
     if not any(chain(folder.glob("*.safetensors"), folder.glob("pytorch_model*.bin"))):
         raise IncompatibleModelsError(
             f"{argument}: {folder} has no weights; it should hold model.safetensors or pytorch_model.bin."
         )
+    return False
 
 
 def _find_on_hub(argument: str, name: str) -> Source:
@@ -243,16 +310,18 @@ def _find_on_hub(argument: str, name: str) -> Source:
             f"{argument}: {name!r} is neither a folder nor a model on the Hugging Face Hub that you may read."
         ) from error
     except Exception as error:  # no network, offline mode, a name that cannot be one: in any case no answer
-        cached = try_to_load_from_cache(name, "config.json")
-        if isinstance(cached, str):
-            folder = Path(cached).parent
-            _check_folder(argument, folder)
-            return Source(argument, name, folder)
+        for filename in ("config.json", "adapter_config.json"):
+            cached = try_to_load_from_cache(name, filename)
+            if isinstance(cached, str):
+                folder = Path(cached).parent
+                return Source(argument, name, folder, _check_folder(argument, folder))
         raise IncompatibleModelsError(
             f"{argument}: {name!r} is not a folder, and the Hugging Face Hub cannot be reached to look for "
             f"it ({type(error).__name__})."
         ) from error
     files = [sibling.rfilename for sibling in siblings]
+    if "adapter_config.json" in files and any(file in files for file in _ADAPTER_WEIGHTS):
+        return Source(argument, name, None, is_adapter=True)
     if "config.json" not in files or not any(file.endswith((".safetensors", ".bin")) for file in files):
         raise IncompatibleModelsError(f"{argument}: {name} on the Hub has no config.json or no weights.")
     return Source(argument, name, None)
@@ -280,7 +349,7 @@ def _in_time(ask: Callable[[], Any]) -> Any:
 
 def _token_table(source: Source) -> dict[int, tuple[str, bool]]:
     """Token of each id and whether it is special, from `tokenizer.json`; empty if there is none."""
-    data = source.read("tokenizer.json")
+    data = source.tokenizer_source.read("tokenizer.json")
     if data is None:
         return {}
     vocabulary = data.get("model", {}).get("vocab") or {}

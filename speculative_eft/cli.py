@@ -161,7 +161,13 @@ def generate(
         str | None, option("Large base, by folder or Hub name.", "MODEL", MODELS, callback=model_name)
     ] = None,
     tuned: Annotated[
-        list[str] | None, option("Small tuned model; may be repeated.", "MODEL", MODELS, callback=model_names)
+        list[str] | None,
+        option(
+            "Small tuned model, or LoRA adapter of the base; may be repeated.",
+            "MODEL",
+            MODELS,
+            callback=model_names,
+        ),
     ] = None,
     base: Annotated[
         str | None,
@@ -284,7 +290,10 @@ def check(
         str, typer.Argument(callback=model_name, metavar="LARGE", help="Large base, by folder or Hub name.")
     ],
     tuned: Annotated[
-        list[str], typer.Argument(callback=model_names, metavar="TUNED", help="Small tuned models.")
+        list[str],
+        typer.Argument(
+            callback=model_names, metavar="TUNED", help="Small tuned models or LoRA adapters of BASE."
+        ),
     ],
     base: Annotated[str, typer.Argument(callback=model_name, metavar="BASE", help="Small base.")],
     context: Annotated[

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -146,6 +147,49 @@ def test_tokenizers_may_differ_where_it_does_no_harm(tmp_path: Path) -> None:
         "small_tuned[0] has 1 special tokens of another name than large_base",
         "small_tuned[1] has 1 fewer tokens than large_base",
     ]
+
+
+def write_adapter(folder: Path, **settings: Any) -> Path:
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "bias": "none", **settings}))
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+    return folder
+
+
+def test_adapters_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = write_model(tmp_path / "good")
+    bare = write_adapter(tmp_path / "bare")
+    _, tuned, base = find_sources(good, bare, good)
+    assert tuned.is_adapter and tuned.base == base and not base.is_adapter
+    assert tuned.config == LLAMA and tuned.tokenizer_source == base and tuned.location == str(bare)
+
+    on_hub = write_adapter(tmp_path / "hub", init_lora_weights="gaussian")
+    (on_hub / "tokenizer.json").write_text((good / "tokenizer.json").read_text())
+    files = [SimpleNamespace(rfilename=path.name) for path in on_hub.iterdir()]
+    monkeypatch.setattr(HfApi, "model_info", lambda *args, **kwargs: SimpleNamespace(siblings=files))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file: str(on_hub / file))
+    _, tuned, base = find_sources(good, "some/adapter", good)
+    assert tuned.is_adapter and tuned.folder is None and tuned.config == LLAMA
+    assert tuned.tokenizer_source == tuned and tuned.has_tokenizer
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"peft_type": "IA3"}, "is of type IA3; only LoRA adapters can be run"),
+        ({"bias": "lora_only"}, "changes the base itself (bias='lora_only')"),
+        ({"init_lora_weights": "olora"}, "changes the base itself (init_lora_weights='olora')"),
+        ({"layer_replication": [[0, 2]]}, "changes the base itself (layer_replication)"),
+    ],
+)
+def test_adapters_that_cannot_work_are_refused(settings: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    good, adapter = write_model(tmp_path / "good"), write_adapter(tmp_path / "adapter", **settings)
+    assert refusal(good, adapter, good).startswith(f"small_tuned: {adapter} {reason}")
+    assert refusal(good, good, adapter) == (
+        f"small_base: {adapter} is an adapter; give the model that it was trained on."
+    )
+    (adapter / "adapter_model.safetensors").unlink()
+    assert "but no adapter_model.safetensors" in refusal(good, adapter, good)
 
 
 def test_looking_needs_nothing_heavy(tmp_path: Path) -> None:

@@ -1,0 +1,261 @@
+"""LoRA adapters of peft: a base and the models tuned from it over one copy of the weights.
+
+Nothing here imports peft before it is given one of its models or one of its folders.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .errors import IncompatibleModelsError
+from .sources import Source, adapter_problem
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """What an adapter adds to a linear layer: `scaling * (up @ (down @ x) + bias)`."""
+
+    down: nn.Parameter
+    """[rank, in]"""
+    up: nn.Parameter
+    """[out, rank]"""
+    bias: nn.Parameter | None
+    """[out]"""
+    scaling: float
+
+
+class AdapterSwitch:
+    """Runs a model's modules with some of its adapters on, or none, and leaves it as it was.
+
+    The layers are found once; a pass then sets two entries of each, on the host alone.
+    """
+
+    def __init__(self, model: nn.Module, adapters: Sequence[str]) -> None:
+        self._adapters = list(adapters)
+        # peft's own switches also change which weights require gradients; writing past nn.Module's
+        # attribute machinery costs a tenth.
+        self._layers = [vars(module) for module in model.modules() if is_adapter_layer(module)]
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        before = [(layer.get("_disable_adapters"), layer["_active_adapter"]) for layer in self._layers]
+        disabled, adapters = not self._adapters, self._adapters
+        try:
+            for layer in self._layers:
+                layer["_disable_adapters"], layer["_active_adapter"] = disabled, adapters
+            yield
+        finally:
+            for layer, (was_disabled, active) in zip(self._layers, before, strict=True):
+                layer["_active_adapter"] = active
+                if was_disabled is None:
+                    del layer["_disable_adapters"]
+                else:
+                    layer["_disable_adapters"] = was_disabled
+
+
+def is_adapter_layer(module: nn.Module) -> bool:
+    """Whether peft put `module` in the place of one of the model's own."""
+    return hasattr(module, "_disable_adapters")
+
+
+def is_low_rank(module: Any, adapters: Sequence[str] | None) -> bool:
+    """Whether `module` is torch's linear layer and, of each of `adapters`, a `LowRank` or nothing.
+
+    Never for `adapters` None, which leaves to the module what it does.
+    """
+    if adapters is None or not is_adapter_layer(module):
+        return False
+    from peft.tuners.lora import Linear
+
+    return (
+        type(module) is Linear
+        and type(module.base_layer) is nn.Linear
+        and not module.merged
+        and not any(adapter in module.lora_variant for adapter in adapters)
+        and all(
+            type(part) is nn.Linear
+            for adapter in adapters
+            if adapter in module.lora_A
+            for part in (module.lora_A[adapter], module.lora_B[adapter])
+        )
+    )
+
+
+def low_ranks(module: Any, adapters: Sequence[str]) -> list[LowRank]:
+    """What `adapters` add to `module`, which `is_low_rank`."""
+    return [
+        LowRank(
+            module.lora_A[adapter].weight,
+            module.lora_B[adapter].weight,
+            module.lora_B[adapter].bias,
+            module.scaling[adapter],
+        )
+        for adapter in adapters
+        if adapter in module.lora_A
+    ]
+
+
+def parameters_with(model: nn.Module, adapters: Sequence[str] | None) -> list[nn.Parameter]:
+    """The parameters of `model` without those of adapters other than `adapters`; all for None."""
+    parameters = list(model.parameters())
+    if adapters is None:
+        return parameters
+    layers: list[Any] = [module for module in model.modules() if is_adapter_layer(module)]
+    others = {
+        id(parameter)
+        for module in layers
+        for name in module.adapter_layer_names
+        for adapter, part in getattr(module, name).items()
+        if adapter not in adapters
+        for parameter in ([part] if isinstance(part, nn.Parameter) else part.parameters())
+    }
+    return [parameter for parameter in parameters if id(parameter) not in others]
+
+
+def is_peft_model(model: object) -> bool:
+    """Whether `model` is a `peft.PeftModel`."""
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(model, peft.PeftModel)
+
+
+def chosen_adapters(argument: str, model: PeftModel, adapter: str | None) -> tuple[str, ...]:
+    """The adapters of `model` to run: the one named, else those that are active now.
+
+    Raises IncompatibleModelsError if there is none of that name, or one that is no LoRA.
+    """
+    known = list(model.peft_config)
+    chosen = model.active_adapters if adapter is None else [adapter]
+    for name in chosen:
+        if name not in known:
+            raise IncompatibleModelsError(
+                f"{argument} has no adapter {name!r}; it has {', '.join(map(repr, known))}."
+            )
+        if problem := adapter_problem(model.peft_config[name].to_dict(), shares_base=False):
+            raise IncompatibleModelsError(f"{argument}: its adapter {name!r} {problem}.")
+    return tuple(chosen)
+
+
+def check_sharing(argument: str, model: PeftModel) -> None:
+    """Raise IncompatibleModelsError if `model` with its adapters off is not the base it was made from."""
+    for name, config in model.peft_config.items():
+        if problem := adapter_problem(config.to_dict(), shares_base=True):
+            raise IncompatibleModelsError(f"{argument}: its adapter {name!r} {problem}.")
+    if any(is_adapter_layer(module) and module.merged_adapters for module in model.modules()):
+        raise IncompatibleModelsError(
+            f"{argument} has adapters merged into the weights that small_base shares; call its "
+            "unmerge_adapter(), or give what its merge_and_unload() returns and a small_base of its own."
+        )
+
+
+def adapter_shapes(source: Source) -> dict[str, tuple[int, ...]]:
+    """The shape of each weight in an adapter's file, by its name there."""
+    path = source.find("adapter_model.safetensors")
+    if path is not None:
+        with safe_open(path, framework="pt") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    path = source.find("adapter_model.bin")
+    assert path is not None
+    return {key: tuple(w.shape) for key, w in torch.load(path, "meta", weights_only=True).items()}
+
+
+def check_shapes(source: Source, shapes: dict[str, tuple[int, ...]], base: PreTrainedModel) -> None:
+    """Raise IncompatibleModelsError if weights of these `shapes` are not those of an adapter of `base`.
+
+    `base` may be on the meta device.
+    """
+    modules = dict(base.named_modules())
+    saved = source.read("adapter_config.json").get("modules_to_save") or ()
+    for key, shape in shapes.items():
+        name = key.removeprefix(_PREFIX)
+        path, _, kind = name.partition(".lora_")
+        if not kind:
+            if "trainable_tokens" not in name and not any(part in saved for part in name.split(".")):
+                raise IncompatibleModelsError(
+                    f"{source.argument}: {source.name} holds other weights for the base itself ({name}); "
+                    "merge it into a model of its own (merge_and_unload)."
+                )
+            continue
+        if ".experts" in path:  # transformers keeps experts in one module, for which peft renames weights
+            continue
+        wanted = _wanted(modules.get(path), kind)
+        if path not in modules or (wanted is not None and shape[wanted[0]] != wanted[1]):
+            fault = f"{name} is {list(shape)}" if path in modules else f"there is no {path} there"
+            raise IncompatibleModelsError(
+                f"{source.argument}: the adapter {source.name} is not of small_base's shape ({fault}); "
+                "give the model it was trained on as small_base."
+            )
+
+
+def _wanted(module: Any, kind: str) -> tuple[int, int] | None:
+    """The axis of a LoRA's weight that its layer fixes, and its size; None where this is not known."""
+    inputs: int
+    outputs: int
+    if isinstance(module, nn.Linear):
+        inputs, outputs = module.in_features, module.out_features
+    elif isinstance(module, Conv1D):
+        inputs, outputs = module.weight.shape
+    elif isinstance(module, nn.Embedding):
+        inputs, outputs = module.num_embeddings, module.embedding_dim
+    else:
+        return None
+    return {"A": (1, inputs), "B": (0, outputs)}.get(kind.removeprefix("embedding_")[0])
+
+
+def check_peft(source: Source) -> None:
+    """Raise IncompatibleModelsError where an adapter cannot be loaded for want of peft."""
+    if find_spec("peft") is None:
+        raise IncompatibleModelsError(
+            f"{source.argument}: {source.name} is an adapter, which needs peft "
+            "(pip install 'speculative-eft[peft]')."
+        )
+
+
+def load_adapters(base: PreTrainedModel, sources: Sequence[Source]) -> list[tuple[PeftModel, str]]:
+    """Load adapters over one `base`, in its dtype; each as the model and its name there.
+
+    Raises IncompatibleModelsError for what peft refuses, and for an adapter that lacks weights of a layer.
+    """
+    from peft import PeftModel
+
+    model: PeftModel | None = None
+    loaded = []
+    for index, source in enumerate(sources):
+        name = f"tuned_{index}"
+        try:
+            if model is None:
+                model = PeftModel.from_pretrained(
+                    base, source.location, adapter_name=name, autocast_adapter_dtype=False
+                )
+            else:
+                model.load_adapter(source.location, adapter_name=name, autocast_adapter_dtype=False)
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise IncompatibleModelsError(
+                f"{source.argument}: {source.name} cannot be loaded ({reason})."
+            ) from error
+        filled = {key.removeprefix(_PREFIX).partition(".lora_")[0] for key in adapter_shapes(source)}
+        for path, module in base.named_modules():
+            held = name in getattr(module, "lora_A", ()) or name in getattr(module, "lora_embedding_A", ())
+            if held and path not in filled and ".experts" not in path:
+                raise IncompatibleModelsError(
+                    f"{source.argument}: the adapter {source.name} is not of small_base's shape (it has no "
+                    f"weights for {path}); give the model it was trained on as small_base."
+                )
+        loaded.append((model, name))
+    return loaded
