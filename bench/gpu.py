@@ -111,7 +111,7 @@ def _read_tests(text: str) -> dict[str, Any]:
 STAGES = (
     _kernel_script("verify", 420),
     *(_kernel_script(name, 120) for name in ("filters", "draft", "noise", "commit", "memory")),
-    _kernel_script("attention", 300),
+    _kernel_script("attention", 420),
     Stage("compile", _compile, 600),
     _tests("tests/kernels", 600),
     _tests("tests/models/test_attention.py", 300),

@@ -203,12 +203,14 @@ def draft(
 
 
 def specialisations() -> Iterator[Specialisation]:
-    """One or two models of one dtype, with and without a correction, filters, and measures."""
+    """One or two models with and without a correction, filters and measures; other dtypes with all."""
     step = Step("*fp32", "*i64", "*i64", "*fp32", "i32")
     for dtype in ("bf16", "fp16", "fp32"):
         for models, corrected, filtered, measured in (
             (1, False, False, False), (2, False, False, True), (2, True, False, True), (2, True, True, True),
         ):  # fmt: skip
+            if dtype != "bf16" and not filtered:
+                continue
             options = {"corrected": corrected, "filtered": filtered, "measured": measured}
             yield Specialisation(
                 operation="draft",

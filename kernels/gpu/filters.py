@@ -767,14 +767,14 @@ def specialisations() -> Iterator[Specialisation]:
         minimum = {"MIN_P": used[2]}
         one = {"SEQUENCES": 1, "COLUMNS": 4096, "ONE_SPLIT": True}
         again = {"SEQUENCES": 1, "COLUMNS": _REREAD_COLUMNS, "ONE_SPLIT": False}
-        small = {"SEQUENCES": 4, "COLUMNS": 128, "ONE_SPLIT": True}
+        small = {"SEQUENCES": 4, "COLUMNS": 32, "ONE_SPLIT": True}
         launches = 2 + (used[0] or used[1])
         for kernel, title, tile, own in (
             (_survey, "survey", {"COLUMNS": 4096}, {"SPLITS": 32}),
             (_gather, "gather", {"COLUMNS": 4096}, minimum),
             (_cut, "cut again", again, minimum),
             (_cut, "cut 4,096", one, minimum),
-            (_cut, "cut 100", small, minimum),
+            (_cut, "cut 30", small, minimum),
         ):
             if kernel is _cut and (dtype != "bf16" or (title == "cut again" and names == ["min-p"])):
                 continue
