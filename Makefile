@@ -11,7 +11,8 @@ export PYTHONSAFEPATH := 1
 
 help:
 	@echo "make demo    set up, then sample from the bundled trio and measure it"
-	@echo "make test    set up, then lint, type-check and run every test"
+	@echo "make test    set up, then lint, type-check, compile every kernel and run every test"
+	@echo "make compile compile every GPU kernel for every target, which needs no GPU"
 	@echo "make bench   time kernels and rounds on this CPU, and compare with the last time"
 	@echo "make gpu     test and measure on this machine's NVIDIA GPU, with PYTHON's own packages"
 	@echo "make wheel   build the wheel into dist/"
@@ -28,7 +29,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/speculative-eft demo
 
-test: setup lint types
+test: setup lint types compile
 	$(BIN)/pytest -n 2
 
 # Kept in .benchmarks/, by machine; without an earlier run there is nothing to compare with.
@@ -51,6 +52,12 @@ endef
 types: setup
 	$(call mapped_package,types)
 	cd .build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p speculative_eft
+
+# Triton is not to be had on every system.
+compile: setup
+	@if $(BIN)/python -c 'import triton' 2> /dev/null; then \
+		env -u TRITON_INTERPRET $(BIN)/python -m speculative_eft.kernels.compile; \
+	else echo "Triton is not installed: no kernel was compiled"; fi
 
 # Installs nothing: torch, triton, transformers and pytest must be there. GPU_OPTIONS="--quick --only STAGE".
 gpu:

@@ -82,7 +82,7 @@ def _nested_paths(value: Any) -> Iterator[tuple[int, ...]]:
     if isinstance(value, tuple):
         for index, part in enumerate(value):
             yield from ((index, *rest) for rest in _nested_paths(part))
-    elif value != "constexpr":
+    elif value is not None:
         yield ()
 
 
@@ -99,17 +99,15 @@ def _paths(specialisation: Specialisation, name: str) -> list[tuple[int, ...]]:
 
 
 def _compile(specialisation: Specialisation, target: str) -> Any:
-    signature = dict(specialisation.signature)
-    constants: dict[Any, Any] = {}
-    for name, value in specialisation.constants.items():
-        first, *fields = name.split(".")
-        if fields:
-            (field,) = fields
-            constants[_paths(specialisation, name)[0]] = value
-            signature[first] = signature[first]._replace(**{field: "constexpr"})
-        else:
-            constants[name], signature[name] = value, "constexpr"
-    ordered = {name: signature[name] for name in specialisation.kernel.arg_names}
+    names = specialisation.kernel.arg_names
+    signature = dict(specialisation.signature) | dict.fromkeys(specialisation.constants, "constexpr")
+    constants: dict[Any, Any] = dict(specialisation.constants)
+    for name, value in signature.items():
+        absent = [field for field in getattr(value, "_fields", ()) if getattr(value, field) is None]
+        if absent:
+            constants |= {(names.index(name), value._fields.index(field)): None for field in absent}
+            signature[name] = value._replace(**dict.fromkeys(absent, "constexpr"))
+    ordered = {name: signature[name] for name in names}
     attributes = {
         path: [["tt.divisibility", 16]]
         for name in specialisation.divisible

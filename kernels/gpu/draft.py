@@ -41,18 +41,18 @@ class Step(NamedTuple):
     Attributes:
         temperature: float32 [batch], 0 for greedy.
         seeds, counters: int64 [batch].
-        row: the address's row.
         records: float32 [batch, 1, RECORD], the laws after filters; anything without.
-        batch, vocab_size: integers.
+        vocab_size: an integer.
+        row, batch: integers, None but inside kernels, where `_sized` puts them; row is the address's.
     """
 
     temperature: Any
     seeds: Any
     counters: Any
-    row: Any
     records: Any
-    batch: Any
     vocab_size: Any
+    row: Any = None
+    batch: Any = None
 
 
 class Drawn(NamedTuple):
@@ -62,6 +62,12 @@ class Drawn(NamedTuple):
     measures: Any
     partials: Any
     arrivals: Any
+
+
+@triton.jit
+def _sized(step, row, batch):
+    """The step with its integers, which inside an argument would have Triton compile anew for some."""
+    return Step(step.temperature, step.seeds, step.counters, step.records, step.vocab_size, row, batch)
 
 
 @triton.jit
@@ -75,7 +81,7 @@ def _choose(
     SPLITS: tl.constexpr,
 ):
     """The best of the splits, and the law's measures."""
-    field = tl.cast(step.batch, tl.int64) * splits
+    field = step.batch.to(tl.int64) * splits
     all_splits = tl.arange(0, SPLITS)[None, :]
     wanted = valid & (all_splits < splits)
     places = drawn.partials + sequence * splits + all_splits
@@ -103,11 +109,13 @@ def _choose(
         tl.store(measures + step.batch + sequence, 1.0 / whole, mask=valid)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["row", "batch", "splits"])
 def _draft(
     models,
     step,
     drawn,
+    row,
+    batch,
     splits,
     STREAM: tl.constexpr,
     FILTERED: tl.constexpr,
@@ -116,6 +124,7 @@ def _draft(
     COLUMNS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
+    step = _sized(step, row, batch)
     tile = tl.program_id(0)
     split = tl.program_id(1)
     unclamped = tile.to(tl.int64) * SEQUENCES + tl.arange(0, SEQUENCES)[:, None]
@@ -138,7 +147,7 @@ def _draft(
     # Noise that is scaled instead of logits makes temperature 0 the argmax.
     score -= temperature * tl.log(noise)
     best, winner = best_split(score, ids, 1)
-    field = tl.cast(step.batch, tl.int64) * splits
+    field = step.batch.to(tl.int64) * splits
     place = drawn.partials + sequence * splits + split
     tl.store(place, best, mask=valid)
     tl.store(place + field, winner.to(tl.float32), mask=valid)
@@ -181,14 +190,12 @@ def draft(
     records = draft_records(models, sampling, vocab_size) if sampling.filtered else None
     tokens = torch.empty(batch, dtype=torch.int64, device=device)
     partials = torch.empty(_FIELDS * batch * shape.splits, device=device)
-    step = Step(
-        temperature, seeds, counters, row, partials if records is None else records, batch, vocab_size
-    )
+    step = Step(temperature, seeds, counters, partials if records is None else records, vocab_size)
     drawn = Drawn(
         tokens, partials if measures is None else measures, partials, zeros_kept("arrivals", device, tiles)
     )
     _draft[(tiles, shape.splits)](
-        models, step, drawn, shape.splits, STREAM=stream, FILTERED=records is not None,
+        models, step, drawn, row, batch, shape.splits, STREAM=stream, FILTERED=records is not None,
         MEASURED=measures is not None, SEQUENCES=shape.sequences, COLUMNS=shape.columns,
         SPLITS=power_of_two(shape.splits), **launch_options(shape.warps),
     )  # fmt: skip
@@ -196,12 +203,14 @@ def draft(
 
 
 def specialisations() -> Iterator[Specialisation]:
-    """One or two models of one dtype, with and without a correction, filters, and measures."""
-    step = Step("*fp32", "*i64", "*i64", "i32", "*fp32", "i32", "i32")
+    """One or two models with and without a correction, filters and measures; other dtypes with all."""
+    step = Step("*fp32", "*i64", "*i64", "*fp32", "i32")
     for dtype in ("bf16", "fp16", "fp32"):
         for models, corrected, filtered, measured in (
             (1, False, False, False), (2, False, False, True), (2, True, False, True), (2, True, True, True),
         ):  # fmt: skip
+            if dtype != "bf16" and not filtered:
+                continue
             options = {"corrected": corrected, "filtered": filtered, "measured": measured}
             yield Specialisation(
                 operation="draft",
@@ -209,7 +218,8 @@ def specialisations() -> Iterator[Specialisation]:
                 kernel=_draft,
                 signature={
                     "models": models_signature(dtype, models, corrected), "step": step,
-                    "drawn": Drawn("*i64", "*fp32", "*fp32", "*i32"), "splits": "i32",
+                    "drawn": Drawn("*i64", "*fp32", "*fp32", "*i32"),
+                    **dict.fromkeys(("row", "batch", "splits"), "i32"),
                 },
                 constants={
                     "STREAM": 0, "FILTERED": filtered, "MEASURED": measured, "SEQUENCES": 1, "COLUMNS": 4096,

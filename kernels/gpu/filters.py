@@ -63,7 +63,8 @@ class Rows(NamedTuple):
         temperature: float32 [batch]; 0 is greedy, which nothing cuts.
         top_k: int64 [batch]; top_p, min_p: float32 [batch]. What is not in use is anything.
         records: float32 [batch, count, RECORD], written.
-        batch, count, vocab_size, splits: integers.
+        vocab_size, splits: integers.
+        batch, count: integers, None but inside kernels, where `_sized` puts them.
     """
 
     lens: Any
@@ -72,10 +73,10 @@ class Rows(NamedTuple):
     top_p: Any
     min_p: Any
     records: Any
-    batch: Any
-    count: Any
     vocab_size: Any
     splits: Any
+    batch: Any = None
+    count: Any = None
 
 
 class Search(NamedTuple):
@@ -97,6 +98,15 @@ class Search(NamedTuple):
     brackets: Any
     pool: Any
     arrivals: Any
+
+
+@triton.jit
+def _sized(rows, batch, count):
+    """The rows with their number, which inside an argument would have Triton compile anew for some."""
+    return Rows(
+        rows.lens, rows.temperature, rows.top_k, rows.top_p, rows.min_p, rows.records, rows.vocab_size,
+        rows.splits, batch, count,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -123,7 +133,7 @@ def _mixed(
     ids = split * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = valid & (ids < rows.vocab_size)
     if LAW == 0:
-        mixed = mix_target(models, sequence, row, ids, inside, False, CONSERVATIVE)
+        mixed = mix_target(models, sequence, row, ids, inside, rows.count, False, CONSERVATIVE)
     elif LAW == 1:
         mixed = mix(models, models.draft_weights, sequence, row, ids, inside, False)
     else:
@@ -155,7 +165,7 @@ def _mass_of_model(models, search, rows, model, sequence, row, index, split, ids
     logits = tl.where(usable, logits, float("-inf"))
     top = tl.max(logits)
     mass = tl.sum(tl.exp(logits - tl.where(top == float("-inf"), 0.0, top)))
-    field = tl.cast(rows.batch, tl.int64) * rows.count * rows.splits
+    field = rows.batch.to(tl.int64) * rows.count * rows.splits
     place = search.partials + (2 + 2 * model) * field + index * rows.splits + split
     tl.store(place, top)
     tl.store(place + field, mass)
@@ -165,7 +175,7 @@ def _mass_of_model(models, search, rows, model, sequence, row, index, split, ids
 def _shift(models, search, rows, sequence, index, SPLITS: tl.constexpr):
     """What the normalisers add to the large model's delta, which is one of normalised laws."""
     splits = tl.arange(0, SPLITS)
-    field = tl.cast(rows.batch, tl.int64) * rows.count * rows.splits
+    field = rows.batch.to(tl.int64) * rows.count * rows.splits
     shift = 0.0
     for model in tl.static_range(len(models.logits)):
         weight = tl.load(models.delta_weights + sequence * models.weight_stride + model)
@@ -194,7 +204,7 @@ def _bracket(
     counts = tl.load(place)
     tl.store(place, 0)
     splits = tl.arange(0, SPLITS)[None, :]
-    field = tl.cast(rows.batch, tl.int64) * rows.count * rows.splits
+    field = rows.batch.to(tl.int64) * rows.count * rows.splits
     place = search.partials + index * rows.splits + splits
     bests = tl.load(place, mask=splits < rows.splits, other=float("-inf"))
     winners = tl.load(place + field, mask=splits < rows.splits, other=2147483647.0).to(tl.int64)
@@ -244,12 +254,14 @@ def _bracket(
     tl.store(bracket + 4 + tl.arange(0, 4), tl.zeros((4,), tl.int64))
 
 
-@triton.jit(do_not_specialize=["LENS_OFFSET"])
+@triton.jit(do_not_specialize=["batch", "count", "lens_offset"])
 def _survey(
     models,
     rows,
     search,
-    LENS_OFFSET,
+    batch,
+    count,
+    lens_offset,
     LAW: tl.constexpr,
     CONSERVATIVE: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -257,11 +269,12 @@ def _survey(
     COLUMNS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
+    rows = _sized(rows, batch, count)
     index = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     sequence = (tl.program_id(0) // rows.count).to(tl.int64)
     row = (tl.program_id(0) % rows.count).to(tl.int64)
-    if row < tl.load(rows.lens + sequence) + LENS_OFFSET:
+    if row < tl.load(rows.lens + sequence) + lens_offset:
         temperature = tl.load(rows.temperature + sequence)
         greedy = temperature == 0.0
         temperature = tl.where(greedy, 1.0, temperature)
@@ -271,7 +284,7 @@ def _survey(
         place = search.partials + index * rows.splits + split
         tl.store(place, best)
         winner = tl.min(tl.where(mixed == best, ids, 2147483647))
-        tl.store(place + tl.cast(rows.batch, tl.int64) * rows.count * rows.splits, winner.to(tl.float32))
+        tl.store(place + rows.batch.to(tl.int64) * rows.count * rows.splits, winner.to(tl.float32))
         if LAW == 2:
             for model in tl.static_range(len(models.logits)):
                 if tl.load(models.delta_weights + sequence * models.weight_stride + model) != 0.0:
@@ -401,12 +414,14 @@ def _select(
         tl.store(record + 3, cut_id.to(tl.float32))
 
 
-@triton.jit(do_not_specialize=["LENS_OFFSET"])
+@triton.jit(do_not_specialize=["batch", "count", "lens_offset"])
 def _gather(
     models,
     rows,
     search,
-    LENS_OFFSET,
+    batch,
+    count,
+    lens_offset,
     LAW: tl.constexpr,
     CONSERVATIVE: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -414,11 +429,12 @@ def _gather(
     MIN_P: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    rows = _sized(rows, batch, count)
     index = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     sequence = (tl.program_id(0) // rows.count).to(tl.int64)
     row = (tl.program_id(0) % rows.count).to(tl.int64)
-    if row < tl.load(rows.lens + sequence) + LENS_OFFSET:
+    if row < tl.load(rows.lens + sequence) + lens_offset:
         temperature = tl.load(rows.temperature + sequence)
         greedy = temperature == 0.0
         temperature = tl.where(greedy, 1.0, temperature)
@@ -502,11 +518,13 @@ def _ties_below(
     return count
 
 
-@triton.jit(do_not_specialize=["LENS_OFFSET"])
+@triton.jit(do_not_specialize=["batch", "count", "lens_offset"])
 def _cut(
     models,
     rows,
-    LENS_OFFSET,
+    batch,
+    count,
+    lens_offset,
     LAW: tl.constexpr,
     CONSERVATIVE: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -516,11 +534,12 @@ def _cut(
     COLUMNS: tl.constexpr,
     ONE_SPLIT: tl.constexpr,
 ):
+    rows = _sized(rows, batch, count)
     tile = tl.program_id(0) // rows.count
     row = (tl.program_id(0) % rows.count).to(tl.int64)
     unclamped = tile.to(tl.int64) * SEQUENCES + tl.arange(0, SEQUENCES)[:, None]
     sequence = tl.minimum(unclamped, rows.batch - 1)
-    valid = (unclamped < rows.batch) & (row < tl.load(rows.lens + sequence) + LENS_OFFSET)
+    valid = (unclamped < rows.batch) & (row < tl.load(rows.lens + sequence) + lens_offset)
     if not ONE_SPLIT:
         record = rows.records + (sequence * rows.count + row) * RECORD
         valid = valid & (tl.load(record + _OVERFLOWN, mask=valid, other=0.0) != 0.0)
@@ -551,11 +570,11 @@ def _cut(
             high = last_key
             for _ in range(32):
                 middle = low + (high - low + 1) // 2
-                count, _rest = _beyond(
+                reaching, _rest = _beyond(
                     models, rows, sequence, row, valid, temperature, held, safe, middle, last_key + 1, LAW,
                     CONSERVATIVE, COLUMNS, ONE_SPLIT,
                 )  # fmt: skip
-                enough = count >= k
+                enough = reaching >= k
                 low = tl.where(enough, middle, low)
                 high = tl.where(enough, high, middle - 1)
         cut_id = tl.zeros((SEQUENCES, 1), tl.int64)
@@ -594,11 +613,11 @@ def _cut(
                 high_id = cut_id + rows.vocab_size
                 for _ in range(24):
                     middle = cut_id + (high_id - cut_id + 1) // 2
-                    count = _ties_below(
+                    ties = _ties_below(
                         models, rows, sequence, row, valid, temperature, held, cut, middle, LAW, CONSERVATIVE,
                         COLUMNS, ONE_SPLIT,
                     )  # fmt: skip
-                    few = count * each <= spare
+                    few = ties * each <= spare
                     cut_id = tl.where(few, middle, cut_id)
                     high_id = tl.where(few, high_id, middle - 1)
                 cut_id = tl.where((spare >= each) & (each > 0), cut_id, 0)
@@ -650,15 +669,13 @@ def _describe(
     filters = (sampling.top_k, sampling.top_p, sampling.min_p)
     top_k, top_p, min_p = (part is not None for part in filters)
     used = {"TOP_K": top_k, "TOP_P": top_p}
-    rows = Rows._make([
-        lens, temperature, *(temperature if part is None else part for part in filters), records, batch,
-        count, vocab_size, shape.splits,
-    ])  # fmt: skip
+    k, p, least = (temperature if part is None else part for part in filters)
+    rows = Rows(lens, temperature, k, p, least, records, vocab_size, shape.splits)
     launch = {"LAW": law, "CONSERVATIVE": conservative, "num_warps": shape.warps}
     if shape.splits == 1:
         _cut[(-(-batch // shape.sequences) * count,)](
-            models, rows, lens_offset, **used, MIN_P=min_p, SEQUENCES=shape.sequences, COLUMNS=shape.columns,
-            ONE_SPLIT=True, **(launch | launch_options(shape.warps, REGISTERS)),
+            models, rows, batch, count, lens_offset, **used, MIN_P=min_p, SEQUENCES=shape.sequences,
+            COLUMNS=shape.columns, ONE_SPLIT=True, **(launch | launch_options(shape.warps, REGISTERS)),
         )  # fmt: skip
         return
     every, device = batch * count, records.device
@@ -672,15 +689,17 @@ def _describe(
     )
     grid = (every, shape.splits)
     _survey[grid](
-        models, rows, search, lens_offset, **used, COLUMNS=shape.columns, SPLITS=power_of_two(shape.splits),
-        **launch,
+        models, rows, search, batch, count, lens_offset, **used, COLUMNS=shape.columns,
+        SPLITS=power_of_two(shape.splits), **launch,
     )  # fmt: skip
-    _gather[grid](models, rows, search, lens_offset, **used, MIN_P=min_p, COLUMNS=shape.columns, **launch)
+    _gather[grid](
+        models, rows, search, batch, count, lens_offset, **used, MIN_P=min_p, COLUMNS=shape.columns, **launch
+    )
     if top_k or top_p:
         rows = rows._replace(splits=-(-vocab_size // _REREAD_COLUMNS))
         _cut[(every,)](
-            models, rows, lens_offset, **used, MIN_P=min_p, SEQUENCES=1, COLUMNS=_REREAD_COLUMNS,
-            ONE_SPLIT=False, **(launch | launch_options(_REREAD_WARPS, REGISTERS)),
+            models, rows, batch, count, lens_offset, **used, MIN_P=min_p, SEQUENCES=1,
+            COLUMNS=_REREAD_COLUMNS, ONE_SPLIT=False, **(launch | launch_options(_REREAD_WARPS, REGISTERS)),
         )  # fmt: skip
 
 
@@ -727,7 +746,7 @@ def conservative_sets(
 
 def specialisations() -> Iterator[Specialisation]:
     """The target's, the draft's and the conservative filter's cuts, for three models."""
-    rows = Rows._make(["*i64", "*fp32", "*i64", "*fp32", "*fp32", "*fp32", "i32", "i32", "i32", "i32"])
+    rows = Rows("*i64", "*fp32", "*i64", "*fp32", "*fp32", "*fp32", "i32", "i32")
     search = Search("*fp32", "*i32", "*i64", "*i64", "*i32")
     every = (True, True, True)
     for dtype, law, conservative, used in (
@@ -748,14 +767,14 @@ def specialisations() -> Iterator[Specialisation]:
         minimum = {"MIN_P": used[2]}
         one = {"SEQUENCES": 1, "COLUMNS": 4096, "ONE_SPLIT": True}
         again = {"SEQUENCES": 1, "COLUMNS": _REREAD_COLUMNS, "ONE_SPLIT": False}
-        small = {"SEQUENCES": 4, "COLUMNS": 128, "ONE_SPLIT": True}
+        small = {"SEQUENCES": 4, "COLUMNS": 32, "ONE_SPLIT": True}
         launches = 2 + (used[0] or used[1])
         for kernel, title, tile, own in (
             (_survey, "survey", {"COLUMNS": 4096}, {"SPLITS": 32}),
             (_gather, "gather", {"COLUMNS": 4096}, minimum),
             (_cut, "cut again", again, minimum),
             (_cut, "cut 4,096", one, minimum),
-            (_cut, "cut 100", small, minimum),
+            (_cut, "cut 30", small, minimum),
         ):
             if kernel is _cut and (dtype != "bf16" or (title == "cut again" and names == ["min-p"])):
                 continue
@@ -764,7 +783,8 @@ def specialisations() -> Iterator[Specialisation]:
                 name=f"{title} {name}",
                 kernel=kernel,
                 signature={
-                    "models": models_signature(dtype, 3, False), "rows": rows, "LENS_OFFSET": "i32",
+                    "models": models_signature(dtype, 3, False), "rows": rows,
+                    **dict.fromkeys(("batch", "count", "lens_offset"), "i32"),
                     **({} if kernel is _cut else {"search": search}),
                 },
                 constants={"LAW": law, "CONSERVATIVE": conservative, **filters, **tile, **own},

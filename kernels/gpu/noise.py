@@ -48,7 +48,7 @@ def exponential_tile(seed, counter, row, STREAM: tl.constexpr, split, COLUMNS: t
     return tl.where(lost > 0.0, -tl.log(rest) * (unit / lost), unit)
 
 
-@triton.jit(do_not_specialize=["batch"])
+@triton.jit(do_not_specialize=["counter_stride", "row_stride", "row_count", "batch"])
 def _exponential_kernel(
     seeds,
     counters,

@@ -23,9 +23,8 @@ class Specialisation:
         name: tells this variant from the operation's others.
         kernel: the function that `triton.jit` made.
         signature: argument -> Triton type, such as "*bf16", "i64", "fp32"; for a tuple a tuple of types, for
-            a named tuple one of its own class. Constants need not be listed.
-        constants: path -> value, for constexpr arguments, for None, and for integers inside a named tuple
-            that are 1, which Triton makes constants.
+            a named tuple one of its own class, in which None stands for None. Constants need not be listed.
+        constants: constexpr argument -> value.
         divisible: paths of pointers and integers that are multiples of 16; of a tuple, everything inside.
         num_warps, num_stages, registers: as at the launch; registers is what a thread may have, None for the
             assembler's choice.
@@ -59,5 +58,4 @@ def models_signature(dtype: str, models: int, corrected: bool) -> Models:
         plain_weights="*fp32",
         delta_weights="*fp32",
         sets="*fp32",
-        set_stride="i32",
     )

@@ -74,7 +74,7 @@ class Models(NamedTuple):
         weight_stride: numbers from one sequence's weights to the next one's.
         plain_weights, delta_weights: with the conservative filter the weights of the law without the scale
             delta and those of that delta, else as `target_weights`.
-        sets: with the conservative filter the records [batch, set_stride, RECORD] of its sets, else anything.
+        sets: with the conservative filter the records [batch, rows, RECORD] of its sets, else anything.
     """
 
     logits: Any
@@ -85,7 +85,6 @@ class Models(NamedTuple):
     plain_weights: Any
     delta_weights: Any
     sets: Any
-    set_stride: Any
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,6 @@ def pack(logits: Sequence[Tensor], target_weights: Tensor, draft_weights: Tensor
         plain_weights=target_weights,
         delta_weights=target_weights,
         sets=target_weights,
-        set_stride=logits[0].shape[1],
     )
 
 
@@ -246,10 +244,11 @@ def mix_target(
     row,
     ids,
     inside,
+    rows,
     GATHERED: tl.constexpr,
     CONSERVATIVE: tl.constexpr,
 ):
-    """The target's logits before temperature; arguments as in `mix`.
+    """The target's logits before temperature, of one of a sequence's `rows`; arguments as in `mix`.
 
     With the conservative filter they are the logits of the law without the scale delta and, inside the set
     that `models.sets` describes, that delta.
@@ -258,7 +257,7 @@ def mix_target(
         plain, delta = mix_both(
             models, models.plain_weights, models.delta_weights, sequence, row, ids, inside, inside, GATHERED
         )
-        record = models.sets + (sequence * models.set_stride + row) * RECORD
+        record = models.sets + (sequence * rows + row) * RECORD
         cut = tl.load(record + 2)
         cut_id = tl.load(record + 3).to(tl.int32)
         shift = tl.load(record + 5)
@@ -274,12 +273,13 @@ def mix_laws(
     ids,
     target_inside,
     draft_inside,
+    rows,
     GATHERED: tl.constexpr,
     CONSERVATIVE: tl.constexpr,
 ):
-    """The target's and the draft's logits before temperature; arguments as in `mix`."""
+    """The target's and the draft's logits before temperature; arguments as in `mix_target`."""
     if CONSERVATIVE:
-        target = mix_target(models, sequence, row, ids, target_inside, GATHERED, CONSERVATIVE)
+        target = mix_target(models, sequence, row, ids, target_inside, rows, GATHERED, CONSERVATIVE)
         draft = mix(models, models.draft_weights, sequence, row, ids, draft_inside, GATHERED)
     else:
         target, draft = mix_both(

@@ -35,6 +35,7 @@ from .tile import (
     load_logits,
     load_record,
     mix_laws,
+    mix_target,
     pack,
     power_of_two,
     store_record,
@@ -59,7 +60,8 @@ class Draft(NamedTuple):
         temperature, draft_temperature: float32 [batch]; 0 is greedy.
         seeds, rounds, positions: int64 [batch].
         records: float32 [2, batch, rows, RECORD], of the target and of the draft.
-        batch, drafted, vocab_size: integers; rows is drafted + 1.
+        vocab_size: an integer.
+        batch, drafted: integers, None but inside kernels, where `_sized` puts them; rows is drafted + 1.
     """
 
     tokens: Any
@@ -70,9 +72,9 @@ class Draft(NamedTuple):
     rounds: Any
     positions: Any
     records: Any
-    batch: Any
-    drafted: Any
     vocab_size: Any
+    batch: Any = None
+    drafted: Any = None
 
 
 class Outcome(NamedTuple):
@@ -94,6 +96,15 @@ class Outcome(NamedTuple):
     prefixes: Any
     partials: Any
     arrivals: Any
+
+
+@triton.jit
+def _sized(draft, batch, drafted):
+    """The draft with its sizes, which inside an argument would have Triton compile anew for some of them."""
+    return Draft(
+        draft.tokens, draft.lens, draft.temperature, draft.draft_temperature, draft.seeds, draft.rounds,
+        draft.positions, draft.records, draft.vocab_size, batch, drafted,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -125,14 +136,34 @@ def _chosen_log_laws(
     """Log-probabilities of one token a row in the target and in the draft, from records that are stored."""
     temperature, _, _ = _temperature(draft.temperature, sequence)
     draft_temperature, _, _ = _temperature(draft.draft_temperature, sequence)
-    target, drafted = mix_laws(models, sequence, row, token, inside, draft_inside, True, CONSERVATIVE)
-    index = sequence * (draft.drafted + 1) + row
+    rows = draft.drafted + 1
+    target, drafted = mix_laws(models, sequence, row, token, inside, draft_inside, rows, True, CONSERVATIVE)
+    index = sequence * rows + row
     log_target = cut_law(target / temperature, token, load_record(draft.records, index, inside), FILTERED)
-    records = draft.records + tl.cast(draft.batch, tl.int64) * (draft.drafted + 1) * RECORD
+    records = draft.records + draft.batch.to(tl.int64) * rows * RECORD
     log_draft = cut_law(
         drafted / draft_temperature, token, load_record(records, index, draft_inside), FILTERED
     )
     return log_target, log_draft
+
+
+@triton.jit
+def _chosen_log_target(
+    models,
+    draft,
+    sequence,
+    row,
+    token,
+    inside,
+    FILTERED: tl.constexpr,
+    CONSERVATIVE: tl.constexpr,
+):
+    """As `_chosen_log_laws`, of the target alone."""
+    temperature, _, _ = _temperature(draft.temperature, sequence)
+    rows = draft.drafted + 1
+    target = mix_target(models, sequence, row, token, inside, rows, True, CONSERVATIVE)
+    record = load_record(draft.records, sequence * rows + row, inside)
+    return cut_law(target / temperature, token, record, FILTERED)
 
 
 @triton.jit
@@ -182,7 +213,7 @@ def _accept(
             walk = tl.cumsum(log_ratio, axis=1)
             peak = tl.zeros_like(walk)
             highest = tl.zeros_like(tl.sum(walk, axis=1, keep_dims=True))
-            for step in tl.static_range(ROWS):
+            for step in range(ROWS):
                 highest = tl.maximum(highest, _pick(walk, row, step))
                 peak = tl.where(row == step, highest, peak)
             tl.store(outcome.prefixes + sequence * draft.drafted + row, tl.exp(walk - peak), mask=submitted)
@@ -196,8 +227,8 @@ def _accept(
     tl.store(outcome.expected + sequence * draft.drafted + row, equal.to(tl.float32), mask=submitted & greedy)
     winner = _pick(winners, row, accepted).to(tl.int32)
     tl.store(outcome.next_token + sequence, winner.to(tl.int64), mask=decided)
-    log_target, _ = _chosen_log_laws(
-        models, draft, sequence, accepted, winner, decided, decided & False, FILTERED, CONSERVATIVE
+    log_target = _chosen_log_target(
+        models, draft, sequence, accepted, winner, decided, FILTERED, CONSERVATIVE
     )
     tl.store(outcome.log_probs + sequence * rows + accepted, log_target, mask=decided)
 
@@ -221,7 +252,7 @@ def _conclude(
 ):
     """Leave the records of a tile's rows, or read them, and accept."""
     rows = draft.drafted + 1
-    field = tl.cast(draft.batch, tl.int64) * rows * splits
+    field = draft.batch.to(tl.int64) * rows * splits
     all_rows = tl.arange(0, ROWS)[None, :].to(tl.int64)
     is_used = valid & (all_rows < rows) & (all_rows <= lens)
     place = (sequence * rows + all_rows) * splits
@@ -238,13 +269,13 @@ def _conclude(
         winners = tl.reshape(winners, (SEQUENCES, ROWS))
         if not FILTERED:
             index = sequence * rows + all_rows
-            for law in tl.static_range(2):
+            for law in range(2):
                 highest = tl.load(places + (2 + 2 * law) * field, mask=wanted, other=float("-inf"))
                 mass = tl.load(places + (3 + 2 * law) * field, mask=wanted, other=0.0)
                 top = tl.max(highest, axis=2)
                 weight = tl.where(mass > 0.0, tl.exp(highest - top[:, :, None]), 0.0)
                 log_mass = tl.log(tl.sum(mass * weight, axis=2))
-                records = draft.records + law * tl.cast(draft.batch, tl.int64) * rows * RECORD
+                records = draft.records + law * draft.batch.to(tl.int64) * rows * RECORD
                 store_record(records, index, top, log_mass, float("-inf"), 0, winners, is_used)
             tl.debug_barrier()
     _accept(
@@ -263,11 +294,13 @@ def _conclude(
     )
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["batch", "drafted", "splits"])
 def _score(
     models,
     draft,
     outcome,
+    batch,
+    drafted,
     splits,
     RULE: tl.constexpr,
     ACCEPT: tl.constexpr,
@@ -279,6 +312,7 @@ def _score(
     ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
+    draft = _sized(draft, batch, drafted)
     rows = draft.drafted + 1
     READS: tl.constexpr = not FILTERED or RULE == _SHARED_SEED
     read_rows = rows if READS else 1
@@ -290,14 +324,15 @@ def _score(
     sequence = tl.minimum(unclamped, draft.batch - 1)
     lens = tl.load(draft.lens + sequence)
     is_used = valid & (row <= lens)
-    field = tl.cast(draft.batch, tl.int64) * rows * splits
+    field = draft.batch.to(tl.int64) * rows * splits
     place = outcome.partials + (sequence * rows + row) * splits + split
     if READS and tl.max(is_used.to(tl.int32)) > 0:
         ids = split * COLUMNS + tl.arange(0, COLUMNS)[None, :]
         inside = is_used & (ids < draft.vocab_size)
-        target, drafted = mix_laws(
-            models, sequence, row, ids, inside, inside & (row < lens) & (not FILTERED), False, CONSERVATIVE
-        )
+        target, draft_logits = mix_laws(
+            models, sequence, row, ids, inside, inside & (row < lens) & (not FILTERED), rows, False,
+            CONSERVATIVE,
+        )  # fmt: skip
         temperature, greedy, _ = _temperature(draft.temperature, sequence)
         scaled = target / temperature
         score = target
@@ -318,7 +353,7 @@ def _score(
             tl.store(place + 2 * field, highest, mask=is_used)
             tl.store(place + 3 * field, _mass(scaled, highest), mask=is_used)
             draft_temperature, _, _ = _temperature(draft.draft_temperature, sequence)
-            scaled = drafted / draft_temperature
+            scaled = draft_logits / draft_temperature
             highest = tl.max(scaled, axis=1, keep_dims=True)
             tl.store(place + 4 * field, highest, mask=is_used)
             tl.store(place + 5 * field, _mass(scaled, highest), mask=is_used)
@@ -356,13 +391,13 @@ def _weigh(
     sequence,
     drawn,
     lens,
-    RULE: tl.constexpr,
+    BLOCK: tl.constexpr,
     ACCEPT: tl.constexpr,
     ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
     """Add up the splits of a tile's drafted rows, and accept by the block rule."""
-    field = tl.cast(draft.batch, tl.int64) * draft.drafted * splits
+    field = draft.batch.to(tl.int64) * draft.drafted * splits
     rows = tl.arange(0, ROWS)[None, :]
     is_used = drawn & (rows < lens)
     all_splits = tl.arange(0, SPLITS)[None, None, :]
@@ -370,7 +405,7 @@ def _weigh(
     places = outcome.partials + ((sequence * draft.drafted + rows) * splits)[:, :, None] + all_splits
     expected = tl.sum(tl.load(places, mask=wanted, other=0.0), axis=2)
     tl.store(outcome.expected + sequence * draft.drafted + rows, expected, mask=is_used)
-    if RULE == _BLOCK:
+    if BLOCK:
         wanted = wanted & (rows + 1 < lens)[:, :, None]
         excess = tl.sum(tl.load(places + field + splits, mask=wanted, other=0.0), axis=2)
         prefix = tl.load(outcome.prefixes + sequence * draft.drafted + rows, mask=is_used, other=0.0)
@@ -386,13 +421,15 @@ def _weigh(
         tl.store(outcome.accepted + sequence, accepted.to(tl.int64), mask=drawn)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["batch", "drafted", "splits"])
 def _overlap(
     models,
     draft,
     outcome,
+    batch,
+    drafted,
     splits,
-    RULE: tl.constexpr,
+    BLOCK: tl.constexpr,
     ACCEPT: tl.constexpr,
     FILTERED: tl.constexpr,
     CONSERVATIVE: tl.constexpr,
@@ -401,6 +438,7 @@ def _overlap(
     ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
+    draft = _sized(draft, batch, drafted)
     tile = tl.program_id(0) // draft.drafted
     row = (tl.program_id(0) % draft.drafted).to(tl.int64)
     split = tl.program_id(1)
@@ -410,27 +448,27 @@ def _overlap(
     temperature, _, drawn = _temperature(draft.temperature, sequence)
     drawn = drawn & (unclamped < draft.batch)
     is_used = drawn & (row < lens)
-    field = tl.cast(draft.batch, tl.int64) * draft.drafted * splits
+    field = draft.batch.to(tl.int64) * draft.drafted * splits
     place = outcome.partials + (sequence * draft.drafted + row) * splits + split
     if tl.max(is_used.to(tl.int32)) > 0:
         ids = split * COLUMNS + tl.arange(0, COLUMNS)[None, :]
         inside = is_used & (ids < draft.vocab_size)
-        target, drafted = _laws(
+        target, draft_law = _laws(
             models, draft, sequence, row, ids, inside, inside, temperature, FILTERED, CONSERVATIVE
         )
-        tl.store(place, tl.sum(tl.minimum(target, drafted), axis=1, keep_dims=True), mask=is_used)
-        if RULE == _BLOCK:
+        tl.store(place, tl.sum(tl.minimum(target, draft_law), axis=1, keep_dims=True), mask=is_used)
+        if BLOCK:
             # The mass that is left over at the row after a prefix.
             prefix = tl.load(
                 outcome.prefixes + sequence * draft.drafted + row - 1,
                 mask=is_used & (row + sequence * 0 > 0),
                 other=0.0,
             )
-            excess = tl.maximum(prefix * target - drafted, 0.0)
+            excess = tl.maximum(prefix * target - draft_law, 0.0)
             tl.store(place + field, tl.sum(excess, axis=1, keep_dims=True), mask=is_used)
 
     if arrive(outcome.arrivals, tile, draft.drafted * splits):
-        _weigh(draft, outcome, splits, sequence, drawn, lens, RULE, ACCEPT, ROWS, SPLITS)
+        _weigh(draft, outcome, splits, sequence, drawn, lens, BLOCK, ACCEPT, ROWS, SPLITS)
 
 
 @triton.jit
@@ -448,11 +486,12 @@ def _laws(
 ):
     """Probabilities of a tile in the target and in the draft."""
     draft_temperature, _, _ = _temperature(draft.draft_temperature, sequence)
-    target, drafted = mix_laws(models, sequence, row, ids, inside, draft_inside, False, CONSERVATIVE)
-    index = sequence * (draft.drafted + 1) + row
+    rows = draft.drafted + 1
+    target, drafted = mix_laws(models, sequence, row, ids, inside, draft_inside, rows, False, CONSERVATIVE)
+    index = sequence * rows + row
     everywhere = sequence >= 0
     log_target = cut_law(target / temperature, ids, load_record(draft.records, index, everywhere), FILTERED)
-    records = draft.records + tl.cast(draft.batch, tl.int64) * (draft.drafted + 1) * RECORD
+    records = draft.records + draft.batch.to(tl.int64) * rows * RECORD
     log_draft = cut_law(drafted / draft_temperature, ids, load_record(records, index, everywhere), FILTERED)
     return (
         tl.where(inside, tl.exp(log_target), 0.0),
@@ -475,7 +514,7 @@ def _choose(
     SPLITS: tl.constexpr,
 ):
     """The best of the splits: the token that follows."""
-    field = tl.cast(draft.batch, tl.int64) * splits
+    field = draft.batch.to(tl.int64) * splits
     all_splits = tl.arange(0, SPLITS)[None, :]
     wanted = drawn & (all_splits < splits)
     places = outcome.partials + sequence * splits + all_splits
@@ -484,19 +523,19 @@ def _choose(
     # Rounding can empty the residual of two laws that are equal but for rounding: draw from the target.
     token = tl.where(rejected & (best > 0.0), winner, winner_whole)
     tl.store(outcome.next_token + sequence, token.to(tl.int64), mask=drawn)
-    log_target, _ = _chosen_log_laws(
-        models, draft, sequence, row, token, drawn, drawn & False, FILTERED, CONSERVATIVE
-    )
+    log_target = _chosen_log_target(models, draft, sequence, row, token, drawn, FILTERED, CONSERVATIVE)
     tl.store(outcome.log_probs + sequence * (draft.drafted + 1) + row, log_target, mask=drawn)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["batch", "drafted", "splits"])
 def _replace(
     models,
     draft,
     outcome,
+    batch,
+    drafted,
     splits,
-    RULE: tl.constexpr,
+    BLOCK: tl.constexpr,
     RESIDUAL: tl.constexpr,
     FILTERED: tl.constexpr,
     CONSERVATIVE: tl.constexpr,
@@ -504,6 +543,7 @@ def _replace(
     COLUMNS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
+    draft = _sized(draft, batch, drafted)
     tile = tl.program_id(0)
     split = tl.program_id(1)
     unclamped = tile.to(tl.int64) * SEQUENCES + tl.arange(0, SEQUENCES)[:, None]
@@ -512,22 +552,22 @@ def _replace(
     drawn = drawn & (unclamped < draft.batch)
     row = tl.load(outcome.accepted + sequence)
     rejected = row < tl.load(draft.lens + sequence)
-    field = tl.cast(draft.batch, tl.int64) * splits
+    field = draft.batch.to(tl.int64) * splits
     place = outcome.partials + sequence * splits + split
     if tl.max(drawn.to(tl.int32)) > 0:
         ids = split * COLUMNS + tl.arange(0, COLUMNS)[None, :]
         inside = drawn & (ids < draft.vocab_size)
-        target, drafted = _laws(
+        target, draft_law = _laws(
             models, draft, sequence, row, ids, inside, inside & rejected, temperature, FILTERED, CONSERVATIVE
         )
         seed = tl.load(draft.seeds + sequence)
         counter = tl.load(draft.rounds + sequence)
         noise = exponential_tile(seed, counter, row, RESIDUAL, split, COLUMNS)
         scale = 1.0
-        if RULE == _BLOCK:
+        if BLOCK:
             prefixes = outcome.prefixes + sequence * draft.drafted + row - 1
             scale = tl.load(prefixes, mask=rejected & (row > 0), other=1.0)
-        residual = tl.where(inside, tl.maximum(scale * target - drafted, 0.0) / noise, -1.0)
+        residual = tl.where(inside, tl.maximum(scale * target - draft_law, 0.0) / noise, -1.0)
         best, winner = best_split(residual, ids, 1)
         tl.store(place, best, mask=drawn)
         tl.store(place + field, winner.to(tl.float32), mask=drawn)
@@ -588,7 +628,7 @@ def verify(
         records = torch.empty(2, batch, rows, RECORD.value, device=device)
     draft = Draft(
         draft_tokens.contiguous(), draft_lens, sampling.temperature, draft_sampling.temperature, noise.seeds,
-        noise.rounds, noise.positions, records, batch, drafted, vocab_size,
+        noise.rounds, noise.positions, records, vocab_size,
     )  # fmt: skip
     outcome = Outcome(
         accepted=torch.empty(batch, dtype=torch.int64, device=device),
@@ -607,18 +647,20 @@ def verify(
         "SPLITS": power_of_two(shape.splits),
         **launch_options(shape.warps),
     }
-    accepting = {"RULE": RULES[rule], "ACCEPT": accept, "ROWS": power_of_two(rows)}
-    races = rule == "shared_seed"
+    accepting = {"ACCEPT": accept, "ROWS": power_of_two(rows)}
+    races, block = rule == "shared_seed", rule == "block"
     splits = shape.splits if races or not filtered else 1
     _score[(tiles * rows if races or not filtered else tiles, splits)](
-        models, draft, outcome, splits, SHARED=shared, **accepting, **common
+        models, draft, outcome, batch, drafted, splits, RULE=RULES[rule], SHARED=shared, **accepting, **common
     )
     draws = not sampling.all_greedy
-    if drafted and draws and (statistics or rule == "block"):
-        _overlap[(tiles * drafted, shape.splits)](models, draft, outcome, shape.splits, **accepting, **common)
+    if drafted and draws and (statistics or block):
+        _overlap[(tiles * drafted, shape.splits)](
+            models, draft, outcome, batch, drafted, shape.splits, BLOCK=block, **accepting, **common
+        )
     if draws and not races:
         _replace[(tiles, shape.splits)](
-            models, draft, outcome, shape.splits, RULE=RULES[rule], RESIDUAL=residual, **common
+            models, draft, outcome, batch, drafted, shape.splits, BLOCK=block, RESIDUAL=residual, **common
         )
     if not statistics:
         return outcome.accepted, outcome.next_token, None, None
@@ -626,45 +668,49 @@ def verify(
 
 
 def specialisations() -> Iterator[Specialisation]:
-    """The variants for drafts of 8 and of 1, three models of one dtype, and the options in use."""
-    draft = Draft._make([*["*i64"] * 2, *["*fp32"] * 2, *["*i64"] * 3, "*fp32", "i32", "i32", "i32"])
+    """The variants for drafts of 8 to 15, three models of one dtype, and the options in use."""
+    draft = Draft._make([*["*i64"] * 2, *["*fp32"] * 2, *["*i64"] * 3, "*fp32", "i32", None, None])
     outcome = Outcome._make([*["*i64"] * 2, *["*fp32"] * 4, "*i32"])
+    integers = dict.fromkeys(("batch", "drafted", "splits"), "i32")
+    accepting = {"ACCEPT": 1, "ROWS": 16}
+    # Of each the launches without statistics, which are one more but for the block rule.
+    kernels: list[tuple[Any, str, dict[str, Any], int]] = [
+        (_score, "token", {"RULE": RULES["token"], "SHARED": 3, **accepting}, 2),
+        (_score, "block", {"RULE": RULES["block"], "SHARED": 3, **accepting}, 3),
+        (_score, "shared_seed", {"RULE": RULES["shared_seed"], "SHARED": 3, **accepting}, 1),
+        (_overlap, "statistics", {"BLOCK": False, **accepting}, 3),
+        (_overlap, "block", {"BLOCK": True, **accepting}, 3),
+        (_replace, "token", {"BLOCK": False, "RESIDUAL": 2}, 2),
+        (_replace, "block", {"BLOCK": True, "RESIDUAL": 2}, 3),
+    ]
     options: dict[str, dict[str, Any]] = {
-        "bf16": {}, "fp16": {}, "fp32": {}, "bf16 filtered": {"FILTERED": True}, "bf16 corrected": {},
-        "bf16 two experts": {}, "bf16 conservative": {"FILTERED": True, "CONSERVATIVE": True},
-        "bf16 one sequence, one drafted": {"ROWS": 2, "draft.batch": 1, "draft.drafted": 1},
-        "bf16 vocabulary of 100": {"COLUMNS": 128, "SEQUENCES": 4, "SPLITS": 1},
+        "bf16": {}, "fp16": {}, "fp32": {}, "bf16 filtered": {"FILTERED": True},
+        "bf16 two experts, corrected": {}, "bf16 conservative": {"FILTERED": True, "CONSERVATIVE": True},
+        "bf16 vocabulary of 30": {"COLUMNS": 32, "SEQUENCES": 4, "SPLITS": 1},
     }  # fmt: skip
     for name, changes in options.items():
         dtype, *rest = name.split()
-        models = models_signature(dtype, 4 if "experts" in rest else 3, "corrected" in rest)
+        models = models_signature(dtype, 4 if "two" in rest else 3, "corrected" in rest)
         base = {"FILTERED": False, "CONSERVATIVE": False, "SEQUENCES": 1, "COLUMNS": 4096, "SPLITS": 32}
-        base |= {key: value for key, value in changes.items() if key != "ROWS"}
-        rows = {"ROWS": changes.get("ROWS", 16), "ACCEPT": 1}
-        for rule, number in RULES.items():
-            launches = {"token": 2, "block": 3, "shared_seed": 1}[rule]
-            # Three for the cuts of each law that has any: target, draft, the conservative filter's set.
-            launches += {"filtered": 6, "conservative": 9}.get(rest[0] if rest else "", 0)
-            kernels: list[tuple[Any, dict[str, Any]]] = [(_score, {**rows, "SHARED": 3})]
-            if rule != "shared_seed":
-                kernels.append((_replace, {"RESIDUAL": 2}))
-            kernels.append((_overlap, rows))
-            for kernel, own in kernels:
-                if dtype != "bf16" and rule != "block":
-                    continue
-                # With filters only the race reads rows there.
-                reads = kernel is not _score or not base["FILTERED"] or rule == "shared_seed"
-                yield Specialisation(
-                    operation="verify",
-                    name=f"{kernel.__name__[1:]} {rule} {name}",
-                    kernel=kernel,
-                    signature={"models": models, "draft": draft, "outcome": outcome, "splits": "i32"},
-                    constants={**base, **own, "RULE": number},
-                    divisible=frozenset({
-                        "models.logits", "models.strides", "draft.tokens", "draft.records",
-                        "draft.vocab_size", "outcome",
-                    }),
-                    num_warps=8,
-                    launches=launches,
-                    wide_loads=(load_logits,) if reads and "vocabulary" not in rest else (),
-                )  # fmt: skip
+        # Three for the cuts of each law that has any: target, draft, the conservative filter's set.
+        cuts = {"filtered": 6, "conservative": 9}.get(rest[0] if rest else "", 0)
+        for kernel, case, own, launches in kernels:
+            if dtype != "bf16" and case != "block":
+                continue
+            constants = base | own | changes
+            # With filters only the race reads rows there.
+            reads = kernel is not _score or not constants["FILTERED"] or case == "shared_seed"
+            yield Specialisation(
+                operation="verify",
+                name=f"{kernel.__name__[1:]} {case} {name}",
+                kernel=kernel,
+                signature={"models": models, "draft": draft, "outcome": outcome, **integers},
+                constants=constants,
+                divisible=frozenset({
+                    "models.logits", "models.strides", "draft.tokens", "draft.records", "draft.vocab_size",
+                    "outcome",
+                }),
+                num_warps=8,
+                launches=launches + cuts,
+                wide_loads=(load_logits,) if reads and "vocabulary" not in rest else (),
+            )  # fmt: skip
