@@ -28,6 +28,7 @@ from .noise import exponential_tile, uniform
 from .specialisation import Specialisation, models_signature
 from .tile import (
     RECORD,
+    REGISTERS,
     arrive,
     best_split,
     cut_law,
@@ -60,8 +61,7 @@ class Draft(NamedTuple):
         temperature, draft_temperature: float32 [batch]; 0 is greedy.
         seeds, rounds, positions: int64 [batch].
         records: float32 [2, batch, rows, RECORD], of the target and of the draft.
-        vocab_size: an integer.
-        batch, drafted: integers, None but inside kernels, where `_sized` puts them; rows is drafted + 1.
+        vocab_size, batch, drafted: integers, the last two only in kernels (`_sized`); rows is drafted + 1.
     """
 
     tokens: Any
@@ -645,23 +645,25 @@ def verify(
         "SEQUENCES": shape.sequences,
         "COLUMNS": shape.columns,
         "SPLITS": power_of_two(shape.splits),
-        **launch_options(shape.warps),
     }
     accepting = {"ACCEPT": accept, "ROWS": power_of_two(rows)}
     races, block = rule == "shared_seed", rule == "block"
     splits = shape.splits if races or not filtered else 1
     _score[(tiles * rows if races or not filtered else tiles, splits)](
-        models, draft, outcome, batch, drafted, splits, RULE=RULES[rule], SHARED=shared, **accepting, **common
-    )
+        models, draft, outcome, batch, drafted, splits, RULE=RULES[rule], SHARED=shared, **accepting,
+        **common, **launch_options(shape.warps, REGISTERS if races else None),
+    )  # fmt: skip
     draws = not sampling.all_greedy
     if drafted and draws and (statistics or block):
         _overlap[(tiles * drafted, shape.splits)](
-            models, draft, outcome, batch, drafted, shape.splits, BLOCK=block, **accepting, **common
-        )
+            models, draft, outcome, batch, drafted, shape.splits, BLOCK=block, **accepting, **common,
+            **launch_options(shape.warps),
+        )  # fmt: skip
     if draws and not races:
         _replace[(tiles, shape.splits)](
-            models, draft, outcome, batch, drafted, shape.splits, BLOCK=block, RESIDUAL=residual, **common
-        )
+            models, draft, outcome, batch, drafted, shape.splits, BLOCK=block, RESIDUAL=residual, **common,
+            **launch_options(shape.warps, REGISTERS),
+        )  # fmt: skip
     if not statistics:
         return outcome.accepted, outcome.next_token, None, None
     return outcome.accepted, outcome.next_token, outcome.expected, outcome.log_probs
@@ -711,6 +713,7 @@ def specialisations() -> Iterator[Specialisation]:
                     "outcome",
                 }),
                 num_warps=8,
+                registers=REGISTERS if kernel is _replace or case == "shared_seed" else None,
                 launches=launches + cuts,
                 wide_loads=(load_logits,) if reads and "vocabulary" not in rest else (),
             )  # fmt: skip
