@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..attention import HEAD_DIMS
 from .specialisation import Specialisation
-from .tile import INTERPRETED, arrive, power_of_two, scratch_kept, zeros_kept
+from .tile import INTERPRETED, REGISTERS, arrive, launch_options, power_of_two, scratch_kept, zeros_kept
 
 __all__ = ["Tile", "append", "attention", "attention_tile", "specialisations"]
 
@@ -350,6 +350,11 @@ def _append(
     tl.store(cached_values + place + position * cached_value_strides[2] + number, value, mask=mask)
 
 
+def _registers(tile: Tile) -> int | None:
+    """The limit for a tile: of float32 at this width the assembler would spill."""
+    return REGISTERS if tile.columns == 16 and tile.width == 128 else None
+
+
 def _strides(tensor: Tensor) -> tuple[int, int, int]:
     if tensor.stride(3) != 1:
         raise ValueError("query, keys, values and out must be contiguous in their last dimension")
@@ -398,7 +403,7 @@ def attention(
         *map(_strides, (query, keys, values, out)), scale, softcap or 1.0, new, groups, tile.tiles, span,
         splits, min(window or span, span), SOFTCAPPED=softcap is not None, ALIBI=alibi.value, DIM=dim,
         WIDTH=tile.width, ROWS=tile.rows, COLUMNS=tile.columns, SPLIT=tile.split, BUNDLE=_BUNDLE,
-        UNROLL=tile.unroll, num_warps=tile.warps, num_stages=_STAGES,
+        UNROLL=tile.unroll, **launch_options(tile.warps, _registers(tile)), num_stages=_STAGES,
     )  # fmt: skip
     return out
 
@@ -441,6 +446,7 @@ def specialisations() -> Iterator[Specialisation]:
             },
             divisible=frozenset({*vectors, *strides, "partials", "records"}),
             num_warps=tile.warps,
+            registers=_registers(tile),
             num_stages=_STAGES,
             wide_loads=(load_vectors,),
         )  # fmt: skip

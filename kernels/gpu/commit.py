@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["commit", "specialisations"]
 
 _SEQUENCES = 8_192 if INTERPRETED else 32
+_REGISTERS = 168  # As `REGISTERS`, which is too few here.
 
 
 class State(NamedTuple):
@@ -194,7 +195,7 @@ def commit(
         state.output.shape[1], drafted, eos_token_ids.shape[0], lengths,
         STEPPED=tuple(stepped for _, stepped in caches), ADAPTS=rule is not None,
         COUNTS=expected_acceptance is not None, SEQUENCES=_SEQUENCES, COLUMNS=power_of_two(drafted + 1),
-        LENGTHS=power_of_two(lengths), **launch_options(4),
+        LENGTHS=power_of_two(lengths), **launch_options(4, _REGISTERS),
     )  # fmt: skip
     return report
 
@@ -220,4 +221,5 @@ def specialisations() -> Iterator[Specialisation]:
                 "COLUMNS": 16, "LENGTHS": 16,
             },
             num_warps=4,
+            registers=_REGISTERS,
         )  # fmt: skip

@@ -15,6 +15,7 @@ from .filters import draft_records
 from .noise import exponential_tile
 from .specialisation import Specialisation, models_signature
 from .tile import (
+    REGISTERS,
     arrive,
     best_split,
     boundary,
@@ -197,7 +198,7 @@ def draft(
     _draft[(tiles, shape.splits)](
         models, step, drawn, row, batch, shape.splits, STREAM=stream, FILTERED=records is not None,
         MEASURED=measures is not None, SEQUENCES=shape.sequences, COLUMNS=shape.columns,
-        SPLITS=power_of_two(shape.splits), **launch_options(shape.warps),
+        SPLITS=power_of_two(shape.splits), **launch_options(shape.warps, REGISTERS),
     )  # fmt: skip
     return tokens
 
@@ -227,6 +228,7 @@ def specialisations() -> Iterator[Specialisation]:
                 },
                 divisible=frozenset({"models.logits", "models.strides", "step.vocab_size"}),
                 num_warps=8,
+                registers=REGISTERS,
                 launches=4 if filtered else 1,
                 wide_loads=(load_logits,),
             )  # fmt: skip

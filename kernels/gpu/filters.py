@@ -671,11 +671,12 @@ def _describe(
     used = {"TOP_K": top_k, "TOP_P": top_p}
     k, p, least = (temperature if part is None else part for part in filters)
     rows = Rows(lens, temperature, k, p, least, records, vocab_size, shape.splits)
-    launch = {"LAW": law, "CONSERVATIVE": conservative, "num_warps": shape.warps}
+    launch = {"LAW": law, "CONSERVATIVE": conservative}
+    limited = launch_options(shape.warps, REGISTERS)
     if shape.splits == 1:
         _cut[(-(-batch // shape.sequences) * count,)](
             models, rows, batch, count, lens_offset, **used, MIN_P=min_p, SEQUENCES=shape.sequences,
-            COLUMNS=shape.columns, ONE_SPLIT=True, **(launch | launch_options(shape.warps, REGISTERS)),
+            COLUMNS=shape.columns, ONE_SPLIT=True, **launch, **limited,
         )  # fmt: skip
         return
     every, device = batch * count, records.device
@@ -690,16 +691,17 @@ def _describe(
     grid = (every, shape.splits)
     _survey[grid](
         models, rows, search, batch, count, lens_offset, **used, COLUMNS=shape.columns,
-        SPLITS=power_of_two(shape.splits), **launch,
+        SPLITS=power_of_two(shape.splits), **launch, **launch_options(shape.warps),
     )  # fmt: skip
     _gather[grid](
-        models, rows, search, batch, count, lens_offset, **used, MIN_P=min_p, COLUMNS=shape.columns, **launch
-    )
+        models, rows, search, batch, count, lens_offset, **used, MIN_P=min_p, COLUMNS=shape.columns,
+        **launch, **limited,
+    )  # fmt: skip
     if top_k or top_p:
         rows = rows._replace(splits=-(-vocab_size // _REREAD_COLUMNS))
         _cut[(every,)](
             models, rows, batch, count, lens_offset, **used, MIN_P=min_p, SEQUENCES=1,
-            COLUMNS=_REREAD_COLUMNS, ONE_SPLIT=False, **(launch | launch_options(_REREAD_WARPS, REGISTERS)),
+            COLUMNS=_REREAD_COLUMNS, ONE_SPLIT=False, **launch, **launch_options(_REREAD_WARPS, REGISTERS),
         )  # fmt: skip
 
 
@@ -792,7 +794,7 @@ def specialisations() -> Iterator[Specialisation]:
                     "models.logits", "models.strides", *(() if tile is small else ("rows.vocab_size",)),
                 }),
                 num_warps=_REREAD_WARPS if tile is again else 8,
-                registers=REGISTERS if kernel is _cut else None,
+                registers=None if kernel is _survey else REGISTERS,
                 launches=1 if tile in (one, small) else launches,
                 wide_loads=() if tile is small else (load_logits,),
             )  # fmt: skip

@@ -651,13 +651,13 @@ def verify(
     splits = shape.splits if races or not filtered else 1
     _score[(tiles * rows if races or not filtered else tiles, splits)](
         models, draft, outcome, batch, drafted, splits, RULE=RULES[rule], SHARED=shared, **accepting,
-        **common, **launch_options(shape.warps, REGISTERS if races else None),
+        **common, **launch_options(shape.warps, REGISTERS if races or shape.splits == 1 else None),
     )  # fmt: skip
     draws = not sampling.all_greedy
     if drafted and draws and (statistics or block):
         _overlap[(tiles * drafted, shape.splits)](
             models, draft, outcome, batch, drafted, shape.splits, BLOCK=block, **accepting, **common,
-            **launch_options(shape.warps),
+            **launch_options(shape.warps, REGISTERS),
         )  # fmt: skip
     if draws and not races:
         _replace[(tiles, shape.splits)](
@@ -702,6 +702,7 @@ def specialisations() -> Iterator[Specialisation]:
             constants = base | own | changes
             # With filters only the race reads rows there.
             reads = kernel is not _score or not constants["FILTERED"] or case == "shared_seed"
+            is_unlimited = kernel is _score and case != "shared_seed" and constants["SPLITS"] > 1
             yield Specialisation(
                 operation="verify",
                 name=f"{kernel.__name__[1:]} {case} {name}",
@@ -713,7 +714,7 @@ def specialisations() -> Iterator[Specialisation]:
                     "outcome",
                 }),
                 num_warps=8,
-                registers=REGISTERS if kernel is _replace or case == "shared_seed" else None,
+                registers=None if is_unlimited else REGISTERS,
                 launches=launches + cuts,
                 wide_loads=(load_logits,) if reads and "vocabulary" not in rest else (),
             )  # fmt: skip
