@@ -238,8 +238,8 @@ class UniformRunner:
     def use(self, batch: int) -> None:
         self.lengths = self._all_lengths[:batch]
 
-    def exchange(self, first: int, second: int, span: int) -> None:
-        self._all_lengths[[first, second]] = self._all_lengths[[second, first]]
+    def rearrange(self, slots: Sequence[int], sources: Sequence[int], span: int) -> None:
+        self._all_lengths[list(slots)] = self._all_lengths[list(sources)]
 
     def fill_slot(self, slot: int, tokens: Tensor) -> None:
         self._all_lengths[slot] = tokens.shape[1]

@@ -8,6 +8,7 @@ no measurement of acceptance, and everything that reports it says "simulated".
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -102,9 +103,9 @@ class _ForcedRunner:
     def use(self, batch: int) -> None:
         self._runner.use(batch)
 
-    def exchange(self, first: int, second: int, span: int) -> None:
-        self._runner.exchange(first, second, span)
-        self._offsets[[first, second]] = self._offsets[[second, first]]
+    def rearrange(self, slots: Sequence[int], sources: Sequence[int], span: int) -> None:
+        self._runner.rearrange(slots, sources, span)
+        self._offsets[list(slots)] = self._offsets[list(sources)]
 
     def fill_slot(self, slot: int, tokens: Tensor) -> None:
         self._runner.fill_slot(slot, tokens)

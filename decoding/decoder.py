@@ -517,9 +517,10 @@ class EFTDecoder:
             rows = [report.get(index, [0, -1]) for index in range(batch)]
             if watch is not None:
                 running.end(watch.see(rows))
-            for index, (count, _, *tokens) in enumerate(rows):
-                if streamer is not None and count:
-                    _stream(streamer, index, tokens[:count])
+            if streamer is not None:
+                for index, (count, _, *tokens) in enumerate(rows):
+                    if count:
+                        _stream(streamer, index, tokens[:count])
             drafted = max(row[1] for row in rows)
             if first is not None:
                 drafted = first.finish(state, drafted)

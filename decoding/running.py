@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TypeAlias
@@ -15,7 +15,7 @@ from speculative_eft.kernels import RoundState
 from speculative_eft.models import CapturedFunctions, EFTRunners, Runner
 
 from .round import PhaseTimer, RoundPlan, TraceBuffers, draft_phase, verify_phase
-from .sequences import exchange, narrowed, refill
+from .sequences import narrowed, rearrange, refill
 
 __all__ = ["CapturedBatch", "Report", "RunningBatch"]
 
@@ -200,43 +200,49 @@ class RunningBatch:
     def end(self, sequences: Sequence[int]) -> None:
         """Mark sequences that the host ended."""
         if sequences:
-            rows = torch.tensor([self.order.index(index) for index in sequences])
+            ended = set(sequences)
+            rows = torch.tensor([row for row, index in enumerate(self.order) if index in ended])
             rows = rows.to(self.state.done.device)
             self.state.done[rows] = True
             self.state.draft_lens[rows] = 0
 
-    def compact(self, done: Sequence[int]) -> None:
+    def compact(self, done: Iterable[int]) -> None:
         """Give the rows of the sequences that are `done` to others, where fewer rows then hold the rest."""
-        is_done = [index in done for index in self.order[: self.rows]]
+        ended = set(done)
+        is_done = [index in ended for index in self.order[: self.rows]]
         live = is_done.count(False)
         # With graphs a power of two, so that few are captured.
         rows = live if self._captured is None else 1 << max(live - 1, 0).bit_length()
         if rows >= self.rows:
             return
-        free = [row for row in range(rows) if is_done[row]]
-        for row in range(rows, self.rows):
-            if not is_done[row]:
-                self._exchange(row, free.pop())
+        beyond = [row for row in range(rows, self.rows) if not is_done[row]]
+        free = [row for row in range(rows) if is_done[row]][: len(beyond)]
+        self._rearrange(free + beyond, beyond + free)
         self.rows = rows
         if rows == 0:
             # Rounds ahead of the host did nothing.
             self._sent.clear()
         self._narrow()
 
-    def _exchange(self, first: int, second: int) -> None:
-        span = self._span((self.order[first], self.order[second]), 0)
+    def _rearrange(self, rows: Sequence[int], sources: Sequence[int]) -> None:
+        """Let each of `rows` hold what its source, another of them, holds."""
+        if not rows:
+            return
+        span = self._span([self.order[row] for row in rows], 0)
         for runner in self._runners():
-            runner.exchange(first, second, span)
-        exchange(self.state, first, second)
-        if self.trace is not None:
-            exchange(self.trace, first, second)
-        self.order[first], self.order[second] = self.order[second], self.order[first]
+            runner.rearrange(rows, sources, span)
+        for part in (self.state, self.trace):
+            if part is not None:
+                rearrange(part, rows, sources)
+        moved = [self.order[source] for source in sources]
+        for row, index in zip(rows, moved, strict=True):
+            self.order[row] = index
 
     def restore(self) -> None:
         """Give every sequence the row of its number again."""
-        for row in range(len(self.order)):
-            if self.order[row] != row:
-                self._exchange(row, self.order.index(row))
+        places = {index: row for row, index in enumerate(self.order)}
+        rows = [row for row, index in enumerate(self.order) if index != row]
+        self._rearrange(rows, [places[row] for row in rows])
         self.rows = len(self.order)
         for runner in self._runners():
             runner.use(self.rows)

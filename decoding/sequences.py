@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
-__all__ = ["exchange", "narrowed", "put", "refill"]
+__all__ = ["narrowed", "put", "rearrange", "refill"]
 
 Part = TypeVar("Part")
 
@@ -42,12 +43,11 @@ def narrowed(part: Part, batch: int) -> Part:
     return dataclasses.replace(part, **changes)  # type: ignore[type-var]
 
 
-def exchange(part: Any, first: int, second: int) -> None:
-    """Let two sequences of `part` change places."""
+def rearrange(part: Any, rows: Sequence[int], sources: Sequence[int]) -> None:
+    """Let each of `rows` hold what its source, another of them, holds."""
     for tensor in _rows_of(part):
-        held = tensor[first].clone()
-        tensor[first] = tensor[second]
-        tensor[second] = held
+        at, source = torch.tensor([rows, sources], device=tensor.device)
+        tensor[at] = tensor[source]
 
 
 def put(part: Any, row: int, one: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -46,8 +47,8 @@ class Runner(Protocol):
     def use(self, batch: int) -> None:
         """Go on with the first `batch` sequences alone: `lengths` are theirs."""
 
-    def exchange(self, first: int, second: int, span: int) -> None:
-        """Let two sequences, of at most `span` tokens, change slots, and their lengths with them."""
+    def rearrange(self, slots: Sequence[int], sources: Sequence[int], span: int) -> None:
+        """Let each of `slots` hold the sequence, of at most `span` tokens, of its source, another of them."""
 
     def fill_slot(self, slot: int, tokens: Tensor) -> None:
         """Start the sequence of `slot` anew with int64 `tokens` [1, P], P may be 0; the others stay."""

@@ -110,9 +110,9 @@ class ModelRunner:
         self.cache.use(batch)
 
     @torch.inference_mode()
-    def exchange(self, first: int, second: int, span: int) -> None:
-        """Let two sequences, of at most `span` tokens, change slots."""
-        self.cache.exchange(first, second, min(round_up(span), self.cache.capacity))
+    def rearrange(self, slots: Sequence[int], sources: Sequence[int], span: int) -> None:
+        """Let each of `slots` hold the sequence, of at most `span` tokens, of its source, another of them."""
+        self.cache.rearrange(slots, sources, min(round_up(span), self.cache.capacity))
 
     @torch.inference_mode()
     def fill_slot(self, slot: int, tokens: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,16 +95,14 @@ class SlotCache(Cache):
         """Let `lengths` be those of the first `batch` slots; what the others hold stays."""
         self.lengths = self._all_lengths[:batch]
 
-    def exchange(self, first: int, second: int, span: int) -> None:
-        """Let two slots change what they hold in their first `span` positions, and their lengths."""
+    def rearrange(self, slots: Sequence[int], sources: Sequence[int], span: int) -> None:
+        """Let each of `slots` hold what its source, another of them, holds in its first `span` positions."""
+        places = torch.tensor([slots, sources], device=self.device)
+        self._all_lengths[places[0]] = self._all_lengths[places[1]]
         for layer in self._slots.values():
+            at, source = places.to(layer.keys.device)
             for stored in (layer.keys[:, :, :span], layer.values[:, :, :span]):
-                held = stored[first].clone()
-                stored[first] = stored[second]
-                stored[second] = held
-        held = self._all_lengths[first].clone()
-        self._all_lengths[first] = self._all_lengths[second]
-        self._all_lengths[second] = held
+                stored[at] = stored[source]
 
     def part(self, slot: int) -> SlotCache:
         """One slot as a cache of its own, empty, over the same storage."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,9 +43,10 @@ class TableRunner:
     def use(self, batch: int) -> None:
         self.lengths = self.all_lengths[:batch]
 
-    def exchange(self, first: int, second: int, span: int) -> None:
+    def rearrange(self, slots: Sequence[int], sources: Sequence[int], span: int) -> None:
+        at, source = torch.tensor([slots, sources])
         for held in (self.tokens[:, : span + 1], self.all_lengths):
-            held[[first, second]] = held[[second, first]]
+            held[at] = held[source]
 
     def fill_slot(self, slot: int, tokens: Tensor) -> None:
         self.tokens[slot, 1 : tokens.shape[1] + 1] = tokens[0]
