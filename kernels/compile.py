@@ -110,7 +110,8 @@ def _compile(specialisation: Specialisation, target: str) -> Any:
     ordered = {name: signature[name] for name in names}
     attributes = {
         path: [["tt.divisibility", 16]]
-        for name in specialisation.divisible
+        # In the same order each time, on which Triton's cache depends.
+        for name in sorted(specialisation.divisible)
         for path in _paths(specialisation, name)
     }
     source = ASTSource(specialisation.kernel, ordered, constants, attributes)

@@ -32,7 +32,7 @@ def _kernel(report: dict[str, Any]) -> str:
     """The operation, and what its variant's name says before dtype and options."""
     words = [report["operation"]]
     for word in report["variant"].split():
-        if word in _DTYPES or word == "vocabulary":
+        if word.rstrip(",") in _DTYPES or word == "vocabulary":
             break
         words.append(word)
     return " ".join(words)

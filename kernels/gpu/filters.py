@@ -672,11 +672,11 @@ def _describe(
     k, p, least = (temperature if part is None else part for part in filters)
     rows = Rows(lens, temperature, k, p, least, records, vocab_size, shape.splits)
     launch = {"LAW": law, "CONSERVATIVE": conservative}
-    limited = launch_options(shape.warps, REGISTERS)
     if shape.splits == 1:
         _cut[(-(-batch // shape.sequences) * count,)](
             models, rows, batch, count, lens_offset, **used, MIN_P=min_p, SEQUENCES=shape.sequences,
-            COLUMNS=shape.columns, ONE_SPLIT=True, **launch, **limited,
+            COLUMNS=shape.columns, ONE_SPLIT=True, **launch,
+            **launch_options(shape.warps, REGISTERS),
         )  # fmt: skip
         return
     every, device = batch * count, records.device
@@ -695,7 +695,7 @@ def _describe(
     )  # fmt: skip
     _gather[grid](
         models, rows, search, batch, count, lens_offset, **used, MIN_P=min_p, COLUMNS=shape.columns,
-        **launch, **limited,
+        **launch, **launch_options(shape.warps, None if top_k or top_p else REGISTERS),
     )  # fmt: skip
     if top_k or top_p:
         rows = rows._replace(splits=-(-vocab_size // _REREAD_COLUMNS))
@@ -794,7 +794,7 @@ def specialisations() -> Iterator[Specialisation]:
                     "models.logits", "models.strides", *(() if tile is small else ("rows.vocab_size",)),
                 }),
                 num_warps=_REREAD_WARPS if tile is again else 8,
-                registers=None if kernel is _survey else REGISTERS,
+                registers=REGISTERS if kernel is _cut or (kernel is _gather and names == ["min-p"]) else None,
                 launches=1 if tile in (one, small) else launches,
                 wide_loads=() if tile is small else (load_logits,),
             )  # fmt: skip
