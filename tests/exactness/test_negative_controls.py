@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import os
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from speculative_eft.decoding import EFTConfig
 from speculative_eft.kernels import AcceptanceRule, NoiseKey, Stream
 from speculative_eft.kernels import noise as noise_module
 
-from ..conftest import is_interpreted, is_spared
+from ..conftest import is_spared
 from ..table_models import Tables, random_tables
 from .sampling import compare_with_law
 
@@ -44,9 +43,7 @@ def sharp_tables() -> Tables:
 
 
 def passes(config: EFTConfig, tables: Tables) -> bool:
-    # Triton's interpreter is slow; the mistakes show in fewer sequences too.
-    copies = 8_100 if is_interpreted(os.environ["SPECULATIVE_EFT_BACKEND"]) else 12_000
-    return all(result.accepts for result in compare_with_law(tables, config, {}, 10, copies))
+    return all(result.accepts for result in compare_with_law(tables, config, {}, 10, 12_000))
 
 
 @pytest.mark.usefixtures("each_backend")
