@@ -75,7 +75,7 @@ def attention_tile(rows: int, dim: int, itemsize: int) -> Tile:
     shared = max(power_of_two(rows), 16)
     # Tensor cores do not multiply float32, and registers hold few rows and columns then.
     padded = min(shared, 64 if itemsize == 2 else 16)
-    wide = (padded == 64 and width >= 128) or (itemsize == 4 and width > 128)
+    wide = (padded == 64 or itemsize == 4) and width >= 128
     return Tile(
         rows=padded,
         tiles=-(-rows // padded),
