@@ -1,4 +1,4 @@
-"""The sequences of a batch as rows of its tensors: some of them, two that change places, others instead."""
+"""The sequences of a batch as rows of its tensors: some of them, in another order, or others instead."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -21,6 +22,7 @@ __all__ = ["StepCosts", "kept_step_costs", "measure_step_costs"]
 _REPEATS = 9
 _PROMPT = 32
 _ROWS = 5
+_LEAST_ROW_COST = 1 / 32
 
 
 @dataclass(frozen=True)
@@ -49,14 +51,12 @@ def kept_step_costs(facts: Sequence[object], measure: Callable[[], StepCosts]) -
         return StepCosts(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
         costs = measure()
-    try:
+    # Without a place to keep it, it is measured again in the next process.
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         written = path.with_suffix(f".{os.getpid()}")
         written.write_text(json.dumps(asdict(costs)))
         written.replace(path)
-    except OSError:
-        # Without a place to keep it, it is measured again in the next process.
-        return costs
     return costs
 
 
@@ -65,11 +65,12 @@ def measure_step_costs(runners: EFTRunners, drafting: Sequence[Runner], batch: i
     large = _seconds(runners.large, batch, 1)
     small = sum(_seconds(runner, batch, 1) for runner in drafting)
     more = (_seconds(runners.large, batch, _ROWS) - large) / (_ROWS - 1)
-    return StepCosts(_rounded(small / large), _rounded(more / large))
+    row_cost = _rounded(more / large) if more > _LEAST_ROW_COST * large else 0.0
+    return StepCosts(_rounded(small / large), row_cost)
 
 
 def _rounded(ratio: float) -> float:
-    return 2.0 ** round(math.log2(ratio)) if ratio > 2**-5.5 else 0.0
+    return 2.0 ** round(math.log2(ratio))
 
 
 def _seconds(runner: Runner, batch: int, rows: int) -> float:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from speculative_eft.decoding import EFTDecoder, EFTOutput
+from speculative_eft.decoding import EFTConfig, EFTDecoder, EFTOutput
 from speculative_eft.decoding.draft_length import DraftLengthPolicy
+from speculative_eft.models import costs as costs_module
 from speculative_eft.models.costs import StepCosts, kept_step_costs
 
 from ..decoding.test_generate import ragged_prompts, tiny_trio
@@ -39,6 +40,17 @@ def test_the_models_own_costs_are_powers_of_two(monkeypatch: pytest.MonkeyPatch,
     assert isinstance(output, EFTOutput)
     assert output.stats is not None
     assert output.stats.cost_ratio == models.step_costs(pair=False, batch=1).cost_ratio
+
+
+def test_a_small_ratio_is_one_that_a_config_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pair of one hundredth of the large model, whose rows cost next to nothing."""
+    models = tiny_trio("llama")
+    runners = models.runners()
+    seconds = {(runners.large, 1): 1.0, (runners.large, 5): 1.01, (runners.tuned[0], 1): 0.01}
+    monkeypatch.setattr(costs_module, "_seconds", lambda runner, _, rows: seconds[runner, rows])
+    costs = costs_module.measure_step_costs(runners, runners.tuned, 1)
+    assert costs == StepCosts(2.0**-7, 0.0)
+    assert EFTConfig(cost_ratio=costs.cost_ratio, row_cost=costs.row_cost).cost_ratio == 2.0**-7
 
 
 def test_costly_drafts_are_not_made() -> None:
