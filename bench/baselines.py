@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from time import perf_counter
 from typing import Any, Literal, cast
@@ -12,10 +12,11 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from speculative_eft.decoding import EFTConfig, EFTDecoder, EFTOutput, EFTStats, Streamer
+from speculative_eft.decoding.bound import BoundRound, Room, bind_pass
 from speculative_eft.decoding.request import read_options, read_prompts, read_seeds
 from speculative_eft.decoding.round import PhaseTimer, RoundPlan, new_round_state
 from speculative_eft.decoding.running import CapturedBatch, RunningBatch, rounded_span
-from speculative_eft.kernels import Coefficients, NoiseKey, RoundState, Sampling, Stream, commit, draft_step
+from speculative_eft.kernels import Coefficients, RoundState, Sampling, Stream, backend, commit, draft_step
 from speculative_eft.models import (
     CapturedFunctions,
     EFTModels,
@@ -47,6 +48,11 @@ class SingleModelRounds(RunningBatch):
     def _round(self, drafted: int, span: int, timer: PhaseTimer, first: bool) -> Tensor:
         state, plan, _ = self._parts
         if self._captured is None:
+            if drafted not in self._bound:
+                self._bound[drafted] = _bind_step(self.runners.large, state, plan)
+            bound = self._bound[drafted]
+            if bound is not None:
+                return bound.run(state, plan, span, timer, None)
             return _step(self.runners.large, state, plan, span, timer)
         span = rounded_span(span)
         report: Tensor = self._captured.graphs.run(
@@ -55,12 +61,30 @@ class SingleModelRounds(RunningBatch):
         return report
 
 
+def _bind_step(runner: Runner, state: RoundState, plan: RoundPlan) -> BoundRound | None:
+    """`_step` as calls that take no arguments, as the rounds of EFT are, where Numba's kernels run."""
+    if plan.sampling.filtered or state.offered_lens is not None or backend(state.output.device) != "numba":
+        return None
+    from speculative_eft.kernels.cpu.settle import bind_settle
+
+    room, batch = Room(0), state.last_token.shape[0]
+    logits, *laws = (
+        room.take(name, batch, 1, plan.vocab_size) for name in ("logits", "log target", "target", "draft")
+    )
+    block = state.last_token[:, None]
+    verdict, report, settle = bind_settle(
+        state, [logits], block, plan.coefficients, plan.sampling, plan.sampling, plan.acceptance,
+        plan.eos_token_ids, None, [(runner.lengths, False)], laws,
+    )  # fmt: skip
+    steps = [("step", bind_pass(runner, block, logits)), ("verify", lambda _: settle())]
+    return BoundRound(steps, verdict, report, [logits])
+
+
 def _step(runner: Runner, state: RoundState, plan: RoundPlan, span: int, timer: PhaseTimer) -> Tensor:
     logits = runner.forward(state.last_token[:, None], span)[:, 0]
     timer.mark("step")
-    noise = NoiseKey(seeds=state.seeds, rounds=state.rounds, positions=state.positions)
     token = draft_step(
-        [logits], None, plan.coefficients, plan.sampling, noise, Stream.SHARED, 0, plan.vocab_size
+        [logits], None, plan.coefficients, plan.sampling, state.noise, Stream.SHARED, 0, plan.vocab_size
     )
     timer.mark("verify")
     nothing = state.last_token.new_zeros(state.last_token.shape[0], 0)
@@ -212,6 +236,10 @@ class SingleModelDecoder:
         return _output(sequences, _plain_stats(rounds, emitted, emitted, timer.seconds))
 
 
+def _nothing_to_do() -> None:
+    pass
+
+
 class UniformRunner:
     """A `Runner` without a network: every token is equally likely, and nothing is computed.
 
@@ -250,7 +278,11 @@ class UniformRunner:
             self._logits = torch.zeros(batch, rows, self.vocab_size, device=self.device)
         return self._logits[:, :rows]
 
-    def draft(self, *_: Any) -> None:
+    def bind(self, block: Tensor, logits: Tensor) -> Callable[[], None]:
+        logits.zero_()
+        return _nothing_to_do
+
+    def bind_draft(self, *_: Any) -> None:
         return None
 
     def prefill(

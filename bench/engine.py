@@ -23,7 +23,7 @@ from rich.table import Table
 from speculative_eft.decoding import EFTConfig, EFTDecoder, NaiveEFTDecoder
 from speculative_eft.decoding.round import PhaseTimer, commit_phase, draft_phase
 from speculative_eft.decoding.running import rounded_span
-from speculative_eft.kernels import NoiseKey, verify
+from speculative_eft.kernels import verify
 from speculative_eft.models import EFTModels, EFTRunners, ModelRunner, check_caches
 from speculative_eft.models.demo import held_out_prompts
 from speculative_eft.models.memory import free_bytes
@@ -444,7 +444,6 @@ def _phases(decoder: RoundDecoder, start: Start) -> dict[str, Callable[[], objec
     runners, state, plan = running.runners, running.state, running.plan
     drafted = decoder.longest_draft
     span = rounded_span(start.longest + drafted + 1)
-    noise = NoiseKey(seeds=state.seeds, rounds=state.rounds, positions=state.positions)
     before = start.lengths - 1
 
     def draft() -> Any:
@@ -460,14 +459,14 @@ def _phases(decoder: RoundDecoder, start: Start) -> dict[str, Callable[[], objec
     def check() -> Any:
         return verify(
             large, drafts.tuned, base, drafts.tokens, state.draft_lens, plan.coefficients, plan.sampling,
-            plan.draft_sampling, noise, plan.acceptance, plan.vocab_size, drafts.correction, False,
+            plan.draft_sampling, state.noise, plan.acceptance, plan.vocab_size, drafts.correction, False,
         )  # fmt: skip
 
     verdict = check()
 
     def commit() -> None:
         logits = [large, base, *drafts.tuned]
-        commit_phase(runners, state, plan, drafts.tokens, verdict, logits, PhaseTimer(), None)
+        commit_phase(runners, state, plan, block, drafts.tokens, verdict, logits, PhaseTimer(), None)
         # Repeated commits would leave the output and the caches.
         state.generated.zero_()
         for runner in _all_runners(runners):

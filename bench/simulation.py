@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from speculative_eft.kernels import Coefficients, DraftMemory, NoiseKey, Sampling, Stream
 from speculative_eft.models import EFTModels, EFTRunners, Runner
 
 from .cost_model import SHAPES
@@ -119,17 +118,10 @@ class _ForcedRunner:
         logits[..., :2] = self._peaks[columns % self._peaks.shape[0]]
         return logits
 
-    def draft(
-        self,
-        token: Tensor,
-        drafted: int,
-        coefficients: Coefficients,
-        sampling: Sampling,
-        noise: NoiseKey,
-        stream: Stream,
-        vocab_size: int,
-        memory: DraftMemory | None,
-    ) -> None:
+    def bind(self, *_: object) -> None:
+        return None
+
+    def bind_draft(self, *_: object) -> None:
         # Drafting goes step by step through `forward`, where the logits are replaced.
         return None
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from speculative_eft.decoding import round as round_module
+from speculative_eft.decoding import running as running_module
 from speculative_eft.decoding.round import PhaseTimer, RoundPlan
 from speculative_eft.decoding.running import CapturedBatch, RunningBatch
 from speculative_eft.kernels import (
@@ -136,7 +137,10 @@ def forced_acceptance(chance: Tensor) -> Iterator[None]:
         accepted_lens = _accepted_lens(chance, draft_tokens.shape[1], draft_lens, noise)
         return dataclasses.replace(verdict, accepted_lens=accepted_lens)
 
-    with mock.patch.object(round_module, "verify", forced):
+    with (
+        mock.patch.object(round_module, "verify", forced),
+        mock.patch.object(running_module, "bind_round", lambda *_: None),
+    ):
         yield
 
 

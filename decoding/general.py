@@ -14,7 +14,6 @@ from torch import Tensor
 
 from speculative_eft.kernels import (
     Coefficients,
-    NoiseKey,
     RoundState,
     Sampling,
     Stream,
@@ -71,7 +70,6 @@ def general_round(
         generated: tokens of output committed so far, for each sequence.
         buffers: receive the committed tokens' scores and logits.
     """
-    noise = NoiseKey(seeds=state.seeds, rounds=state.rounds, positions=state.positions)
     width = processing.prompts.shape[1]
     starts = [width + count for count in generated]
     lens = [-1 if done else n for done, n in zip(state.done.tolist(), state.draft_lens.tolist(), strict=True)]
@@ -107,7 +105,9 @@ def general_round(
         draft_rows.append(
             process_rows(processing.draft, history, [start + step for start in starts], wanted, mixed)
         )
-        token = draft_step([draft_rows[-1][:, 0]], None, law, draft_law, noise, stream, step, plan.vocab_size)
+        token = draft_step(
+            [draft_rows[-1][:, 0]], None, law, draft_law, state.noise, stream, step, plan.vocab_size
+        )
         tokens.append(token)
         history.scatter_(1, (first + step)[:, None], token[:, None])
     draft_tokens = torch.stack(tokens, dim=1) if tokens else state.last_token.new_empty(batch, 0)
@@ -132,14 +132,14 @@ def general_round(
         law,
         _plain(plan.sampling),
         draft_law,
-        noise,
+        state.noise,
         plan.acceptance,
         plan.vocab_size,
         None,
         plan.statistics,
     )
     logits_of_all = [large, base, *tuned]
-    report = commit_phase(runners, state, plan, draft_tokens, verdict, logits_of_all, timer, trace)
+    report = commit_phase(runners, state, plan, block, draft_tokens, verdict, logits_of_all, timer, trace)
     for buffer, rows_of_all in ((buffers.scores, scores), (buffers.logits, logits)):
         if buffer is not None:
             _keep(buffer, rows_of_all, report, state.generated)

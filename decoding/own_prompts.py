@@ -30,9 +30,6 @@ class _LastTokenOfItsOwn:
     def forward(self, tokens: Tensor, span: int) -> Tensor:
         return self.runner.forward(self.token[:, None], span)
 
-    def draft(self, *_: object) -> None:
-        return None
-
 
 @dataclass(frozen=True)
 class FirstRound:

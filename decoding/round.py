@@ -14,7 +14,6 @@ from speculative_eft.kernels import (
     Coefficients,
     DraftLengthRule,
     DraftMemory,
-    NoiseKey,
     RoundState,
     Sampling,
     Stream,
@@ -35,10 +34,12 @@ __all__ = [
     "PhaseTimer",
     "RoundPlan",
     "TraceBuffers",
+    "caches_of",
     "commit_phase",
     "draft_phase",
     "new_round_state",
     "new_trace_buffers",
+    "record_trace",
     "speculative_round",
     "verify_phase",
 ]
@@ -218,8 +219,7 @@ def draft_phase(runners: EFTRunners, state: RoundState, plan: RoundPlan, drafted
         offered = torch.minimum(state.draft_lens, state.offered_lens)
         state.offered_lens.copy_(state.draft_lens)
         state.draft_lens.copy_(offered)
-    noise = NoiseKey(seeds=state.seeds, rounds=state.rounds, positions=state.positions)
-    return _draft(runners, state, plan, noise, drafted, span)
+    return _draft(runners, state, plan, drafted, span)
 
 
 def verify_phase(
@@ -232,12 +232,12 @@ def verify_phase(
     trace: TraceBuffers | None = None,
 ) -> Tensor:
     """The second half of a round: scoring, verification and commit; returns the report of `commit`."""
-    noise = NoiseKey(seeds=state.seeds, rounds=state.rounds, positions=state.positions)
     block = torch.cat([state.last_token[:, None], draft.tokens], dim=1)
     large = runners.large.forward(block, span)
     timer.mark("large")
     base = runners.base.forward(block, span) if draft.base is None else draft.base
     timer.mark("base")
+    logits = [large, base, *draft.tuned]
     verdict = verify(
         large,
         draft.tuned,
@@ -247,21 +247,20 @@ def verify_phase(
         plan.coefficients,
         plan.sampling,
         plan.draft_sampling,
-        noise,
+        state.noise,
         plan.acceptance,
         plan.vocab_size,
         draft.correction,
         plan.statistics,
     )
-    return commit_phase(
-        runners, state, plan, draft.tokens, verdict, [large, base, *draft.tuned], timer, trace
-    )
+    return commit_phase(runners, state, plan, block, draft.tokens, verdict, logits, timer, trace)
 
 
 def commit_phase(
     runners: EFTRunners,
     state: RoundState,
     plan: RoundPlan,
+    block: Tensor,
     draft_tokens: Tensor,
     verdict: Verdict,
     logits: Sequence[Tensor],
@@ -270,15 +269,13 @@ def commit_phase(
 ) -> Tensor:
     """The end of a round: what is remembered, committed and traced; returns the report of `commit`.
 
-    `logits` are the large base's, the small base's and the tuned models', [batch, drafted + 1, >= vocab].
+    `block` is the last committed token and `draft_tokens`, int64 [batch, drafted + 1]; `logits` are the large
+    base's, the small base's and the tuned models' after each of these, [batch, drafted + 1, >= vocab].
     """
     if state.memory is not None:
-        block = torch.cat([state.last_token[:, None], draft_tokens], dim=1)
         remember(state.memory, logits[0], logits[1], block, verdict.accepted_lens, state.done)
     timer.mark("verify")
-    is_replaced = None if trace is None else verdict.accepted_lens < state.draft_lens
-    stepped = [True] * len(runners.tuned) + [plan.drafts_as_pair]
-    lengths = [runner.lengths for runner in (*runners.tuned, runners.base)]
+    submitted = state.draft_lens if trace is None else state.draft_lens.clone()
     report = commit(
         state,
         draft_tokens,
@@ -287,41 +284,23 @@ def commit_phase(
         verdict.expected_acceptance,
         plan.eos_token_ids,
         plan.draft_length_rule,
-        [(runners.large.lengths, False), *zip(lengths, stepped, strict=True)],
+        caches_of(runners, plan),
     )
-    if trace is not None and is_replaced is not None and verdict.log_probs is not None:
-        _record_trace(
-            trace,
-            state,
-            report,
-            verdict.accepted_lens,
-            is_replaced,
-            logits,
-            verdict.log_probs,
-            plan.vocab_size,
-        )
+    if trace is not None:
+        record_trace(trace, state, report, verdict, submitted, logits, plan.vocab_size)
     timer.mark("other")
     return report
 
 
-def _draft(
-    runners: EFTRunners, state: RoundState, plan: RoundPlan, noise: NoiseKey, drafted: int, span: int
-) -> Drafted:
+def caches_of(runners: EFTRunners, plan: RoundPlan) -> list[tuple[Tensor, bool]]:
+    """Each model's lengths, and whether it has stepped through the draft already."""
+    stepped = [True] * len(runners.tuned) + [plan.drafts_as_pair]
+    lengths = [runner.lengths for runner in (*runners.tuned, runners.base)]
+    return [(runners.large.lengths, False), *zip(lengths, stepped, strict=True)]
+
+
+def _draft(runners: EFTRunners, state: RoundState, plan: RoundPlan, drafted: int, span: int) -> Drafted:
     stream = Stream.SHARED if plan.acceptance == "shared_seed" else Stream.DRAFT
-    if len(runners.tuned) == 1 and not plan.drafts_as_pair:
-        whole = runners.tuned[0].draft(
-            state.last_token,
-            drafted,
-            plan.coefficients,
-            plan.draft_sampling,
-            noise,
-            stream,
-            plan.vocab_size,
-            state.memory,
-        )
-        if whole is not None:
-            draft_tokens, logits, correction = whole
-            return Drafted(draft_tokens, [logits], None, correction)
     token = state.last_token
     tokens: list[Tensor] = []
     tuned_rows: list[list[Tensor]] = [[] for _ in runners.tuned]
@@ -343,7 +322,7 @@ def _draft(
                 base_rows[-1] if base_rows else None,
                 plan.coefficients,
                 plan.draft_sampling,
-                noise,
+                state.noise,
                 stream,
                 step,
                 plan.vocab_size,
@@ -356,25 +335,30 @@ def _draft(
     return Drafted(draft_tokens, tuned, paired_base, torch.stack(corrections, dim=1) if corrections else None)
 
 
-def _record_trace(
+def record_trace(
     trace: TraceBuffers,
     state: RoundState,
     report: Tensor,
-    accepted_lens: Tensor,
-    is_replaced: Tensor,
+    verdict: Verdict,
+    submitted: Tensor,
     logits: Sequence[Tensor],
-    target_log_probs: Tensor,
     vocab_size: int,
 ) -> None:
-    """Note the tokens of a round that has been committed; `logits` are the models', in the buffers' order."""
+    """Note the tokens of a round that has been committed.
+
+    `submitted` are the draft lengths that it verified; `logits` are the models', in the buffers' order.
+    """
+    if verdict.log_probs is None:
+        return
+    accepted_lens = verdict.accepted_lens
     counts, tokens = report[:, :1], report[:, 2:]
     column = torch.arange(tokens.shape[1], device=tokens.device)
     start = state.generated[:, None] - counts
     columns = torch.where(column < counts, start + column, trace.source.shape[1] - 1)
-    replacement = torch.where(is_replaced, SOURCE_RESIDUAL, SOURCE_BONUS)
+    replacement = torch.where(accepted_lens < submitted, SOURCE_RESIDUAL, SOURCE_BONUS)
     source = torch.where(column < accepted_lens[:, None], SOURCE_DRAFT, replacement[:, None])
     trace.source.scatter_(1, columns, source)
-    trace.target.scatter_(1, columns, target_log_probs)
+    trace.target.scatter_(1, columns, verdict.log_probs)
     buffers = [trace.large, trace.base, *trace.tuned]
     for rows, buffer in zip(logits, buffers, strict=True):
         law = rows[..., :vocab_size].to(torch.float32)

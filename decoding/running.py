@@ -14,6 +14,7 @@ from torch import Tensor
 from speculative_eft.kernels import RoundState
 from speculative_eft.models import CapturedFunctions, EFTRunners, Runner
 
+from .bound import BoundRound, Room, bind_round
 from .round import PhaseTimer, RoundPlan, TraceBuffers, draft_phase, verify_phase
 from .sequences import narrowed, rearrange, refill
 
@@ -109,6 +110,8 @@ class RunningBatch:
         self.rows = len(lengths)
         self._lengths, self._limits = dict(enumerate(lengths)), dict(enumerate(limits))
         self._sent: deque[_Sent] = deque()
+        self._bound: dict[int, BoundRound | None] = {}
+        self._room = Room(state.tested_at.shape[0])
         self._narrow()
 
     def _narrow(self) -> None:
@@ -119,6 +122,7 @@ class RunningBatch:
             trace = None if self.trace is None else narrowed(self.trace, self.rows)
             kept[self.rows] = narrowed(self.state, self.rows), narrowed(self.plan, self.rows), trace
         self._parts = kept[self.rows]
+        self._bound.clear()
 
     def _runners(self) -> list[Runner]:
         return [self.runners.large, *self.runners.tuned, self.runners.base]
@@ -142,6 +146,12 @@ class RunningBatch:
 
     def _round(self, drafted: int, span: int, timer: PhaseTimer, first: bool) -> Tensor:
         state, plan, trace = self._parts
+        if self._captured is None and not first:
+            if drafted not in self._bound:
+                self._bound[drafted] = bind_round(self.runners, state, plan, drafted, self._room)
+            bound = self._bound[drafted]
+            if bound is not None:
+                return bound.run(state, plan, span, timer, trace)
         if self._captured is None or first:
             draft = draft_phase(self.runners, state, plan, drafted, span)
             timer.mark("draft")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from .backend import backend
 from .memory import DraftMemory
+from .noise import NoiseKey
 
 __all__ = ["DraftLengthRule", "RoundState", "commit", "committed_tokens"]
 
@@ -57,6 +59,11 @@ class RoundState:
     accepted_at: Tensor
     memory: DraftMemory | None = None
     offered_lens: Tensor | None = None
+
+    @cached_property
+    def noise(self) -> NoiseKey:
+        """Where the noise of the round that is due lies."""
+        return NoiseKey(seeds=self.seeds, rounds=self.rounds, positions=self.positions)
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,16 @@ from .filters import Sampling, plain_or_warped, warp
 from .mix import Coefficients, draft_logits, target_logits
 from .noise import NoiseKey, Stream, exponential_noise, uniform_noise
 
-__all__ = ["AcceptanceRule", "Verdict", "verify"]
+__all__ = ["AcceptanceRule", "Verdict", "verification_streams", "verify"]
 
 AcceptanceRule = Literal["block", "token", "shared_seed"]
 
 _ACCEPT, _RESIDUAL, _SHARED = Stream.ACCEPT, Stream.RESIDUAL, Stream.SHARED
+
+
+def verification_streams() -> tuple[int, int, int]:
+    """The streams of noise that accept, that draw the token that follows, and that are shared."""
+    return int(_ACCEPT), int(_RESIDUAL), int(_SHARED)
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ def verify(
         return Verdict(
             *on_gpu.verify(
                 logits_of_all, draft_tokens, draft_lens, coefficients, sampling, draft_sampling, noise,
-                (_ACCEPT, _RESIDUAL, _SHARED), rule, vocab_size, statistics,
+                verification_streams(), rule, vocab_size, statistics,
             )
         )  # fmt: skip
     unfiltered = not (sampling.filtered or draft_sampling.filtered or coefficients.filtered)
@@ -106,16 +111,13 @@ def verify(
         return Verdict(
             *sampler.verify(
                 [large, *tuned, base] if correction is None else [large, *tuned, base, correction],
-                coefficients.target_weights,
-                coefficients.draft_weights,
+                coefficients,
                 draft_tokens,
                 draft_lens,
-                sampling.temperature,
-                draft_sampling.temperature,
-                noise.seeds,
-                noise.rounds,
-                noise.positions,
-                (_ACCEPT, _RESIDUAL, _SHARED),
+                sampling,
+                draft_sampling,
+                noise,
+                verification_streams(),
                 sampler.RULES[rule],
                 vocab_size,
             )

@@ -9,6 +9,8 @@ Importing this module needs Numba, the extra `[cpu]`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ import torch
 from numba import prange
 from torch import Tensor, nn
 
-from speculative_eft.kernels import Coefficients, DraftMemory, NoiseKey, Stream
+from speculative_eft.kernels import Coefficients, DraftMemory, NoiseKey, Sampling, Stream
 from speculative_eft.kernels.cpu.compile import (
     CUBE,
     FLOAT,
@@ -25,6 +27,7 @@ from speculative_eft.kernels.cpu.compile import (
     TABLES,
     VECTOR,
     array_at,
+    arrays,
     compiled,
     entry,
     exp,
@@ -32,7 +35,7 @@ from speculative_eft.kernels.cpu.compile import (
     largest,
     use_threads,
 )
-from speculative_eft.kernels.cpu.memory import MEMORY, NO_MEMORY, arrays, recall
+from speculative_eft.kernels.cpu.memory import MEMORY, memory_arrays, recall
 from speculative_eft.kernels.cpu.products import dot_products
 from speculative_eft.kernels.cpu.sampler import draft_rows
 
@@ -104,58 +107,54 @@ class CompiledLlama:
 
     def __call__(self, tokens: Tensor, cache: SlotCache) -> Tensor:
         """Logits [batch, q, vocab_size] of int64 `tokens` [batch, q], which stand at `cache.lengths`."""
-        batch, length = tokens.shape
-        logits = torch.empty(batch * length, self.vocab_size)
-        _forward(
-            tokens.contiguous().numpy(), cache.lengths.numpy(), *self._network, logits.numpy(), use_threads()
-        )
-        return logits.view(batch, length, -1)
+        logits = torch.empty(*tokens.shape, self.vocab_size)
+        self.bind(tokens.contiguous(), cache, logits)()
+        return logits
 
     def fill(self, tokens: Tensor, cache: SlotCache) -> None:
         """Run int64 `tokens` [batch, q] for their keys and values alone."""
-        nothing = np.empty((0, self.vocab_size), np.float32)
-        _forward(tokens.contiguous().numpy(), cache.lengths.numpy(), *self._network, nothing, use_threads())
+        self.bind(tokens.contiguous(), cache, torch.empty(0, self.vocab_size))()
 
-    def draft(
+    def bind(self, tokens: Tensor, cache: SlotCache, logits: Tensor) -> Callable[[], None]:
+        """A call that does what `__call__` does with these very tensors, as often as it is made.
+
+        `tokens` and float32 `logits` [batch, q, vocab_size] are contiguous; without room for logits none are
+        made. It is good until `cache` changes its storage or its number of sequences.
+        """
+        rows = logits.view(-1, self.vocab_size)
+        return partial(
+            _forward, tokens.numpy(), cache.lengths.numpy(), *self._network, rows.numpy(), use_threads()
+        )
+
+    def bind_draft(
         self,
-        token: Tensor,
-        drafted: int,
+        block: Tensor,
         cache: SlotCache,
         coefficients: Coefficients,
-        temperature: Tensor,
+        sampling: Sampling,
         noise: NoiseKey,
         stream: Stream,
-        vocab_size: int,
         memory: DraftMemory | None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Draft from this model: `drafted + 1` steps, and the draws of `draft_step` after all but the last.
+        logits: Tensor,
+        correction: Tensor,
+    ) -> Callable[[], None]:
+        """A call that drafts from this model: its steps, and `draft_step`'s draws after all but the last.
 
         Args:
-            token: int64 [batch], the last committed token; it stands at `cache.lengths`, which move by
-                `drafted + 1`.
-            coefficients: of the draft law, in which this is the only tuned model.
-            temperature: float32 [batch].
+            block: int64 [batch, drafted + 1]; the first column holds the last committed tokens, which stand
+                at `cache.lengths`, and the others are written. The lengths move by `drafted + 1`.
+            coefficients, sampling: of the draft law, in which this is the only tuned model, without a filter.
             memory: what the draft law is corrected by.
-
-        Returns:
-            The tokens int64 [batch, drafted], the logits float32 [batch, drafted + 1, vocab_size], and the
-            corrections float32 [batch, drafted, vocab_size] if there is a memory.
+            logits: float32 [batch, drafted + 1, vocab_size], written.
+            correction: float32 [batch, drafted, vocabulary], written; [batch, 0, vocabulary] without memory.
         """
-        batch = token.shape[0]
-        tokens = torch.empty(batch, drafted, dtype=torch.int64)
-        logits = torch.empty(batch, drafted + 1, self.vocab_size)
-        correction = torch.empty(batch, 0 if memory is None else drafted, vocab_size)
-        # Of the large base, this model, the small base and the correction.
-        weights = coefficients.draft_weights[:, 1 : 2 if memory is None else 4 : 2].contiguous()
         shared = stream is Stream.SHARED
-        _draft(
-            token.numpy(), cache.lengths.numpy(), *self._network, logits.numpy(), logits.data_ptr(),
-            use_threads(), weights.numpy(), temperature.contiguous().numpy(),
-            noise.seeds.numpy(), (noise.positions if shared else noise.rounds).numpy(), shared, int(stream),
-            vocab_size, tokens.numpy(), *(NO_MEMORY if memory is None else arrays(memory)),
-            coefficients.beta.contiguous().numpy(), correction.numpy(), correction.data_ptr(),
+        return partial(
+            _draft, block.numpy(), cache.lengths.numpy(), *self._network, logits.numpy(), logits.data_ptr(),
+            use_threads(), *arrays(coefficients, "draft_weights"), *arrays(sampling, "temperature"),
+            *arrays(noise, "seeds", "positions" if shared else "rounds"), shared, int(stream),
+            *memory_arrays(memory), *arrays(coefficients, "beta"), correction.numpy(), correction.data_ptr(),
         )  # fmt: skip
-        return tokens, logits, None if memory is None else correction
 
 
 def _addresses(*weights: Tensor | None) -> list[int]:
@@ -476,11 +475,11 @@ def _forward(
 
 
 @entry(
-    f"void({TABLE}, {TABLE}, {_NETWORK}, {CUBE}, int64, int64, {MATRIX}, {VECTOR}, {TABLE}, "
-    f"{TABLE}, boolean, int64, int64, {TABLES}, {MEMORY}, {VECTOR}, {CUBE}, int64)"
+    f"void({TABLES}, {TABLE}, {_NETWORK}, {CUBE}, int64, int64, {MATRIX}, {VECTOR}, {TABLE}, "
+    f"{TABLE}, boolean, int64, {MEMORY}, {VECTOR}, {CUBE}, int64)"
 )
 def _draft(
-    token: Any,
+    block: Any,
     lengths: Any,
     sizes: Any,
     eps: float,
@@ -498,8 +497,6 @@ def _draft(
     counters: Any,
     shared: bool,
     stream: int,
-    vocab_size: int,
-    tokens: Any,
     ratios: Any,
     remembered: Any,
     mean: Any,
@@ -509,16 +506,16 @@ def _draft(
     correction_address: int,
 ) -> None:
     batch, steps, columns = logits.shape
+    vocab_size = correction.shape[2]
     rows = np.empty((batch, columns), FLOAT)
     current = np.empty((batch, 1), np.int64)
-    drawn = token.copy()
+    drawn = block[:, 0].copy()
     counter = counters.copy()
-    table = np.array(
-        [
-            [address, steps * columns, columns],
-            [correction_address, correction.shape[1] * vocab_size, vocab_size],
-        ]
-    )
+    # Of the large base, this model, the small base and the correction; what has weight 0 is not read.
+    table = np.zeros((4 if correction.shape[1] else 3, 3), np.int64)
+    table[1, 0], table[1, 1], table[1, 2] = address, steps * columns, columns
+    if correction.shape[1]:
+        table[3, 0], table[3, 1] = correction_address, correction.shape[1] * vocab_size
     for step in range(steps):
         for sequence in range(batch):
             current[sequence, 0] = drawn[sequence]
@@ -544,8 +541,9 @@ def _draft(
                 vocab_size,
                 drawn,
             )
-            table[0, 0] += 4 * columns
-            table[1, 0] += 4 * vocab_size
+            table[1, 0] += 4 * columns
+            if correction.shape[1]:
+                table[3, 0] += 4 * vocab_size
             for sequence in range(batch):
-                tokens[sequence, step] = drawn[sequence]
+                block[sequence, step + 1] = drawn[sequence]
                 counter[sequence] += 1 if shared else 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -59,22 +59,33 @@ class Runner(Protocol):
         `span` is a host integer, at least `max(lengths) + q`.
         """
 
-    def draft(
+    def bind(self, block: Tensor, logits: Tensor) -> Callable[[], None] | None:
+        """A call that runs int64 `block` [batch, q] and writes float32 `logits`, as often as it is made.
+
+        Both are contiguous and in the host's memory. The call is good until the cache's storage or number of
+        sequences changes. None where the network has no such call: `forward` runs it.
+        """
+
+    def bind_draft(
         self,
-        token: Tensor,
-        drafted: int,
+        block: Tensor,
         coefficients: Coefficients,
         sampling: Sampling,
         noise: NoiseKey,
         stream: Stream,
-        vocab_size: int,
         memory: DraftMemory | None,
-    ) -> tuple[Tensor, Tensor, Tensor | None] | None:
-        """Draft from this network alone in one call: tokens [batch, drafted], logits with one row more.
+        logits: Tensor,
+        correction: Tensor,
+    ) -> Callable[[], None] | None:
+        """A call that runs the whole loop of a draft from this network alone; None where there is none.
 
-        Last comes the correction of the logits that `memory` gave.
-
-        None where the network cannot: it is then run step by step.
+        Args:
+            block: int64 [batch, drafted + 1]: the last committed token, and where the drafted ones go.
+                `lengths` move by `drafted + 1`.
+            coefficients, sampling: of the draft law, in which this is the only tuned model.
+            memory: what the draft law is corrected by.
+            logits: float32 [batch, drafted + 1, vocab_size], written.
+            correction: float32 [batch, drafted, vocabulary], written; [batch, 0, vocabulary] without memory.
         """
 
     def prefill(

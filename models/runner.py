@@ -153,34 +153,28 @@ class ModelRunner:
             logits = torch.tanh(logits / self._softcap) * self._softcap
         return logits.to(self.device)
 
-    def draft(
+    def bind(self, block: Tensor, logits: Tensor) -> Callable[[], None] | None:
+        """`Runner.bind`: where a compiled pass can run `block`."""
+        compiled = self._compiled_for(block.numel())
+        return None if compiled is None else compiled.bind(block, self.cache, logits)
+
+    def bind_draft(
         self,
-        token: Tensor,
-        drafted: int,
+        block: Tensor,
         coefficients: Coefficients,
         sampling: Sampling,
         noise: NoiseKey,
         stream: Stream,
-        vocab_size: int,
         memory: DraftMemory | None,
-    ) -> tuple[Tensor, Tensor, Tensor | None] | None:
-        """The whole loop of a draft from this model alone, where one compiled call can run it, else None.
-
-        Args:
-            token: int64 [batch], the last committed token.
-            drafted: how many tokens to draw. `drafted + 1` steps run, and `lengths` move along.
-            coefficients, sampling: of the draft law, in which this is the only tuned model.
-            memory: what the draft law is corrected by.
-
-        Returns:
-            The tokens int64 [batch, drafted], their logits float32 [batch, drafted + 1, vocab_size], and
-            the corrections float32 [batch, drafted, vocab_size] if there is a memory.
-        """
-        compiled = self._compiled_for(token.shape[0])
+        logits: Tensor,
+        correction: Tensor,
+    ) -> Callable[[], None] | None:
+        """`Runner.bind_draft`: where compiled steps can run and the draft law has no filter."""
+        compiled = self._compiled_for(block.shape[0])
         if compiled is None or sampling.filtered:
             return None
-        return compiled.draft(
-            token, drafted, self.cache, coefficients, sampling.temperature, noise, stream, vocab_size, memory
+        return compiled.bind_draft(
+            block, self.cache, coefficients, sampling, noise, stream, memory, logits, correction
         )
 
     @torch.inference_mode()

@@ -60,7 +60,10 @@ class TableRunner:
         before = held.gather(1, columns - 1)
         return self.table[before, tokens]
 
-    def draft(self, *_: Any) -> None:
+    def bind(self, *_: Any) -> None:
+        return None
+
+    def bind_draft(self, *_: Any) -> None:
         return None
 
     def prefill(

@@ -9,13 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .compile import FLAGS, FLOAT, MATRIX, TABLE, TABLES, VECTOR, entry
+from .compile import FLAGS, FLOAT, MATRIX, TABLE, TABLES, VECTOR, arrays, entry, integers_at
 
 if TYPE_CHECKING:
     from speculative_eft.kernels.commit import DraftLengthRule, RoundState
 
-__all__ = ["commit"]
+__all__ = ["COMMIT", "commit", "commit_arrays", "commit_rows", "rule_arguments"]
 
+_STATE = (
+    "last_token", "rounds", "positions", "generated", "limits", "done", "draft_lens", "output",
+    "accepted_history", "tested_history", "drafted", "tested", "accepted", "expected", "tested_at",
+    "accepted_at",
+)  # fmt: skip
 _NO_THRESHOLDS = np.empty(0, dtype=np.float32)
 
 
@@ -34,34 +39,37 @@ def commit(
     if expected_acceptance is None:
         expected_acceptance = torch.zeros(batch, drafted)
     report = torch.empty(batch, 2 + drafted + 1, dtype=torch.int64)
-    _commit(
-        state.last_token.numpy(), state.rounds.numpy(), state.positions.numpy(), state.generated.numpy(),
-        state.limits.numpy(), state.done.numpy(), state.draft_lens.numpy(), state.output.numpy(),
-        state.accepted_history.numpy(), state.tested_history.numpy(), state.drafted.numpy(),
-        state.tested.numpy(), state.accepted.numpy(), state.expected.numpy(), state.tested_at.numpy(),
-        state.accepted_at.numpy(), draft_tokens.contiguous().numpy(), accepted_lens.numpy(),
-        next_token.numpy(), expected_acceptance.contiguous().numpy(), eos_token_ids.numpy(),
-        rule is not None,
-        _NO_THRESHOLDS if rule is None else rule.thresholds.numpy(),
-        1.0 if rule is None else rule.fading,
-        0.0 if rule is None else rule.prior_accepted,
-        0.0 if rule is None else rule.prior_tested,
+    commit_rows(
+        *commit_arrays(state), eos_token_ids.numpy(), *rule_arguments(rule),
+        draft_tokens.contiguous().numpy(), accepted_lens.numpy(), next_token.numpy(),
+        expected_acceptance.contiguous().numpy(),
+        np.array([(lengths.data_ptr(), stepped) for lengths, stepped in caches]).reshape(-1, 2),
         report.numpy(),
     )  # fmt: skip
-    counts = report[:, 0]
-    for lengths, stepped in caches:
-        lengths.add_(counts)
-        if stepped:
-            lengths.sub_(drafted + 1)
     return report
 
 
-@entry(
-    f"void({TABLE}, {TABLE}, {TABLE}, {TABLE}, {TABLE}, {FLAGS}, {TABLE}, {TABLES}, {VECTOR}, {VECTOR}, "
-    f"{TABLE}, {TABLE}, {TABLE}, {VECTOR}, {TABLE}, {TABLE}, {TABLES}, {TABLE}, {TABLE}, {MATRIX}, {TABLE}, "
-    f"boolean, {VECTOR}, float32, float32, float32, {TABLES})"
+def commit_arrays(state: RoundState) -> tuple[Any, ...]:
+    """What a commit reads and writes of a state."""
+    return arrays(state, *_STATE)
+
+
+def rule_arguments(rule: DraftLengthRule | None) -> tuple[Any, ...]:
+    """A rule as arguments: whether there is one, its thresholds, and its numbers."""
+    if rule is None:
+        return (False, _NO_THRESHOLDS, 1.0, 0.0, 0.0)
+    return (True, *arrays(rule, "thresholds"), rule.fading, rule.prior_accepted, rule.prior_tested)
+
+
+COMMIT = (
+    f"{TABLE}, {TABLE}, {TABLE}, {TABLE}, {TABLE}, {FLAGS}, {TABLE}, {TABLES}, {VECTOR}, {VECTOR}, {TABLE}, "
+    f"{TABLE}, {TABLE}, {VECTOR}, {TABLE}, {TABLE}, {TABLE}, boolean, {VECTOR}, float32, float32, float32"
 )
-def _commit(
+"""Types of `commit_arrays`, ids that end a sequence, and `rule_arguments`."""
+
+
+@entry(f"void({COMMIT}, {TABLES}, {TABLE}, {TABLE}, {MATRIX}, {TABLES}, {TABLES})")
+def commit_rows(
     last_token: Any,
     rounds: Any,
     positions: Any,
@@ -78,18 +86,20 @@ def _commit(
     expected_total: Any,
     tested_at: Any,
     accepted_at: Any,
-    draft_tokens: Any,
-    accepted_lens: Any,
-    next_token: Any,
-    expected: Any,
     eos_token_ids: Any,
     adaptive: bool,
     thresholds: Any,
     fading: float,
     prior_accepted: float,
     prior_tested: float,
+    draft_tokens: Any,
+    accepted_lens: Any,
+    next_token: Any,
+    expected: Any,
+    caches: Any,
     report: Any,
 ) -> None:
+    """`commit` of arrays; `caches` has for each where its lengths begin and whether it has stepped."""
     batch, drafted = draft_tokens.shape
     for sequence in range(batch):
         tokens = report[sequence, 2:]
@@ -142,3 +152,7 @@ def _commit(
         draft_lens[sequence] = 0 if done[sequence] else min(length, room)
         report[sequence, 0] = count
         report[sequence, 1] = -1 if done[sequence] else draft_lens[sequence]
+    for cache in range(caches.shape[0]):
+        lengths = integers_at(caches[cache, 0], (batch,))
+        for sequence in range(batch):
+            lengths[sequence] += report[sequence, 0] - caches[cache, 1] * (drafted + 1)

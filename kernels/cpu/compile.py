@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import numba
@@ -11,10 +11,12 @@ import torch
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
+from torch import Tensor
 
 __all__ = [
-    "CUBE", "FLAGS", "FLOAT", "MATRIX", "TABLE", "TABLES", "VECTOR", "array_at", "compiled", "entry", "exp",
-    "in_parallel", "largest", "log", "stay_a_function", "strictly_compiled", "use_threads",
+    "CUBE", "FLAGS", "FLOAT", "MATRIX", "TABLE", "TABLES", "VECTOR", "WORDS", "array_at", "arrays",
+    "compiled", "entry", "exp", "in_parallel", "integers_at", "largest", "log", "logits_table",
+    "stay_a_function", "strictly_compiled", "use_threads",
 ]  # fmt: skip
 
 FLOAT = np.float32
@@ -59,8 +61,36 @@ def in_parallel(types_: str) -> Callable[[Function], Function]:
 
 
 VECTOR, MATRIX, CUBE = "float32[::1]", "float32[:, ::1]", "float32[:, :, ::1]"
-TABLE, TABLES, FLAGS = "int64[::1]", "int64[:, ::1]", "boolean[::1]"
+TABLE, TABLES, FLAGS, WORDS = "int64[::1]", "int64[:, ::1]", "boolean[::1]", "uint32[:, ::1]"
 """Types of contiguous arrays."""
+
+
+def arrays(part: Any, *names: str) -> tuple[Any, ...]:
+    """NumPy arrays over the tensors of these names in `part`, which keeps what was found.
+
+    A tensor that is not contiguous is copied, so it must be one that nobody writes. Each conversion takes
+    microseconds where models' weights have just gone through the caches, and a round's tensors stay where
+    they are.
+    """
+    known: dict[tuple[str, ...], tuple[Any, ...]] = part.__dict__.setdefault("_arrays", {})
+    found = known.get(names)
+    if found is None:
+        found = known[names] = tuple(getattr(part, name).contiguous().numpy() for name in names)
+    return found
+
+
+def logits_table(logits: Sequence[Tensor]) -> tuple[list[Tensor], np.ndarray[Any, Any]]:
+    """Float32 logits [batch, rows, vocab], and for each where it begins and its two strides, in elements."""
+    kept, table = [], []
+    for part in logits:
+        rows = part if part.dtype == torch.float32 else part.float()
+        strides = rows.stride()
+        if strides[2] != 1:
+            rows = rows.contiguous()
+            strides = rows.stride()
+        kept.append(rows)
+        table.append((rows.data_ptr(), strides[0], strides[1]))
+    return kept, np.array(table)
 
 
 def _launch_threads() -> None:
@@ -88,6 +118,14 @@ def _float_pointer(typing_context: Any, address: Any) -> Any:
         return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
     return types.CPointer(types.float32)(types.int64), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _integer_pointer(typing_context: Any, address: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.int64)(types.int64), codegen
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -122,13 +160,31 @@ def array_at(address: int, shape: Any) -> Any:
     return numba.carray(_float_pointer(address), shape)
 
 
-# Without what is not a number, the largest is found in vectors.
-@_decorator(f"float32({VECTOR})", fastmath=_FAST | {"nnan"}, **_INTERNAL)
+@numba.njit(cache=True, **_INTERNAL)  # type: ignore[untyped-decorator]
+def integers_at(address: int, shape: Any) -> Any:
+    """The int64 array of `shape` that begins at `address`."""
+    return numba.carray(_integer_pointer(address), shape)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _larger(typing_context: Any, left: Any, right: Any) -> Any:
+    """The larger of two floats that are numbers; Numba's own `max` is not taken in vectors."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        name, real = "llvm.maxnum.f32", ir.FloatType()
+        known = builder.module.globals.get(name)
+        function = known or ir.Function(builder.module, ir.FunctionType(real, [real, real]), name)
+        return builder.call(function, arguments, fastmath=("nnan", "nsz", "reassoc"))
+
+    return types.float32(types.float32, types.float32), codegen
+
+
+@compiled(f"float32({VECTOR})")
 def largest(values: Any) -> Any:
     """The largest of at least one value, none of which is NaN."""
     highest = values[0]
     for k in range(values.shape[0]):
-        highest = max(highest, values[k])
+        highest = _larger(highest, values[k])
     return highest
 
 

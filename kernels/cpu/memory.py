@@ -5,38 +5,54 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numba import prange
 from torch import Tensor
 
 from ..memory import LAST_WEIGHT, MEAN_FADING, MEAN_WEIGHT
-from .compile import CUBE, FLAGS, FLOAT, MATRIX, TABLE, TABLES, VECTOR, array_at, compiled, entry
+from .compile import (
+    CUBE,
+    FLAGS,
+    FLOAT,
+    MATRIX,
+    TABLE,
+    TABLES,
+    VECTOR,
+    array_at,
+    arrays,
+    compiled,
+    entry,
+    in_parallel,
+    logits_table,
+    use_threads,
+)
 
 if TYPE_CHECKING:
     from ..memory import DraftMemory
 
-__all__ = ["MEMORY", "NO_MEMORY", "arrays", "recall", "remember"]
+__all__ = ["MEMORY", "memory_arrays", "recall", "remember", "remember_rows"]
 
 MEMORY = f"{CUBE}, {TABLES}, {MATRIX}, {TABLE}"
-"""Types of `arrays`."""
-NO_MEMORY = (
+"""Types of `memory_arrays`."""
+_NO_MEMORY = (
     np.empty((0, 0, 0), np.float32), np.empty((0, 0), np.int64), np.empty((0, 0), np.float32),
     np.empty(0, np.int64),
 )  # fmt: skip
 
 
-def arrays(memory: DraftMemory) -> tuple[Any, ...]:
-    """A memory as arrays: ratios, tokens, mean, count."""
-    return memory.ratios.numpy(), memory.tokens.numpy(), memory.mean.numpy(), memory.count.numpy()
+def memory_arrays(memory: DraftMemory | None) -> tuple[Any, ...]:
+    """A memory as arrays: ratios, tokens, mean, count; empty ones for None."""
+    return _NO_MEMORY if memory is None else arrays(memory, "ratios", "tokens", "mean", "count")
 
 
 def remember(
     memory: DraftMemory, large: Tensor, base: Tensor, block: Tensor, accepted_lens: Tensor, done: Tensor
 ) -> None:
     """`kernels.remember` of tensors in the host's memory."""
-    pair = [part.float().contiguous() for part in (large, base)]
-    _remember(
-        *arrays(memory), np.array([part.data_ptr() for part in pair]), large.shape[2],
-        block.contiguous().numpy(), accepted_lens.numpy(), done.numpy(),
-    )  # fmt: skip
+    _kept, table = logits_table([large, base])
+    use_threads()
+    remember_rows(
+        *memory_arrays(memory), table, block.contiguous().numpy(), accepted_lens.numpy(), done.numpy()
+    )
 
 
 @compiled(f"void({MEMORY}, int64, int64, float32, {VECTOR})")
@@ -58,39 +74,69 @@ def recall(
         out[k] = beta * (FLOAT(MEAN_WEIGHT) * own[k])
 
 
-@entry(f"void({MEMORY}, {TABLE}, int64, {TABLES}, {TABLE}, {FLAGS})")
-def _remember(
+@compiled(f"void({MEMORY}, {TABLES}, {TABLES}, {TABLE}, {FLAGS}, int64)")
+def _remember_share(
     ratios: Any,
     tokens: Any,
     mean: Any,
     count: Any,
-    addresses: Any,
-    columns: int,
+    table: Any,
+    block: Any,
+    accepted_lens: Any,
+    done: Any,
+    sequence: int,
+) -> None:
+    vocab_size, slots = mean.shape[1], tokens.shape[1]
+    own = mean[sequence]
+    for row in range(0 if done[sequence] else accepted_lens[sequence] + 1):
+        large = array_at(table[0, 0] + 4 * (sequence * table[0, 1] + row * table[0, 2]), (vocab_size,))
+        base = array_at(table[1, 0] + 4 * (sequence * table[1, 1] + row * table[1, 2]), (vocab_size,))
+        slot = count[sequence] % slots
+        tokens[sequence, slot] = block[sequence, row]
+        ratio = ratios[sequence, slot]
+        total, finite = FLOAT(0), FLOAT(0)
+        for k in range(vocab_size):
+            ratio[k] = large[k] - base[k]
+            is_finite = abs(ratio[k]) <= FLOAT(3.4028235e38)
+            total += ratio[k] if is_finite else FLOAT(0)
+            finite += FLOAT(1) if is_finite else FLOAT(0)
+        centre = total / max(finite, FLOAT(1))
+        for k in range(vocab_size):
+            ratio[k] = ratio[k] - centre if abs(ratio[k]) <= FLOAT(3.4028235e38) else FLOAT(0)
+            own[k] = FLOAT(MEAN_FADING) * own[k] + FLOAT(1 - MEAN_FADING) * ratio[k]
+        count[sequence] += 1
+
+
+@in_parallel(f"void({MEMORY}, {TABLES}, {TABLES}, {TABLE}, {FLAGS})")
+def _remember_together(
+    ratios: Any,
+    tokens: Any,
+    mean: Any,
+    count: Any,
+    table: Any,
     block: Any,
     accepted_lens: Any,
     done: Any,
 ) -> None:
-    batch, rows = block.shape
-    vocab_size, slots = mean.shape[1], tokens.shape[1]
-    for sequence in range(batch):
-        if done[sequence]:
-            continue
-        own = mean[sequence]
-        for row in range(accepted_lens[sequence] + 1):
-            offset = 4 * columns * (sequence * rows + row)
-            large = array_at(addresses[0] + offset, (vocab_size,))
-            base = array_at(addresses[1] + offset, (vocab_size,))
-            slot = count[sequence] % slots
-            tokens[sequence, slot] = block[sequence, row]
-            ratio = ratios[sequence, slot]
-            total, finite = FLOAT(0), FLOAT(0)
-            for k in range(vocab_size):
-                ratio[k] = large[k] - base[k]
-                is_finite = abs(ratio[k]) <= FLOAT(3.4028235e38)
-                total += ratio[k] if is_finite else FLOAT(0)
-                finite += FLOAT(1) if is_finite else FLOAT(0)
-            centre = total / max(finite, FLOAT(1))
-            for k in range(vocab_size):
-                ratio[k] = ratio[k] - centre if abs(ratio[k]) <= FLOAT(3.4028235e38) else FLOAT(0)
-                own[k] = FLOAT(MEAN_FADING) * own[k] + FLOAT(1 - MEAN_FADING) * ratio[k]
-            count[sequence] += 1
+    for share in prange(block.shape[0]):
+        _remember_share(
+            ratios, tokens, mean, count, table, block, accepted_lens, done, np.int64(share)
+        )  # fmt: skip
+
+
+@entry(f"void({MEMORY}, {TABLES}, {TABLES}, {TABLE}, {FLAGS})")
+def remember_rows(
+    ratios: Any,
+    tokens: Any,
+    mean: Any,
+    count: Any,
+    table: Any,
+    block: Any,
+    accepted_lens: Any,
+    done: Any,
+) -> None:
+    """`remember`; the first rows of `table`, as `logits_table` makes it, are of the large and small base."""
+    if block.shape[0] > 1:
+        _remember_together(ratios, tokens, mean, count, table, block, accepted_lens, done)
+    else:
+        _remember_share(ratios, tokens, mean, count, table, block, accepted_lens, done, 0)

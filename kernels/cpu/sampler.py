@@ -7,7 +7,7 @@ A row's logits are read once and stay in a core's cache until its law is known. 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,27 +22,27 @@ from .compile import (
     TABLES,
     VECTOR,
     array_at,
+    arrays,
     compiled,
     entry,
     exp,
     in_parallel,
     largest,
     log,
+    logits_table,
     use_threads,
 )
 from .noise import exponentials, uniform
 
-__all__ = ["RULES", "draft", "draft_rows", "verify"]
+if TYPE_CHECKING:
+    from ..filters import Sampling
+    from ..mix import Coefficients
+    from ..noise import NoiseKey
+
+__all__ = ["RULES", "draft", "draft_rows", "verify", "verify_rows"]
 
 RULES = {"token": 0, "block": 1, "shared_seed": 2}
 _TOKEN, _BLOCK, _SHARED_SEED = range(3)
-
-
-def _addresses(logits: Sequence[Tensor]) -> tuple[list[Tensor], np.ndarray[Any, Any]]:
-    """Float32 logits [batch, rows, vocab], and for each where it begins and its two strides, in elements."""
-    rows = [part if part.dtype == torch.float32 else part.float() for part in logits]
-    rows = [part if part.stride(2) == 1 else part.contiguous() for part in rows]
-    return rows, np.array([[part.data_ptr(), part.stride(0), part.stride(1)] for part in rows])
 
 
 def draft(
@@ -61,7 +61,7 @@ def draft(
     Returns int64 [batch].
     """
     batch = weights.shape[0]
-    _kept, table = _addresses(logits)
+    _kept, table = logits_table(logits)
     tokens = torch.empty(batch, dtype=torch.int64)
     use_threads()
     draft_rows(
@@ -73,40 +73,35 @@ def draft(
 
 def verify(
     logits: Sequence[Tensor],
-    target_weights: Tensor,
-    draft_weights: Tensor,
+    coefficients: Coefficients,
     draft_tokens: Tensor,
     draft_lens: Tensor,
-    temperature: Tensor,
-    draft_temperature: Tensor,
-    seeds: Tensor,
-    counters: Tensor,
-    positions: Tensor,
+    sampling: Sampling,
+    draft_sampling: Sampling,
+    noise: NoiseKey,
     streams: tuple[int, int, int],
     rule: int,
     vocab_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The fields of a `Verdict` for `logits`, each [batch, drafted + 1, >= vocab_size].
 
-    A correction of the draft, with a row less, comes last. `target_weights` and `draft_weights` are float32
-    [batch, models], the weights of each in either law;
-    `streams` are those of acceptance, of replacement and of shared noise.
+    A correction of the draft, with a row less, comes last; `streams` are those of acceptance, of replacement
+    and of shared noise.
     """
     batch, drafted = draft_tokens.shape
-    _kept, table = _addresses(logits)
+    _kept, table = logits_table(logits)
     accepted = torch.empty(batch, dtype=torch.int64)
     next_tokens = torch.empty(batch, dtype=torch.int64)
     expected = torch.empty(batch, drafted)
-    log_target = torch.empty(batch, drafted + 1, vocab_size)
+    log_target, target, draft_law = (np.empty((batch, drafted + 1, vocab_size), np.float32) for _ in range(3))
     log_probs = torch.empty(batch, drafted + 1)
     use_threads()
-    _verify(
-        table, target_weights[:, : len(logits)].contiguous().numpy(),
-        draft_weights[:, : len(logits)].contiguous().numpy(),
-        draft_tokens.contiguous().numpy(), draft_lens.contiguous().numpy(), temperature.contiguous().numpy(),
-        draft_temperature.contiguous().numpy(), seeds.contiguous().numpy(), counters.contiguous().numpy(),
-        positions.contiguous().numpy(), np.array(streams), rule, accepted.numpy(), next_tokens.numpy(),
-        expected.numpy(), log_target.numpy(), log_probs.numpy(),
+    verify_rows(
+        table, *arrays(coefficients, "target_weights", "draft_weights"),
+        draft_tokens.contiguous().numpy(), draft_lens.contiguous().numpy(),
+        *arrays(sampling, "temperature"), *arrays(draft_sampling, "temperature"),
+        *arrays(noise, "seeds", "rounds", "positions"), *streams, rule, log_target, target, draft_law,
+        accepted.numpy(), next_tokens.numpy(), expected.numpy(), log_probs.numpy(),
     )  # fmt: skip
     return accepted, next_tokens, expected, log_probs
 
@@ -117,7 +112,7 @@ def _mix(table: Any, weights: Any, sequence: int, row: int, out: Any) -> None:
     size = out.shape[0]
     for token in range(size):
         out[token] = FLOAT(0)
-    for model in range(weights.shape[0]):
+    for model in range(table.shape[0]):
         weight = weights[model]
         if weight != FLOAT(0):
             offset = sequence * table[model, 1] + row * table[model, 2]
@@ -129,13 +124,15 @@ def _mix(table: Any, weights: Any, sequence: int, row: int, out: Any) -> None:
 
 
 @compiled(f"int64({VECTOR})")
-def _argmax(values: Any) -> int:
+def _argmax(values: Any) -> Any:
     """The first id of the largest value."""
+    size = np.int32(values.shape[0])
     highest = largest(values)
-    for token in range(values.shape[0]):
-        if values[token] == highest:
-            return token
-    return 0
+    # Of every id, since a search that may end early is not made in vectors.
+    winner = size
+    for token in range(size):
+        winner = min(winner, np.int32(token) if values[token] == highest else size)
+    return np.int64(winner) % values.shape[0]
 
 
 @compiled(f"void({VECTOR}, float32, {VECTOR})")
@@ -214,7 +211,7 @@ def draft_rows(
     vocab_size: int,
     tokens: Any,
 ) -> None:
-    """Draw one token a sequence into int64 `tokens` [batch]; `table` as `_addresses` makes it."""
+    """Draw one token a sequence into int64 `tokens` [batch]; `table` as `logits_table` makes it."""
     if tokens.shape[0] > 1:
         _draft_together(table, weights, temperature, seeds, counters, row, stream, vocab_size, tokens)
     else:
@@ -357,7 +354,7 @@ def _replacement(
 
 
 @compiled(
-    f"void({TABLES}, {TABLE}, {VECTOR}, {TABLE}, {TABLE}, {TABLE}, int64, {CUBE}, {CUBE}, {MATRIX}, "
+    f"void({TABLES}, {TABLE}, {VECTOR}, {TABLE}, {TABLE}, int64, int64, int64, {CUBE}, {CUBE}, {MATRIX}, "
     f"{TABLES}, {TABLE}, {TABLE}, {MATRIX}, int64)"
 )
 def _decide_share(
@@ -366,7 +363,8 @@ def _decide_share(
     temperature: Any,
     seeds: Any,
     counters: Any,
-    streams: Any,
+    accept_stream: int,
+    residual_stream: int,
     rule: int,
     target: Any,
     draft: Any,
@@ -397,15 +395,15 @@ def _decide_share(
     laws, smalls, ratios = target[sequence], draft[sequence], log_ratio[sequence]
     seed, counter, scale = seeds[sequence], counters[sequence], FLOAT(1)
     if rule == _TOKEN:
-        count = _accept_token(ratios, length, seed, counter, streams[0])
+        count = _accept_token(ratios, length, seed, counter, accept_stream)
     else:
-        count, scale = _accept_block(laws, smalls, ratios, length, seed, counter, streams[0])
+        count, scale = _accept_block(laws, smalls, ratios, length, seed, counter, accept_stream)
     accepted[sequence] = count
-    next_tokens[sequence] = _replacement(laws, smalls, count, length, scale, seed, counter, streams[1])
+    next_tokens[sequence] = _replacement(laws, smalls, count, length, scale, seed, counter, residual_stream)
 
 
 @in_parallel(
-    f"void({TABLES}, {TABLE}, {VECTOR}, {TABLE}, {TABLE}, {TABLE}, int64, {CUBE}, {CUBE}, {MATRIX}, "
+    f"void({TABLES}, {TABLE}, {VECTOR}, {TABLE}, {TABLE}, int64, int64, int64, {CUBE}, {CUBE}, {MATRIX}, "
     f"{TABLES}, {TABLE}, {TABLE}, {MATRIX})"
 )
 def _decide(
@@ -414,7 +412,8 @@ def _decide(
     temperature: Any,
     seeds: Any,
     counters: Any,
-    streams: Any,
+    accept_stream: int,
+    residual_stream: int,
     rule: int,
     target: Any,
     draft: Any,
@@ -426,16 +425,16 @@ def _decide(
 ) -> None:
     for share in prange(draft_lens.shape[0]):
         _decide_share(
-            draft_tokens, draft_lens, temperature, seeds, counters, streams, rule, target, draft, log_ratio,
-            winners, accepted, next_tokens, expected, np.int64(share),
+            draft_tokens, draft_lens, temperature, seeds, counters, accept_stream, residual_stream, rule,
+            target, draft, log_ratio, winners, accepted, next_tokens, expected, np.int64(share),
         )  # fmt: skip
 
 
 @entry(
     f"void({TABLES}, {MATRIX}, {MATRIX}, {TABLES}, {TABLE}, {VECTOR}, {VECTOR}, {TABLE}, {TABLE}, {TABLE}, "
-    f"{TABLE}, int64, {TABLE}, {TABLE}, {MATRIX}, {CUBE}, {MATRIX})"
+    f"int64, int64, int64, int64, {CUBE}, {CUBE}, {CUBE}, {TABLE}, {TABLE}, {MATRIX}, {MATRIX})"
 )
-def _verify(
+def verify_rows(
     table: Any,
     target_weights: Any,
     draft_weights: Any,
@@ -446,26 +445,29 @@ def _verify(
     seeds: Any,
     counters: Any,
     positions: Any,
-    streams: Any,
+    accept_stream: int,
+    residual_stream: int,
+    shared_stream: int,
     rule: int,
+    log_target: Any,
+    target: Any,
+    draft: Any,
     accepted: Any,
     next_tokens: Any,
     expected: Any,
-    log_target: Any,
     log_probs: Any,
 ) -> None:
-    batch, rows, vocab_size = log_target.shape
-    target = np.empty((batch, rows, vocab_size), FLOAT)
-    draft = np.empty((batch, rows, vocab_size), FLOAT)
+    """`verify` of arrays; `log_target`, `target` and `draft` are room for the laws."""
+    batch, rows = log_target.shape[:2]
     log_ratio = np.empty((batch, rows), FLOAT)
     winners = np.empty((batch, rows), np.int64)
     _laws(
         table, target_weights, draft_weights, draft_tokens, temperature, draft_temperature, seeds, positions,
-        streams[2], rule, log_target, target, draft, log_ratio, winners,
+        shared_stream, rule, log_target, target, draft, log_ratio, winners,
     )  # fmt: skip
     _decide(
-        draft_tokens, draft_lens, temperature, seeds, counters, streams, rule, target, draft, log_ratio,
-        winners, accepted, next_tokens, expected,
+        draft_tokens, draft_lens, temperature, seeds, counters, accept_stream, residual_stream, rule, target,
+        draft, log_ratio, winners, accepted, next_tokens, expected,
     )  # fmt: skip
     for sequence in range(batch):
         count = accepted[sequence]

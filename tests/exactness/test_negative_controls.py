@@ -22,6 +22,7 @@ from .sampling import compare_with_law
 # The packages export functions of the same names, which hide the modules.
 verify_module = importlib.import_module("speculative_eft.kernels.verify")
 round_module = importlib.import_module("speculative_eft.decoding.round")
+commit_module = importlib.import_module("speculative_eft.kernels.commit")
 
 
 def sharp_tables() -> Tables:
@@ -126,7 +127,7 @@ def test_block_rule_keyed_by_position(monkeypatch: pytest.MonkeyPatch) -> None:
             seeds, counters + rows, torch.zeros_like(rows), *rest
         )
 
-    monkeypatch.setattr(round_module, "NoiseKey", keyed_by_position)
+    monkeypatch.setattr(commit_module, "NoiseKey", keyed_by_position)
     for module, name in (
         (verify_module, "uniform_noise"),
         (verify_module, "exponential_noise"),

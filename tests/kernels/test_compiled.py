@@ -300,6 +300,12 @@ def test_noise_has_the_references_bits() -> None:
             torch.testing.assert_close(torch.from_numpy(out), wanted, rtol=4e-7, atol=0)
 
 
+def tensors_of(part: Any) -> dict[str, Tensor]:
+    """The tensors in the fields of a dataclass, by name."""
+    values = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def random_state(batch: int, longest: int, generator: torch.Generator) -> RoundState:
     def counts(low: int, high: int, *shape: int) -> Tensor:
         return torch.randint(low, high, shape or (batch,), generator=generator)
@@ -340,7 +346,7 @@ def test_commit(adaptive: bool, compiled: str, both: Any) -> None:
     lengths = [torch.full((batch,), 30), torch.full((batch,), 40)]
 
     def run() -> list[Tensor]:
-        own = RoundState(**{name: value.clone() for name, value in vars(state).items() if value is not None})
+        own = RoundState(**{name: value.clone() for name, value in tensors_of(state).items()})
         caches = [(lengths[0].clone(), False), (lengths[1].clone(), True)]
         report = commit(
             own,
@@ -355,7 +361,7 @@ def test_commit(adaptive: bool, compiled: str, both: Any) -> None:
         own.output[:, -1] = 0
         # Of what is not committed the report says nothing.
         report[:, 2:].masked_fill_(torch.arange(longest + 1) >= report[:, :1], 0)
-        return [report, *(cache for cache, _ in caches), *(v for v in vars(own).values() if v is not None)]
+        return [report, *(cache for cache, _ in caches), *tensors_of(own).values()]
 
     for expected, result in zip(*both(run, compiled), strict=True):
         torch.testing.assert_close(result, expected)
@@ -415,7 +421,7 @@ def test_memory(vocab_size: int, dtype: torch.dtype, compiled: str, both: Any) -
             remember(memory, large, base, block, accepted, done)
             for token in range(4):
                 seen.append(recall(memory, torch.full((batch,), token), torch.linspace(0.5, 2, batch)))
-        return [*seen, *vars(memory).values()]
+        return [*seen, *tensors_of(memory).values()]
 
     for expected, result in zip(*both(run, compiled), strict=True):
         assert result.isfinite().all()

@@ -1,0 +1,126 @@
+"""Rounds on a CPU as calls that take no arguments: there what CUDA graphs are on a GPU.
+
+Where each pass reads all of a model, the interpreter's own code and data leave the processor's caches in
+between, and a conversion of a tensor or a look-up costs many times what it costs elsewhere. So tensors keep
+their places, and what is called has found them before the first round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from speculative_eft.kernels import RoundState, Stream, Verdict, backend
+from speculative_eft.models import EFTRunners, Runner
+
+from .round import PhaseTimer, RoundPlan, TraceBuffers, caches_of, record_trace
+
+__all__ = ["BoundRound", "Room", "bind_pass", "bind_round"]
+
+Step = Callable[[int], object]
+"""Part of a round; its argument is the round's span."""
+
+
+@dataclass
+class Room:
+    """Memory that rounds of any draft length share, a piece a name."""
+
+    longest: int
+    _pieces: dict[str, Tensor] = field(default_factory=dict)
+
+    def take(self, name: str, batch: int, rows: int, columns: int) -> Tensor:
+        """Contiguous float32 [batch, rows, columns] in the piece of `name`; rows up to `longest + 1`."""
+        most = batch * (self.longest + 1) * columns
+        if name not in self._pieces or self._pieces[name].numel() < most:
+            self._pieces[name] = torch.empty(most)
+        return self._pieces[name][: batch * rows * columns].view(batch, rows, columns)
+
+
+@dataclass(frozen=True)
+class BoundRound:
+    """A round of a fixed number of drafted tokens.
+
+    Attributes:
+        steps: the parts, in turn, and the phase each is charged to.
+        verdict, report: what the last part writes.
+        logits: the large base's, the small base's and the tuned models'.
+    """
+
+    steps: list[tuple[str, Step]]
+    verdict: Verdict
+    report: Tensor
+    logits: list[Tensor]
+
+    def run(
+        self, state: RoundState, plan: RoundPlan, span: int, timer: PhaseTimer, trace: TraceBuffers | None
+    ) -> Tensor:
+        """`speculative_round`; the report is overwritten by the next round."""
+        submitted = None if trace is None else state.draft_lens.clone()
+        for phase, step in self.steps:
+            step(span)
+            timer.mark(phase)
+        if trace is not None and submitted is not None:
+            record_trace(trace, state, self.report, self.verdict, submitted, self.logits, plan.vocab_size)
+            timer.mark("other")
+        return self.report
+
+
+def bind_pass(runner: Runner, block: Tensor, logits: Tensor) -> Step:
+    """A pass of `runner` over `block` as a step that writes `logits`."""
+    call = runner.bind(block, logits)
+    if call is None:
+        return lambda span: logits.copy_(runner.forward(block, span))
+    return lambda _: call()
+
+
+def bind_round(
+    runners: EFTRunners, state: RoundState, plan: RoundPlan, drafted: int, room: Room
+) -> BoundRound | None:
+    """The round of `drafted` tokens, good until rows or caches change; None where it must run as it is.
+
+    That is where Numba's kernels do not run, with a filter, with more than one tuned model or with the small
+    base among those that draft, and where the tuned model has no compiled steps.
+    """
+    filtered = plan.sampling.filtered or plan.draft_sampling.filtered or plan.coefficients.filtered
+    single = len(runners.tuned) == 1 and not plan.drafts_as_pair
+    if filtered or not single or state.offered_lens is not None or backend(state.output.device) != "numba":
+        return None
+    from speculative_eft.kernels.cpu.settle import bind_settle
+
+    (tuned,), batch, vocab_size = runners.tuned, state.last_token.shape[0], plan.vocab_size
+    block = torch.empty(batch, drafted + 1, dtype=torch.int64)
+    large_logits, tuned_logits, base_logits = (
+        room.take(name, batch, drafted + 1, runner.vocab_size)
+        for name, runner in (("large", runners.large), ("tuned", tuned), ("base", runners.base))
+    )
+    corrected = 0 if state.memory is None else drafted
+    correction = room.take("correction", batch, corrected, vocab_size)
+    draft = tuned.bind_draft(
+        block, plan.coefficients, plan.draft_sampling, state.noise,
+        Stream.SHARED if plan.acceptance == "shared_seed" else Stream.DRAFT, state.memory, tuned_logits,
+        correction,
+    )  # fmt: skip
+    if draft is None:
+        return None
+    first, last_token = block[:, 0], state.last_token
+
+    def begin(_: int) -> None:
+        first.copy_(last_token)
+        draft()
+
+    logits = [large_logits, tuned_logits, base_logits] + [correction] * (corrected > 0)
+    laws = [room.take(name, batch, drafted + 1, vocab_size) for name in ("log target", "target", "draft")]
+    verdict, report, settle = bind_settle(
+        state, logits, block, plan.coefficients, plan.sampling, plan.draft_sampling, plan.acceptance,
+        plan.eos_token_ids, plan.draft_length_rule, caches_of(runners, plan), laws,
+    )  # fmt: skip
+    steps: list[tuple[str, Step]] = [
+        ("draft", begin),
+        ("large", bind_pass(runners.large, block, large_logits)),
+        ("base", bind_pass(runners.base, block, base_logits)),
+        ("verify", lambda _: settle()),
+    ]
+    return BoundRound(steps, verdict, report, [large_logits, base_logits, tuned_logits])

@@ -1,0 +1,151 @@
+"""The end of a round compiled for a CPU: verification, what the draft remembers, and the commit in one call.
+
+Between passes that read all of a model, each operation that a host starts is slow, as its own code and data
+have left the processor's caches. What stays from round to round is therefore found once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..verify import AcceptanceRule, Verdict, verification_streams
+from .commit import COMMIT, commit_arrays, commit_rows, rule_arguments
+from .compile import CUBE, MATRIX, TABLE, TABLES, VECTOR, arrays, entry, logits_table, use_threads
+from .memory import MEMORY, memory_arrays, remember_rows
+from .sampler import RULES, verify_rows
+
+if TYPE_CHECKING:
+    from ..commit import DraftLengthRule, RoundState
+    from ..filters import Sampling
+    from ..mix import Coefficients
+
+__all__ = ["bind_settle"]
+
+
+def bind_settle(
+    state: RoundState,
+    logits: Sequence[Tensor],
+    block: Tensor,
+    coefficients: Coefficients,
+    sampling: Sampling,
+    draft_sampling: Sampling,
+    rule: AcceptanceRule,
+    eos_token_ids: Tensor,
+    draft_length_rule: DraftLengthRule | None,
+    caches: Sequence[tuple[Tensor, bool]],
+    laws: Sequence[Tensor],
+) -> tuple[Verdict, Tensor, Callable[[], None]]:
+    """A call that does what `verify`, `remember` and `commit` do, in turn, with these very tensors.
+
+    Args:
+        logits: float32, of the large base, the tuned models, the small base, and the correction, if any.
+        block: int64 [batch, drafted + 1], the last committed token and the drafted ones.
+        laws: room for three laws, float32 [batch, drafted + 1, vocabulary].
+        coefficients to caches: as in the three operations, without a filter.
+
+    Returns:
+        The verdict, whose tensors the call writes, and the report of `commit`, which it writes too.
+    """
+    batch, rows = block.shape
+    verdict = Verdict(
+        accepted_lens=torch.zeros(batch, dtype=torch.int64),
+        next_token=torch.zeros(batch, dtype=torch.int64),
+        expected_acceptance=torch.zeros(batch, rows - 1),
+        log_probs=torch.zeros(batch, rows),
+    )
+    report = torch.zeros(batch, rows + 2, dtype=torch.int64)
+    _rows, table = logits_table(logits)
+    call = partial(
+        _settle, table, block.numpy(), *arrays(coefficients, "target_weights", "draft_weights"),
+        *arrays(sampling, "temperature"), *arrays(draft_sampling, "temperature"), *arrays(state, "seeds"),
+        *verification_streams(), RULES[rule], *(law.numpy() for law in laws),
+        *arrays(verdict, "accepted_lens", "next_token", "expected_acceptance", "log_probs"),
+        state.memory is not None, *memory_arrays(state.memory), *commit_arrays(state), eos_token_ids.numpy(),
+        *rule_arguments(draft_length_rule),
+        np.array([(lengths.data_ptr(), stepped) for lengths, stepped in caches]), report.numpy(),
+    )  # fmt: skip
+    use_threads()
+    return verdict, report, call
+
+
+@entry(
+    f"void({TABLES}, {TABLES}, {MATRIX}, {MATRIX}, {VECTOR}, {VECTOR}, {TABLE}, int64, int64, int64, int64, "
+    f"{CUBE}, {CUBE}, {CUBE}, {TABLE}, {TABLE}, {MATRIX}, {MATRIX}, boolean, {MEMORY}, {COMMIT}, {TABLES}, "
+    f"{TABLES})"
+)
+def _settle(
+    table: Any,
+    block: Any,
+    target_weights: Any,
+    draft_weights: Any,
+    temperature: Any,
+    draft_temperature: Any,
+    seeds: Any,
+    accept_stream: int,
+    residual_stream: int,
+    shared_stream: int,
+    rule: int,
+    log_target: Any,
+    target: Any,
+    draft: Any,
+    accepted_lens: Any,
+    next_token: Any,
+    expected: Any,
+    log_probs: Any,
+    remembers: bool,
+    ratios: Any,
+    remembered: Any,
+    mean: Any,
+    count: Any,
+    last_token: Any,
+    rounds: Any,
+    positions: Any,
+    generated: Any,
+    limits: Any,
+    done: Any,
+    draft_lens: Any,
+    output: Any,
+    accepted_history: Any,
+    tested_history: Any,
+    drafted_total: Any,
+    tested_total: Any,
+    accepted_total: Any,
+    expected_total: Any,
+    tested_at: Any,
+    accepted_at: Any,
+    eos_token_ids: Any,
+    adaptive: bool,
+    thresholds: Any,
+    fading: float,
+    prior_accepted: float,
+    prior_tested: float,
+    caches: Any,
+    report: Any,
+) -> None:
+    batch, drafted = expected.shape
+    draft_tokens = np.empty((batch, drafted), np.int64)
+    for sequence in range(batch):
+        for column in range(drafted):
+            draft_tokens[sequence, column] = block[sequence, column + 1]
+    verify_rows(
+        table, target_weights, draft_weights, draft_tokens, draft_lens, temperature, draft_temperature, seeds,
+        rounds, positions, accept_stream, residual_stream, shared_stream, rule, log_target, target, draft,
+        accepted_lens, next_token, expected, log_probs,
+    )  # fmt: skip
+    if remembers:
+        # Of the large base and the small one, which stands before the correction.
+        pair = np.empty((2, 3), np.int64)
+        pair[0], pair[1] = table[0], table[draft_weights.shape[1] - 2]
+        remember_rows(ratios, remembered, mean, count, pair, block, accepted_lens, done)
+    commit_rows(
+        last_token, rounds, positions, generated, limits, done, draft_lens, output, accepted_history,
+        tested_history, drafted_total, tested_total, accepted_total, expected_total, tested_at, accepted_at,
+        eos_token_ids, adaptive, thresholds, fading, prior_accepted, prior_tested, draft_tokens,
+        accepted_lens, next_token, expected, caches, report,
+    )  # fmt: skip
