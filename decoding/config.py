@@ -32,11 +32,11 @@ class EFTConfig:
         draft_temperature: temperature of the draft law; None for the target's.
         conservative_top_p: where set, the large model's delta applies only inside the top-p set of the
             small pair's law (the EFT paper's filter of up-scaling weights).
-        cost_ratio, row_cost: one step of the models that draft, and what one more row of every sequence adds
-            to a step of the large model, over one step of the large model: `draft_tokens="auto"` chooses by
-            them. Where `cost_ratio` is None both are measured, once for the models on a machine, rounded to
-            powers of two, and kept in the user's cache. To reproduce sampled outputs on another machine, set
-            them to what `EFTStats` reports.
+        cost_ratio, row_cost: one step of the models that draft, and what one more drafted token of every
+            sequence adds beyond it to a round, over one step of the large model: `draft_tokens="auto"`
+            chooses by them. Where `cost_ratio` is None both are measured, once for the models on a machine,
+            rounded, and kept in the user's cache. To reproduce sampled outputs on another machine, set them
+            to what `EFTStats` reports.
         expected_batch: sequences that will run together, at which they are measured.
         remembered: log-ratios log L - log B that each sequence keeps to correct its drafts by, float32
             [vocabulary] each; 0 for none.

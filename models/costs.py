@@ -11,7 +11,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
-from statistics import median
+from statistics import quantiles
+from typing import TypeAlias
 
 import torch
 
@@ -19,19 +20,25 @@ from .protocol import EFTRunners, Runner
 
 __all__ = ["StepCosts", "kept_step_costs", "measure_step_costs"]
 
-_REPEATS = 9
+_REPEATS = 25
 _PROMPT = 32
-_ROWS = 5
-_LEAST_ROW_COST = 1 / 32
+_DRAFTED = 4
+_LEAST_COST = 1 / 128
+_METHOD = 2
+"""Of the measurement: what an earlier one found is not read."""
+
+Passes: TypeAlias = list[tuple[Runner, int]]
+"""Passes in turn: who runs, over how many tokens of each sequence."""
 
 
 @dataclass(frozen=True)
 class StepCosts:
-    """Costs in units of one step of the large model, rounded to powers of two, so that they repeat.
+    """Costs in units of one step of the large model, rounded to quarters of an octave, so that they repeat.
 
     Attributes:
-        cost_ratio: one step of the models that draft.
-        row_cost: what one more row of each sequence adds to a pass of the large model; 0 below 1/32.
+        cost_ratio: one step of the models that draft, and one of the small base.
+        row_cost: what one more drafted token adds beyond a step of the models that draft, chiefly a row of
+            each sequence in the large model's pass.
     """
 
     cost_ratio: float
@@ -46,7 +53,7 @@ def kept_step_costs(facts: Sequence[object], measure: Callable[[], StepCosts]) -
     """
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = sha256(json.dumps([str(fact) for fact in facts]).encode()).hexdigest()[:24]
-    path = root / "speculative_eft" / f"step-costs-{name}.json"
+    path = root / "speculative_eft" / f"step-costs-{_METHOD}-{name}.json"
     try:
         return StepCosts(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
@@ -61,30 +68,64 @@ def kept_step_costs(facts: Sequence[object], measure: Callable[[], StepCosts]) -
 
 
 def measure_step_costs(runners: EFTRunners, drafting: Sequence[Runner], batch: int) -> StepCosts:
-    """Time a few passes over short sequences; the runners' caches lose what they hold."""
-    large = _seconds(runners.large, batch, 1)
-    small = sum(_seconds(runner, batch, 1) for runner in drafting)
-    more = (_seconds(runners.large, batch, _ROWS) - large) / (_ROWS - 1)
-    row_cost = _rounded(more / large) if more > _LEAST_ROW_COST * large else 0.0
-    return StepCosts(_rounded(small / large), row_cost)
+    """Time rounds' passes, in a round's order, over short sequences; the caches lose what they hold.
+
+    In that order, because a small model that runs again finds its weights in a processor's caches, and one
+    that runs after the large model does not. What the costs say of a drafted token against a step of plain
+    decoding, (cost_ratio + row_cost) / (1 + 2 cost_ratio), is what was measured.
+    """
+    scoring = [runner for runner in (runners.large, runners.base) if runner not in drafting]
+
+    def passes(drafted: int) -> Passes:
+        steps = [(runner, 1) for _ in range(drafted + 1) for runner in drafting]
+        return steps + [(runner, drafted + 1) for runner in scoring]
+
+    for runner in {*drafting, *scoring}:
+        runner.reserve(batch, _PROMPT + _DRAFTED + 1)
+        runner.lengths.fill_(_PROMPT)
+    plain, drafts, large = _seconds([passes(0), passes(_DRAFTED), [(runners.large, 1)]], batch)
+    token = max(drafts - plain, 0) / _DRAFTED / plain
+    cost_ratio = max(plain / large - 1, 0) / 2
+    row_cost = token * (1 + 2 * cost_ratio) - cost_ratio
+    if row_cost <= _LEAST_COST:
+        row_cost, cost_ratio = 0.0, token / max(1 - 2 * token, _LEAST_COST)
+    return StepCosts(_rounded(max(cost_ratio, _LEAST_COST)), _rounded(row_cost) if row_cost else 0.0)
 
 
 def _rounded(ratio: float) -> float:
-    return 2.0 ** round(math.log2(ratio))
+    """To a power of the fourth root of two, with as many digits as that means."""
+    return float(f"{2.0 ** (round(4 * math.log2(ratio)) / 4):.3g}")
 
 
-def _seconds(runner: Runner, batch: int, rows: int) -> float:
-    """Seconds of one pass over `rows` tokens of each of `batch` sequences."""
-    tokens = torch.zeros(batch, rows, dtype=torch.int64, device=runner.device)
-    runner.reserve(batch, _PROMPT + rows)
-    runner.lengths.fill_(_PROMPT)
-    runner.forward(tokens, _PROMPT + rows)
-    if runner.device.type != "cuda":
-        return median(_clocked(runner, tokens) for _ in range(_REPEATS))
+def _seconds(rounds: Sequence[Passes], batch: int) -> list[float]:
+    """Seconds of each of `rounds`; all of its passes are over tokens of each of `batch` sequences."""
+    device = rounds[0][0][0].device
+    tokens = torch.zeros(batch, _DRAFTED + 1, dtype=torch.int64, device=device)
+
+    def run(passes: Passes) -> None:
+        for runner, rows in passes:
+            runner.forward(tokens[:, :rows], _PROMPT + rows)
+
+    for passes in rounds:
+        run(passes)
+    if device.type != "cuda":
+        turns = [[_clocked(run, passes) for passes in rounds] for _ in range(_REPEATS)]
+        # The lower quartile, since other work on the machine only ever adds.
+        return [quantiles(times)[0] for times in zip(*turns, strict=True)]
+    return [_replayed(run, passes) for passes in rounds]
+
+
+def _clocked(run: Callable[[Passes], None], passes: Passes) -> float:
+    start = time.perf_counter()
+    run(passes)
+    return time.perf_counter() - start
+
+
+def _replayed(run: Callable[[Passes], None], passes: Passes) -> float:
     # As rounds run: without the time that a host takes to launch.
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        runner.forward(tokens, _PROMPT + rows)
+        run(passes)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     begin.record()
     for _ in range(_REPEATS):
@@ -92,9 +133,3 @@ def _seconds(runner: Runner, batch: int, rows: int) -> float:
     end.record()
     end.synchronize()
     return float(begin.elapsed_time(end)) / 1000 / _REPEATS
-
-
-def _clocked(runner: Runner, tokens: torch.Tensor) -> float:
-    start = time.perf_counter()
-    runner.forward(tokens, _PROMPT + tokens.shape[1])
-    return time.perf_counter() - start

@@ -30,27 +30,43 @@ def test_costs_are_kept_for_the_same_facts(monkeypatch: pytest.MonkeyPatch, tmp_
     assert kept_step_costs(["b"], lambda: measured[1]) == measured[1]
 
 
-def test_the_models_own_costs_are_powers_of_two(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_models_own_costs_are_rounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     models = tiny_trio("llama")
     costs = models.step_costs(pair=True, batch=2)
     for cost in (costs.cost_ratio, costs.row_cost):
-        assert cost == 0 or 1 / 64 < cost == 2.0 ** round(math.log2(cost))
+        assert cost == 0 or cost == pytest.approx(2 ** (round(4 * math.log2(cost)) / 4), rel=0.01)
     output = EFTDecoder(models).generate(**ragged_prompts(2), max_new_tokens=4, return_dict_in_generate=True)
     assert isinstance(output, EFTOutput)
     assert output.stats is not None
     assert output.stats.cost_ratio == models.step_costs(pair=False, batch=1).cost_ratio
 
 
-def test_a_small_ratio_is_one_that_a_config_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pair of one hundredth of the large model, whose rows cost next to nothing."""
+@pytest.mark.parametrize(
+    ("plain", "drafts", "large", "expected"),
+    [
+        # Two steps of a fifth, and a token that adds one more and a tenth.
+        (1.4, 1.4 + 4 * 0.3, 1.0, (0.2, 0.1)),
+        # A token adds less than the first steps took: all of it is the step's.
+        (1.4, 1.4 + 4 * 0.14, 1.0, (0.125, 0.0)),
+        # A pair of one hundredth of the large model, whose rows cost next to nothing; and by chance nothing.
+        (1.02, 1.02 + 4 * 0.01, 1.0, (0.01, 0.0)),
+        (1.02, 1.0, 1.0, (1 / 128, 0.0)),
+    ],
+)
+def test_costs_tell_what_a_drafted_token_adds_to_a_plain_step(
+    plain: float,
+    drafts: float,
+    large: float,
+    expected: tuple[float, float],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     models = tiny_trio("llama")
     runners = models.runners()
-    seconds = {(runners.large, 1): 1.0, (runners.large, 5): 1.01, (runners.tuned[0], 1): 0.01}
-    monkeypatch.setattr(costs_module, "_seconds", lambda runner, _, rows: seconds[runner, rows])
+    monkeypatch.setattr(costs_module, "_seconds", lambda *_: [plain, drafts, large])
     costs = costs_module.measure_step_costs(runners, runners.tuned, 1)
-    assert costs == StepCosts(2.0**-7, 0.0)
-    assert EFTConfig(cost_ratio=costs.cost_ratio, row_cost=costs.row_cost).cost_ratio == 2.0**-7
+    assert (costs.cost_ratio, costs.row_cost) == pytest.approx(expected, rel=0.1)
+    assert EFTConfig(cost_ratio=costs.cost_ratio, row_cost=costs.row_cost).cost_ratio == costs.cost_ratio
 
 
 def test_costly_drafts_are_not_made() -> None:
