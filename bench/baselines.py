@@ -76,7 +76,7 @@ def _bind_step(runner: Runner, state: RoundState, plan: RoundPlan) -> BoundRound
         state, [logits], block, plan.coefficients, plan.sampling, plan.sampling, plan.acceptance,
         plan.eos_token_ids, None, [(runner.lengths, False)], laws,
     )  # fmt: skip
-    steps = [("step", bind_pass(runner, block, logits)), ("verify", lambda _: settle())]
+    steps = [("step", bind_pass(runner, block, state.draft_lens, logits)), ("verify", lambda _: settle())]
     return BoundRound(steps, verdict, report, [logits])
 
 
@@ -278,7 +278,7 @@ class UniformRunner:
             self._logits = torch.zeros(batch, rows, self.vocab_size, device=self.device)
         return self._logits[:, :rows]
 
-    def bind(self, block: Tensor, logits: Tensor) -> Callable[[], None]:
+    def bind(self, block: Tensor, draft_lens: Tensor, logits: Tensor) -> Callable[[], None]:
         logits.zero_()
         return _nothing_to_do
 

@@ -68,9 +68,9 @@ class BoundRound:
         return self.report
 
 
-def bind_pass(runner: Runner, block: Tensor, logits: Tensor) -> Step:
-    """A pass of `runner` over `block` as a step that writes `logits`."""
-    call = runner.bind(block, logits)
+def bind_pass(runner: Runner, block: Tensor, draft_lens: Tensor, logits: Tensor) -> Step:
+    """A pass of `runner` over the last committed and the drafted tokens in `block`, which writes `logits`."""
+    call = runner.bind(block, draft_lens, logits)
     if call is None:
         return lambda span: logits.copy_(runner.forward(block, span))
     return lambda _: call()
@@ -91,7 +91,8 @@ def bind_round(
     from speculative_eft.kernels.cpu.settle import bind_settle
 
     (tuned,), batch, vocab_size = runners.tuned, state.last_token.shape[0], plan.vocab_size
-    block = torch.empty(batch, drafted + 1, dtype=torch.int64)
+    # What a sequence does not draft is read, though it plays no part.
+    block = torch.zeros(batch, drafted + 1, dtype=torch.int64)
     large_logits, tuned_logits, base_logits = (
         room.take(name, batch, drafted + 1, runner.vocab_size)
         for name, runner in (("large", runners.large), ("tuned", tuned), ("base", runners.base))
@@ -99,7 +100,7 @@ def bind_round(
     corrected = 0 if state.memory is None else drafted
     correction = room.take("correction", batch, corrected, vocab_size)
     draft = tuned.bind_draft(
-        block, plan.coefficients, plan.draft_sampling, state.noise,
+        block, state.draft_lens, plan.coefficients, plan.draft_sampling, state.noise,
         Stream.SHARED if plan.acceptance == "shared_seed" else Stream.DRAFT, state.memory, tuned_logits,
         correction,
     )  # fmt: skip
@@ -119,8 +120,8 @@ def bind_round(
     )  # fmt: skip
     steps: list[tuple[str, Step]] = [
         ("draft", begin),
-        ("large", bind_pass(runners.large, block, large_logits)),
-        ("base", bind_pass(runners.base, block, base_logits)),
+        ("large", bind_pass(runners.large, block, state.draft_lens, large_logits)),
+        ("base", bind_pass(runners.base, block, state.draft_lens, base_logits)),
         ("verify", lambda _: settle()),
     ]
     return BoundRound(steps, verdict, report, [large_logits, base_logits, tuned_logits])

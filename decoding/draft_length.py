@@ -13,9 +13,9 @@ from speculative_eft.kernels import DraftLengthRule
 __all__ = ["DraftLengthPolicy", "tokens_per_round"]
 
 _LONGEST_DRAFT = 16
-_PRIOR_TESTED = 4.0
+_PRIOR_TESTED = 32.0
 _PRIOR_ACCEPTANCE = 0.75
-_FADING = 0.9
+_FADING = 0.98
 _HIGHEST_ACCEPTANCE = 0.99
 
 
@@ -40,7 +40,7 @@ class DraftLengthPolicy:
 
     Attributes:
         cost_ratio: one step of the models that draft over one large step.
-        row_cost: what one more row of every sequence adds to a large step, over that step.
+        row_cost: what one more drafted token adds beyond that, over one large step.
         longest: the longest draft considered.
     """
 

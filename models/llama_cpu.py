@@ -33,6 +33,7 @@ from speculative_eft.kernels.cpu.compile import (
     exp,
     in_parallel,
     largest,
+    stay_a_function,
     use_threads,
 )
 from speculative_eft.kernels.cpu.memory import MEMORY, memory_arrays, recall
@@ -115,20 +116,27 @@ class CompiledLlama:
         """Run int64 `tokens` [batch, q] for their keys and values alone."""
         self.bind(tokens.contiguous(), cache, torch.empty(0, self.vocab_size))()
 
-    def bind(self, tokens: Tensor, cache: SlotCache, logits: Tensor) -> Callable[[], None]:
+    def bind(
+        self, tokens: Tensor, cache: SlotCache, logits: Tensor, draft_lens: Tensor | None = None
+    ) -> Callable[[], None]:
         """A call that does what `__call__` does with these very tensors, as often as it is made.
 
         `tokens` and float32 `logits` [batch, q, vocab_size] are contiguous; without room for logits none are
-        made. It is good until `cache` changes its storage or its number of sequences.
+        made. Of each sequence only the first `draft_lens + 1` tokens run, int64 [batch]; all without them. It
+        is good until `cache` changes its storage or its number of sequences.
         """
         rows = logits.view(-1, self.vocab_size)
+        if draft_lens is None:
+            draft_lens = torch.full((tokens.shape[0],), tokens.shape[1])
         return partial(
-            _forward, tokens.numpy(), cache.lengths.numpy(), *self._network, rows.numpy(), use_threads()
-        )
+            _forward, tokens.numpy(), draft_lens.numpy(), cache.lengths.numpy(), *self._network, rows.numpy(),
+            use_threads(),
+        )  # fmt: skip
 
     def bind_draft(
         self,
         block: Tensor,
+        draft_lens: Tensor,
         cache: SlotCache,
         coefficients: Coefficients,
         sampling: Sampling,
@@ -143,6 +151,7 @@ class CompiledLlama:
         Args:
             block: int64 [batch, drafted + 1]; the first column holds the last committed tokens, which stand
                 at `cache.lengths`, and the others are written. The lengths move by `drafted + 1`.
+            draft_lens: int64 [batch], how many tokens each sequence drafts: what lies beyond stays as it is.
             coefficients, sampling: of the draft law, in which this is the only tuned model, without a filter.
             memory: what the draft law is corrected by.
             logits: float32 [batch, drafted + 1, vocab_size], written.
@@ -150,8 +159,9 @@ class CompiledLlama:
         """
         shared = stream is Stream.SHARED
         return partial(
-            _draft, block.numpy(), cache.lengths.numpy(), *self._network, logits.numpy(), logits.data_ptr(),
-            use_threads(), *arrays(coefficients, "draft_weights"), *arrays(sampling, "temperature"),
+            _draft, block.numpy(), draft_lens.numpy(), cache.lengths.numpy(), *self._network, logits.numpy(),
+            logits.data_ptr(), use_threads(), *arrays(coefficients, "draft_weights"),
+            *arrays(sampling, "temperature"),
             *arrays(noise, "seeds", "positions" if shared else "rounds"), shared, int(stream),
             *memory_arrays(memory), *arrays(coefficients, "beta"), correction.numpy(), correction.data_ptr(),
         )  # fmt: skip
@@ -295,9 +305,12 @@ def _softmax(scores: Any, first: int, begin: int, end: int, scale: float) -> Non
         scores[column] = FLOAT(0)
 
 
-@compiled(f"void({MATRIX}, {TABLE}, {TABLE}, float64, int64, {MATRIX}, {TABLE}, int64, {MATRIX}, int64)")
+@compiled(
+    f"void({MATRIX}, {TABLE}, {TABLE}, {TABLE}, float64, int64, {MATRIX}, {TABLE}, int64, {MATRIX}, int64)"
+)
 def _attend(
     projected: Any,
+    starts: Any,
     lengths: Any,
     table: Any,
     eps: float,
@@ -310,10 +323,12 @@ def _attend(
 ) -> None:
     """Write the new keys and values of one sequence's group of heads; attend to them and the past."""
     capacity, dim = rotation.shape[0], rotation.shape[1] // 2
-    length = projected.shape[0] // lengths.shape[0]
     heads = mixed.shape[1] // dim
     groups = heads // kv_heads
     sequence, kv_head = share // kv_heads, share % kv_heads
+    own, length = starts[sequence], starts[sequence + 1] - starts[sequence]
+    if length == 0:
+        return
     offset = share * capacity * dim * 4
     keys = array_at(stores[0] + offset, (capacity, dim))
     values = array_at(stores[1] + offset, (capacity, dim))
@@ -323,7 +338,7 @@ def _attend(
     for step in range(length):
         position = min(start + step, last)
         turn = rotation[position]
-        row = projected[sequence * length + step]
+        row = projected[own + step]
         _rotate(row, (heads + kv_head) * dim, table[_KEY_NORM], eps, turn, keys, position)
         value_at = (heads + kv_heads + kv_head) * dim
         value, stored = row[value_at : value_at + dim], values[position]
@@ -346,13 +361,13 @@ def _attend(
     _weighted_sums(scores, values, first, span, sums)
     for index in range(rows):
         at = (kv_head * groups + index % groups) * dim
-        out = mixed[sequence * length + index // groups, at : at + dim]
+        out = mixed[own + index // groups, at : at + dim]
         for k in range(dim):
             out[k] = sums[index, k]
 
 
 _BUFFERS = ", ".join([MATRIX] * 6)
-_LAYER = f"{TABLE}, {TABLE}, float64, {TABLE}, int64, {MATRIX}, {TABLE}, int64"
+_LAYER = f"{TABLE}, {TABLE}, float64, {TABLE}, {TABLE}, int64, {MATRIX}, {TABLE}, int64"
 
 
 @compiled(f"void(int64, int64, int64, {_BUFFERS}, {_LAYER})")
@@ -369,6 +384,7 @@ def _share(
     table: Any,
     ends: Any,
     eps: float,
+    starts: Any,
     lengths: Any,
     window: int,
     rotation: Any,
@@ -384,7 +400,7 @@ def _share(
         _product(inputs, table, _KEY, key_size, projected, query_size, share, threads, False)
         _product(inputs, table, _VALUE, key_size, projected, query_size + key_size, share, threads, False)
     elif stage == _ATTEND:
-        _attend(projected, lengths, table, eps, window, rotation, stores, kv_heads, mixed, share)
+        _attend(projected, starts, lengths, table, eps, window, rotation, stores, kv_heads, mixed, share)
     elif stage == _JOIN:
         _product(mixed, table, _OUTPUT, hidden.shape[1], hidden, 0, share, threads, True)
     elif stage == _GATE_UP:
@@ -418,6 +434,7 @@ def _together(
     table: Any,
     ends: Any,
     eps: float,
+    starts: Any,
     lengths: Any,
     window: int,
     rotation: Any,
@@ -427,16 +444,17 @@ def _together(
     for share in prange(shares):
         _share(
             stage, threads, np.int64(share), hidden, projected, mixed, gated, up, logits,
-            table, ends, eps, lengths, window, rotation, stores, kv_heads,
+            table, ends, eps, starts, lengths, window, rotation, stores, kv_heads,
         )  # fmt: skip
 
 
 _NETWORK = f"{TABLE}, float64, {TABLE}, {TABLE}, {TABLES}, {TABLES}, {MATRIX}"
 
 
-@entry(f"void({TABLES}, {TABLE}, {_NETWORK}, {MATRIX}, int64)")
-def _forward(
+@compiled(f"void({TABLES}, {TABLE}, {TABLE}, {_NETWORK}, {MATRIX}, int64)")
+def _run(
     tokens: Any,
+    counts: Any,
     lengths: Any,
     sizes: Any,
     eps: float,
@@ -448,20 +466,28 @@ def _forward(
     logits: Any,
     threads: int,
 ) -> None:
+    """Run the first `counts` of each sequence's tokens; their logits stand where those of all would."""
+    stay_a_function()
     heads, kv_heads, dim, width, inner, vocabulary = sizes
     batch, length = tokens.shape
-    rows = batch * length
+    starts = np.zeros(batch + 1, np.int64)
+    for sequence in range(batch):
+        starts[sequence + 1] = starts[sequence] + counts[sequence]
+    rows = starts[batch]
     embedding = array_at(ends[_EMBEDDING], (vocabulary, width))
     hidden = np.empty((rows, width), FLOAT)
-    for row in range(rows):
-        token = tokens[row // length, row % length]
-        for k in range(width):
-            hidden[row, k] = embedding[token, k]
+    for sequence in range(batch):
+        for step in range(counts[sequence]):
+            token = tokens[sequence, step]
+            for k in range(width):
+                hidden[starts[sequence] + step, k] = embedding[token, k]
     projected = np.empty((rows, (heads + 2 * kv_heads) * dim), FLOAT)
     mixed = np.empty((rows, heads * dim), FLOAT)
     gated = np.empty((rows, inner), FLOAT)
     up = np.empty((rows, inner), FLOAT)
     layers = weights.shape[0]
+    is_ragged = rows < logits.shape[0]
+    packed = np.empty((rows, logits.shape[1]), FLOAT) if is_ragged else logits
     # Without room for logits none are made.
     for step in range(_READ_OUT * layers + (logits.shape[0] > 0)):
         layer, stage = step // _READ_OUT, step % _READ_OUT
@@ -469,17 +495,44 @@ def _forward(
             layer, stage = 0, _READ_OUT
         _together(
             stage, threads, batch * kv_heads if stage == _ATTEND else threads,
-            hidden, projected, mixed, gated, up, logits,
-            weights[layer], ends, eps, lengths, windows[layer], rotation, stores[layer], kv_heads,
+            hidden, projected, mixed, gated, up, packed,
+            weights[layer], ends, eps, starts, lengths, windows[layer], rotation, stores[layer], kv_heads,
         )  # fmt: skip
+    for sequence in range(batch if is_ragged else 0):
+        for step in range(counts[sequence]):
+            row, out = packed[starts[sequence] + step], logits[sequence * length + step]
+            for k in range(row.shape[0]):
+                out[k] = row[k]
+
+
+@entry(f"void({TABLES}, {TABLE}, {TABLE}, {_NETWORK}, {MATRIX}, int64)")
+def _forward(
+    tokens: Any,
+    draft_lens: Any,
+    lengths: Any,
+    sizes: Any,
+    eps: float,
+    windows: Any,
+    ends: Any,
+    weights: Any,
+    stores: Any,
+    rotation: Any,
+    logits: Any,
+    threads: int,
+) -> None:
+    counts = np.minimum(draft_lens + 1, tokens.shape[1])
+    _run(
+        tokens, counts, lengths, sizes, eps, windows, ends, weights, stores, rotation, logits, threads
+    )  # fmt: skip
 
 
 @entry(
-    f"void({TABLES}, {TABLE}, {_NETWORK}, {CUBE}, int64, int64, {MATRIX}, {VECTOR}, {TABLE}, "
+    f"void({TABLES}, {TABLE}, {TABLE}, {_NETWORK}, {CUBE}, int64, int64, {MATRIX}, {VECTOR}, {TABLE}, "
     f"{TABLE}, boolean, int64, {MEMORY}, {VECTOR}, {CUBE}, int64)"
 )
 def _draft(
     block: Any,
+    draft_lens: Any,
     lengths: Any,
     sizes: Any,
     eps: float,
@@ -516,31 +569,30 @@ def _draft(
     table[1, 0], table[1, 1], table[1, 2] = address, steps * columns, columns
     if correction.shape[1]:
         table[3, 0], table[3, 1] = correction_address, correction.shape[1] * vocab_size
+    takes_part = np.empty(batch, np.int64)
     for step in range(steps):
         for sequence in range(batch):
             current[sequence, 0] = drawn[sequence]
-        _forward(current, lengths, sizes, eps, windows, ends, weights, stores, rotation, rows, threads)
+            takes_part[sequence] = step <= draft_lens[sequence]
+        _run(
+            current, takes_part, lengths, sizes, eps, windows, ends, weights, stores, rotation, rows, threads
+        )  # fmt: skip
         for sequence in range(batch):
             lengths[sequence] += 1
-            for column in range(columns):
+            for column in range(columns if takes_part[sequence] else 0):
                 logits[sequence, step, column] = rows[sequence, column]
         if step < steps - 1:
-            for sequence in range(batch if correction.shape[1] else 0):
-                recall(
-                    ratios, remembered, mean, count, sequence, current[sequence, 0], beta[sequence],
-                    correction[sequence, step],
-                )  # fmt: skip
+            for sequence in range(batch):
+                takes_part[sequence] = step < draft_lens[sequence]
+                if takes_part[sequence] and correction.shape[1]:
+                    recall(
+                        ratios, remembered, mean, count, sequence, current[sequence, 0], beta[sequence],
+                        correction[sequence, step],
+                    )  # fmt: skip
             draft_rows(
-                table,
-                law_weights,
-                temperature,
-                seeds,
-                counter,
-                0 if shared else step,
-                stream,
-                vocab_size,
-                drawn,
-            )
+                table, law_weights, temperature, seeds, counter, 0 if shared else step, stream, vocab_size,
+                takes_part, drawn,
+            )  # fmt: skip
             table[1, 0] += 4 * columns
             if correction.shape[1]:
                 table[3, 0] += 4 * vocab_size

@@ -66,7 +66,7 @@ def draft(
     use_threads()
     draft_rows(
         table, weights.contiguous().numpy(), temperature.contiguous().numpy(), seeds.contiguous().numpy(),
-        counters.contiguous().numpy(), row, stream, vocab_size, tokens.numpy(),
+        counters.contiguous().numpy(), row, stream, vocab_size, np.ones(batch, np.int64), tokens.numpy(),
     )  # fmt: skip
     return tokens
 
@@ -157,7 +157,9 @@ def _normalise(logits: Any, temperature: float, law: Any) -> None:
         logits[token] -= shift
 
 
-@compiled(f"void({TABLES}, {MATRIX}, {VECTOR}, {TABLE}, {TABLE}, int64, int64, int64, {TABLE}, int64)")
+@compiled(
+    f"void({TABLES}, {MATRIX}, {VECTOR}, {TABLE}, {TABLE}, int64, int64, int64, {TABLE}, {TABLE}, int64)"
+)
 def _draft_share(
     table: Any,
     weights: Any,
@@ -167,9 +169,12 @@ def _draft_share(
     row: int,
     stream: int,
     vocab_size: int,
+    takes_part: Any,
     tokens: Any,
     sequence: int,
 ) -> None:
+    if takes_part[sequence] == 0:
+        return
     values = np.empty(vocab_size, FLOAT)
     _mix(table, weights[sequence], sequence, 0, values)
     scale = temperature[sequence]
@@ -181,7 +186,7 @@ def _draft_share(
     tokens[sequence] = _argmax(values)
 
 
-@in_parallel(f"void({TABLES}, {MATRIX}, {VECTOR}, {TABLE}, {TABLE}, int64, int64, int64, {TABLE})")
+@in_parallel(f"void({TABLES}, {MATRIX}, {VECTOR}, {TABLE}, {TABLE}, int64, int64, int64, {TABLE}, {TABLE})")
 def _draft_together(
     table: Any,
     weights: Any,
@@ -191,15 +196,17 @@ def _draft_together(
     row: int,
     stream: int,
     vocab_size: int,
+    takes_part: Any,
     tokens: Any,
 ) -> None:
     for share in prange(tokens.shape[0]):
         _draft_share(
-            table, weights, temperature, seeds, counters, row, stream, vocab_size, tokens, np.int64(share)
-        )
+            table, weights, temperature, seeds, counters, row, stream, vocab_size, takes_part, tokens,
+            np.int64(share),
+        )  # fmt: skip
 
 
-@entry(f"void({TABLES}, {MATRIX}, {VECTOR}, {TABLE}, {TABLE}, int64, int64, int64, {TABLE})")
+@entry(f"void({TABLES}, {MATRIX}, {VECTOR}, {TABLE}, {TABLE}, int64, int64, int64, {TABLE}, {TABLE})")
 def draft_rows(
     table: Any,
     weights: Any,
@@ -209,24 +216,33 @@ def draft_rows(
     row: int,
     stream: int,
     vocab_size: int,
+    takes_part: Any,
     tokens: Any,
 ) -> None:
-    """Draw one token a sequence into int64 `tokens` [batch]; `table` as `logits_table` makes it."""
+    """Draw one token for each sequence that takes part, into int64 `tokens` [batch].
+
+    `table` is as `logits_table` makes it, `takes_part` is int64 [batch], 0 or 1.
+    """
     if tokens.shape[0] > 1:
-        _draft_together(table, weights, temperature, seeds, counters, row, stream, vocab_size, tokens)
+        _draft_together(
+            table, weights, temperature, seeds, counters, row, stream, vocab_size, takes_part, tokens
+        )
     else:
-        _draft_share(table, weights, temperature, seeds, counters, row, stream, vocab_size, tokens, 0)
+        _draft_share(
+            table, weights, temperature, seeds, counters, row, stream, vocab_size, takes_part, tokens, 0
+        )
 
 
 @compiled(
-    f"void({TABLES}, {MATRIX}, {MATRIX}, {TABLES}, {VECTOR}, {VECTOR}, {TABLE}, {TABLE}, int64, int64, "
-    f"{CUBE}, {CUBE}, {CUBE}, {MATRIX}, {TABLES}, int64)"
+    f"void({TABLES}, {MATRIX}, {MATRIX}, {TABLES}, {TABLE}, {VECTOR}, {VECTOR}, {TABLE}, {TABLE}, int64, "
+    f"int64, {CUBE}, {CUBE}, {CUBE}, {MATRIX}, {TABLES}, int64)"
 )
 def _laws_share(
     table: Any,
     target_weights: Any,
     draft_weights: Any,
     draft_tokens: Any,
+    draft_lens: Any,
     temperature: Any,
     draft_temperature: Any,
     seeds: Any,
@@ -242,10 +258,13 @@ def _laws_share(
 ) -> None:
     """One row's laws, and what compares them at the drafted token or races for the winner.
 
-    For a greedy sequence `draft` stays unset, and `log_ratio` is unused.
+    None beyond a sequence's own draft and bonus token. For a greedy sequence `draft` stays unset, and
+    `log_ratio` is unused.
     """
     rows = log_target.shape[1]
     sequence, row = share // rows, share % rows
+    if row > draft_lens[sequence]:
+        return
     logits, law = log_target[sequence, row], target[sequence, row]
     size = logits.shape[0]
     _mix(table, target_weights[sequence], sequence, row, logits)
@@ -269,14 +288,15 @@ def _laws_share(
 
 
 @in_parallel(
-    f"void({TABLES}, {MATRIX}, {MATRIX}, {TABLES}, {VECTOR}, {VECTOR}, {TABLE}, {TABLE}, int64, int64, "
-    f"{CUBE}, {CUBE}, {CUBE}, {MATRIX}, {TABLES})"
+    f"void({TABLES}, {MATRIX}, {MATRIX}, {TABLES}, {TABLE}, {VECTOR}, {VECTOR}, {TABLE}, {TABLE}, int64, "
+    f"int64, {CUBE}, {CUBE}, {CUBE}, {MATRIX}, {TABLES})"
 )
 def _laws(
     table: Any,
     target_weights: Any,
     draft_weights: Any,
     draft_tokens: Any,
+    draft_lens: Any,
     temperature: Any,
     draft_temperature: Any,
     seeds: Any,
@@ -291,8 +311,9 @@ def _laws(
 ) -> None:
     for share in prange(log_target.shape[0] * log_target.shape[1]):
         _laws_share(
-            table, target_weights, draft_weights, draft_tokens, temperature, draft_temperature, seeds,
-            positions, shared_stream, rule, log_target, target, draft, log_ratio, winners, np.int64(share),
+            table, target_weights, draft_weights, draft_tokens, draft_lens, temperature, draft_temperature,
+            seeds, positions, shared_stream, rule, log_target, target, draft, log_ratio, winners,
+            np.int64(share),
         )  # fmt: skip
 
 
@@ -379,7 +400,9 @@ def _decide_share(
     greedy = temperature[sequence] == FLOAT(0)
     for row in range(drafted):
         overlap = FLOAT(0)
-        if greedy:
+        if row >= length:
+            overlap = FLOAT(0)
+        elif greedy:
             overlap = FLOAT(winners[sequence, row] == draft_tokens[sequence, row])
         else:
             law, small = target[sequence, row], draft[sequence, row]
@@ -462,8 +485,8 @@ def verify_rows(
     log_ratio = np.empty((batch, rows), FLOAT)
     winners = np.empty((batch, rows), np.int64)
     _laws(
-        table, target_weights, draft_weights, draft_tokens, temperature, draft_temperature, seeds, positions,
-        shared_stream, rule, log_target, target, draft, log_ratio, winners,
+        table, target_weights, draft_weights, draft_tokens, draft_lens, temperature, draft_temperature, seeds,
+        positions, shared_stream, rule, log_target, target, draft, log_ratio, winners,
     )  # fmt: skip
     _decide(
         draft_tokens, draft_lens, temperature, seeds, counters, accept_stream, residual_stream, rule, target,

@@ -1,0 +1,137 @@
+"""Rounds as bound calls give what the same rounds give operation by operation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from speculative_eft.decoding import EFTConfig, EFTDecoder, EFTOutput
+from speculative_eft.decoding import running as running_module
+from speculative_eft.decoding.bound import Room, bind_round
+from speculative_eft.decoding.request import read_options, read_prompts, read_seeds
+from speculative_eft.decoding.round import PhaseTimer, new_trace_buffers
+from speculative_eft.models import EFTModels
+
+from ..sync_guard import no_host_sync
+from .test_generate import perturbed, ragged_prompts, tiny_model, tiny_trio
+from .test_round import storages
+
+pytest.importorskip("numba", reason="the extra [cpu] is not installed")
+
+
+@pytest.fixture(autouse=True)
+def _numba(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECULATIVE_EFT_BACKEND", "numba")
+
+
+def mixed_trio() -> EFTModels:
+    """A large model that no compiled pass knows, with small ones that one does."""
+    return EFTModels(
+        large_base=tiny_model("gpt2", 0),
+        small_tuned=perturbed(tiny_model("llama", 0), 2, 0.02),
+        small_base=tiny_model("llama", 0),
+    )
+
+
+@pytest.mark.parametrize("trio", [lambda: tiny_trio("llama"), mixed_trio], ids=["llama", "mixed"])
+@pytest.mark.parametrize("acceptance", ["block", "token", "shared_seed"])
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "top_k": 0}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("draft_tokens", [3, "auto"])
+@pytest.mark.parametrize("remembered", [0, 8])
+def test_bound_rounds_equal_plain_ones(
+    trio: Any,
+    acceptance: Any,
+    options: dict[str, Any],
+    draft_tokens: Any,
+    remembered: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Sequences end at different times, so rows are given to others.
+    given = {
+        **ragged_prompts(5),
+        **options,
+        "max_new_tokens": 25,
+        "eos_token_id": [3, 4],
+        "seed": [5, 1, 4, 2, 8],
+    }
+    config = EFTConfig(
+        acceptance=acceptance, draft_tokens=draft_tokens, cost_ratio=0.3, remembered=remembered
+    )
+    bound = 0
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal bound
+        result = bind_round(*arguments)
+        bound += result is not None
+        return result
+
+    def output() -> EFTOutput:
+        result = EFTDecoder(trio(), config).generate(**given, return_dict_in_generate=True)
+        assert isinstance(result, EFTOutput)
+        return result
+
+    monkeypatch.setattr(running_module, "bind_round", counted)
+    result = output()
+    assert bound
+    monkeypatch.setattr(running_module, "bind_round", lambda *_: None)
+    expected = output()
+    assert torch.equal(result.sequences, expected.sequences)
+    assert result.stats is not None
+    assert expected.stats is not None
+    alike = {"seconds": {}, "expected_acceptance": 0.0}
+    assert replace(result.stats, **alike) == replace(expected.stats, **alike)
+    assert result.stats.expected_acceptance == pytest.approx(expected.stats.expected_acceptance, abs=1e-5)
+    assert result.trace is not None
+    assert expected.trace is not None
+    assert torch.equal(result.trace.source_ids, expected.trace.source_ids)
+    for own, other in (
+        (result.trace.target, expected.trace.target),
+        (result.trace.large, expected.trace.large),
+        (result.trace.tuned[0], expected.trace.tuned[0]),
+        (result.trace.base, expected.trace.base),
+    ):
+        torch.testing.assert_close(own, other, equal_nan=True, atol=1e-4, rtol=1e-4)
+
+
+def test_a_bound_round_waits_for_nothing_and_moves_nothing() -> None:
+    decoder = EFTDecoder(tiny_trio("llama"), EFTConfig(draft_tokens=3))
+    given = ragged_prompts(4)
+    prompts = read_prompts(given["input_ids"], given["attention_mask"], decoder.vocab_size)
+    wanted = {"max_new_tokens": 20, "return_dict_in_generate": True, "do_sample": True, "top_k": 0}
+    with torch.inference_mode():
+        state, plan = decoder._start(prompts, prompts, read_options(None, wanted, [], 11), read_seeds(0, 4))
+        trace = new_trace_buffers(state, 1)
+        bound = bind_round(decoder.runners, state, plan, 3, Room(3))
+        assert bound is not None
+        before = list(storages(state))
+        for _ in range(3):
+            with no_host_sync():
+                bound.run(state, plan, 40, PhaseTimer(), trace)
+        assert list(storages(state)) == before
+    assert (state.generated > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("fields", "options"),
+    [
+        ({"draft": "pair"}, {}),
+        ({"conservative_top_p": 0.8}, {}),
+        ({}, {"do_sample": True, "top_k": 9}),
+    ],
+    ids=["pair", "conservative", "top-k"],
+)
+def test_what_is_not_bound_runs_as_it_is(fields: dict[str, Any], options: dict[str, Any]) -> None:
+    decoder = EFTDecoder(tiny_trio("llama"), EFTConfig(draft_tokens=2, **fields))
+    given = ragged_prompts(2)
+    prompts = read_prompts(given["input_ids"], given["attention_mask"], decoder.vocab_size)
+    with torch.inference_mode():
+        resolved = read_options(None, {"max_new_tokens": 4, **options}, [], 11)
+        state, plan = decoder._start(prompts, prompts, resolved, read_seeds(0, 2))
+        assert bind_round(decoder.runners, state, plan, 2, Room(2)) is None
+    tokens = decoder.generate(**given, max_new_tokens=4, **options)
+    assert isinstance(tokens, Tensor)
+    assert tokens.shape == (2, 15)
