@@ -21,7 +21,7 @@ from .prompts import prompt_batches, with_context
 
 __all__ = ["FORMAT", "Report", "Result", "check_contexts", "new_report", "run_benchmark", "total_runs"]
 
-FORMAT = 1
+FORMAT = 2
 """Of the JSON; grows when a reader of the old one would go wrong."""
 
 
@@ -201,6 +201,7 @@ def run_benchmark(
             prompt_batches(ids, setting.batch, plan.runs(setting, len(prompts))),
             reference=NAIVE,
             seed=plan.seed,
+            tries=plan.tries,
             device=models.runners().large.device,
             on_run=lambda _: on_run(),
             max_new_tokens=setting.new_tokens,

@@ -1,7 +1,9 @@
 """Decoders measured against each other in interleaved pairs, so that a machine's moods hit all of them.
 
-Every decoder answers a batch of prompts before the next batch's turn comes: A B C, B C A, ... A pair is one
-decoder's run and the reference's run of the same turn, and ratios of speed are taken within pairs.
+Every decoder answers a batch of prompts before the next batch's turn comes: A B C, B C A, ... Within a turn
+they may do so several times, A B C A B C, of which the one of median time counts: the work is the same each
+time. A pair is one decoder's run and the reference's run of the same turn, and ratios of speed are taken
+within pairs.
 """
 
 from __future__ import annotations
@@ -23,6 +25,9 @@ from .machine import peak_memory
 from .prompts import PromptBatch
 
 __all__ = ["PHASES", "Comparison", "Decoder", "Measurement", "Percentiles", "Spread", "compare"]
+
+_LONGEST_TO_REPEAT = 0.5
+"""Seconds of a decoder in a turn beyond which it does not run again: one long run has little noise."""
 
 PHASES = ("draft", "large", "base", "verify", "other")
 """Phases of a round in `EFTStats.seconds`."""
@@ -152,6 +157,7 @@ class Comparison:
         reference: the decoder that ratios refer to.
         batch: sequences decoded together.
         runs: of each decoder.
+        tries: how often each run was made, the median counting; fewer of decoders that took half a second.
         seed: that of the first turn; turn i has seed + i.
         generation_options: as given to `generate`.
         measurements: in the order of the decoders.
@@ -160,6 +166,7 @@ class Comparison:
     reference: str
     batch: int
     runs: int
+    tries: int
     seed: int
     generation_options: dict[str, Any]
     measurements: tuple[Measurement, ...]
@@ -222,6 +229,7 @@ def compare(
     *,
     reference: str,
     seed: int = 0,
+    tries: int = 1,
     device: torch.device | None = None,
     on_run: Callable[[str], None] | None = None,
     **generation_kwargs: Any,
@@ -233,8 +241,9 @@ def compare(
         batches: of one size; one turn each.
         reference: the decoder that ratios refer to.
         seed: turn i has seed + i, so that every run of a decoder draws anew and a pair shares a seed.
+        tries: how often each run is made, of which the one of median time counts.
         device: where the decoders run and memory is looked at; the CPU unless given.
-        on_run: called with the decoder's name after each run, warm-ups included.
+        on_run: called with the decoder's name after each run and its first try, warm-ups included.
         **generation_kwargs: options of `generate`.
 
     Raises:
@@ -249,26 +258,33 @@ def compare(
     runs: dict[str, list[_Run]] = {name: [] for name in names}
     memory: dict[str, int | None] = {}
 
-    def run(name: str, batch: PromptBatch, turn: int) -> _Run:
+    def run(name: str, batch: PromptBatch, turn: int, is_first: bool) -> _Run:
         done = _run(decoders[name], batch, seed + turn, generation_kwargs)
-        if on_run is not None:
+        if on_run is not None and is_first:
             on_run(name)
         return done
 
     for name in names:
 
         def warm_up(name: str = name) -> object:
-            return run(name, batches[0], 0)
+            return run(name, batches[0], 0, True)
 
         memory[name] = peak_memory(device or torch.device("cpu"), warm_up)
     for turn, batch in enumerate(batches):
         first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            runs[name].append(run(name, batch, turn))
+        order = names[first:] + names[:first]
+        tried: dict[str, list[_Run]] = {name: [] for name in order}
+        for attempt in range(tries):
+            for name in order:
+                if sum(done.seconds for done in tried[name]) < _LONGEST_TO_REPEAT:
+                    tried[name].append(run(name, batch, turn, attempt == 0))
+        for name, done in tried.items():
+            runs[name].append(sorted(done, key=lambda one: one.seconds)[(len(done) - 1) // 2])
     return Comparison(
         reference=reference,
         batch=sizes.pop(),
         runs=len(batches),
+        tries=tries,
         seed=seed,
         generation_options=generation_kwargs,
         measurements=tuple(

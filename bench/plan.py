@@ -92,6 +92,7 @@ class Plan:
 
     Attributes:
         repeats: runs on each batch of prompts in the grid.
+        tries: how often each run is made, of which the one of median time counts.
         least_runs: of each decoder in any setting; in a sweep also the most.
         seed: of the first turn of each setting.
     """
@@ -106,6 +107,7 @@ class Plan:
     rules: tuple[AcceptanceRule, ...]
     draft_tokens: tuple[DraftTokens, ...]
     repeats: int
+    tries: int
     least_runs: int
     seed: int
 

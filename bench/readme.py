@@ -30,7 +30,8 @@ def measurements_markdown(report: Report) -> str:
     chosen = report.plan.chosen
     lines = [
         f"{machine_line(report)}; prompts: {report.prompts}, {report.plan.lengths[0]} new tokens each. "
-        "Decoders take turns in one process; medians over pairs, quartiles in brackets. "
+        f"Decoders take turns in one process, the median of up to {report.plan.tries} tries counting for "
+        "each run; medians over pairs, quartiles in brackets. "
         f"{noise_sentence(report)}",
         "",
         f"**{chosen} over each baseline**, ratio of tokens a second:",
@@ -59,12 +60,15 @@ def _loss_lines(report: Report) -> list[str]:
     if not found:
         return ["It is slower than none of the others in any of these settings."]
     lines = [
-        "Where it is slower, and what the split of the time says of it, but for the tuned model alone, which "
-        "makes none of the large model's passes:",
+        *(f"- {sentence}" for sentence in break_even_sentences(report)),
+        "",
+        "<details><summary>Where it is slower, and what the split of the time says of it</summary>",
+        "",
+        "The tuned model alone is left out: it makes none of the large model's passes.",
         "",
     ]
     lines += [f"- {loss.label}, {loss.baseline}: {spread_text(loss.ratio)}; {loss.reason}." for loss in found]
-    return [*lines, "", *break_even_sentences(report)]
+    return [*lines, "", "</details>"]
 
 
 def _markdown(table: Table) -> list[str]:

@@ -52,6 +52,7 @@ code { background: #f4f4f4; padding: .1rem .3rem }
 _TERMS = {
     "tokens/s": "new tokens of all sequences over the wall-clock time of the call, prefill included",
     "ratio": "taken within pairs: two decoders on the same prompts in the same turn, with the same seed",
+    "run": "the median of a few tries of the same work; one alone for decoders that take half a second",
     "first token": "milliseconds until the first new token; for a batch, its prefill and one mean round",
     "per token": "milliseconds a sequence waits for a token after its first; tokens of one round share its "
     "time. "

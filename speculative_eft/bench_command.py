@@ -187,6 +187,7 @@ def bench(
         ),
     ] = None,
     repeats: Annotated[int, option("Runs on each batch of prompts.", "N", SAMPLING, min=1)] = 1,
+    tries: Annotated[int, option("Tries of each run, of which the median counts.", "N", SAMPLING, min=1)] = 3,
     seed: Annotated[int, option("Of the first turn.", "N", SAMPLING, callback=seed_value)] = 0,
     simulate_acceptance: Annotated[
         float | None,
@@ -277,7 +278,7 @@ def bench(
     from .bench.benchmark import check_contexts, new_report
     from .bench.plan import Plan
 
-    plan = Plan(**plan_values, repeats=repeats, least_runs=defaults["least_runs"], seed=seed)
+    plan = Plan(**plan_values, repeats=repeats, tries=tries, least_runs=defaults["least_runs"], seed=seed)
     ids, described = _prompt_ids(models, prompts, defaults["prompts"], simulate_acceptance)
     check_contexts(models, plan, ids)
     command = shlex.join(["speculative-eft", *sys.argv[1:]])

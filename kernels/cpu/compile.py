@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numba
@@ -34,10 +35,29 @@ _PRANGE = dict.fromkeys(
 Function: TypeAlias = Callable[..., Any]
 
 
+def _stamp(file: Path) -> tuple[str, float, int]:
+    status = file.stat()
+    return file.name, status.st_mtime, status.st_size
+
+
+_SOURCES = [_stamp(file) for file in sorted(Path(__file__).parents[1].rglob("*.py"))]
+
+
 def _decorator(types_: str, **options: Any) -> Callable[[Function], Function]:
-    # With types given, a function is compiled once, and not again for every constant it is called with.
-    decorator: Callable[[Function], Function] = numba.njit(types_, cache=True, error_model="numpy", **options)
-    return decorator
+    def decorate(function: Function) -> Function:
+        dispatcher = numba.njit(error_model="numpy", **options)(function)
+        dispatcher.enable_caching()
+        # Numba keeps what it compiled until the function's own file changes. It also holds what the function
+        # calls, from other files.
+        kept = dispatcher._cache._cache_file
+        kept._source_stamp = (kept._source_stamp, _SOURCES)
+        # With types given, it is compiled once, and not again for every constant it is called with.
+        dispatcher.compile(types_)
+        dispatcher.disable_compile()
+        compiled_function: Function = dispatcher
+        return compiled_function
+
+    return decorate
 
 
 def entry(types_: str) -> Callable[[Function], Function]:

@@ -2,90 +2,129 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+
+from llvmlite import binding, ir
+from numba import types
+from numba.extending import intrinsic
 
 from .compile import FLOAT, MATRIX, compiled, stay_a_function
 
 __all__ = ["dot_products"]
 
-_TILE = f"void({MATRIX}, {MATRIX}, int64, int64, int64, {MATRIX}, int64, boolean)"
+_FEATURES = binding.get_host_cpu_features()
+_LANES = 16 if _FEATURES.get("avx512f") else 8 if _FEATURES.get("avx2") else 4
+_MOST_ROWS = 3 if _LANES == 8 else 6
+"""Rows of a tile whose sums, with the weights, fit in the registers: AVX2 has half as many as the others."""
+
+_LINE = 16
+"""Floats that a processor reads together."""
+
+_STREAMS = 4
+_AHEAD = 4096
+"""Bytes before which weights are asked for. Left to itself a processor foresees no further than a page, and
+waits at each for memory while no sum is added to."""
 
 
-@compiled(f"void({MATRIX}, int64, int64, int64, float32, float32, float32, float32, boolean)")
-def _put(out: Any, r: int, n: int, step: int, a: float, b: float, c: float, d: float, add: bool) -> None:
-    if add:
-        out[r, n] += a
-        out[r, n + step] += b
-        out[r, n + 2 * step] += c
-        out[r, n + 3 * step] += d
-    else:
-        out[r, n] = a
-        out[r, n + step] = b
-        out[r, n + 2 * step] = c
-        out[r, n + 3 * step] = d
+def _sums(rows: int) -> Callable[..., None]:
+    """What adds up `rows` rows of inputs with four rows of weights at a time.
+
+    It is written in LLVM's terms: Numba takes no loop in vectors that asks for memory ahead, and in those it
+    does take, a row alone may be added up in another order than beside others, so that a sequence would
+    depend on its neighbours.
+    """
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def sums(
+        typing_context: Any,
+        inputs: Any,
+        input_step: Any,
+        weights: Any,
+        weight_step: Any,
+        size: Any,
+        ahead: Any,
+        out: Any,
+        out_row: Any,
+        out_step: Any,
+        add: Any,
+    ) -> Any:
+        return types.void(*[types.int64] * 9, types.boolean), codegen
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        inputs, input_step, weights, weight_step, size, ahead, out, out_row, out_step, add = arguments
+        real, whole = ir.FloatType(), ir.IntType(64)
+        vector = ir.VectorType(real, _LANES)
+
+        def constant(value: int) -> Any:
+            return ir.Constant(whole, value)
+
+        def function(name: str, result: Any, *parameters: Any) -> Any:
+            known = builder.module.globals.get(name)
+            return known or ir.Function(builder.module, ir.FunctionType(result, parameters), name)
+
+        fused = function(f"llvm.fmuladd.v{_LANES}f32", vector, vector, vector, vector)
+        total = function(f"llvm.vector.reduce.fadd.v{_LANES}f32", real, real, vector)
+        byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
+        prefetch = function("llvm.prefetch.p0", ir.VoidType(), byte, flag, flag, flag)
+
+        rows_at = [builder.add(inputs, builder.mul(constant(r), input_step)) for r in range(rows)]
+        weights_at = [builder.add(weights, builder.mul(constant(c), weight_step)) for c in range(_STREAMS)]
+        places = [(r, c) for r in range(rows) for c in range(_STREAMS)]
+
+        def load(address: Any) -> Any:
+            return builder.load(builder.inttoptr(address, vector.as_pointer()), align=4)
+
+        before = builder.block
+        loop, after = builder.append_basic_block("lines"), builder.append_basic_block("sums")
+        whole_lines = builder.and_(size, constant(-_LINE))
+        builder.cbranch(builder.icmp_signed(">", whole_lines, constant(0)), loop, after)
+
+        builder.position_at_end(loop)
+        k = builder.phi(whole)
+        k.add_incoming(constant(0), before)
+        running = {place: builder.phi(vector) for place in places}
+        zeros = ir.Constant(vector, [0.0] * _LANES)
+        for phi in running.values():
+            phi.add_incoming(zeros, before)
+        values: dict[tuple[int, int], Any] = dict(running)
+        offset = builder.mul(k, constant(4))
+        for address in weights_at:
+            wanted = builder.inttoptr(builder.add(builder.add(address, offset), ahead), byte)
+            # To be read, into the second of the caches: into the first there is room for few at a time.
+            builder.call(prefetch, [wanted, flag(0), flag(2), flag(1)])
+        for part in range(_LINE // _LANES):
+            own = builder.add(offset, constant(4 * _LANES * part))
+            columns = [load(builder.add(address, own)) for address in weights_at]
+            for r in range(rows):
+                row = load(builder.add(rows_at[r], own))
+                for c, column in enumerate(columns):
+                    values[r, c] = builder.call(fused, [row, column, values[r, c]])
+        following = builder.add(k, constant(_LINE))
+        k.add_incoming(following, loop)
+        for place, phi in running.items():
+            phi.add_incoming(values[place], loop)
+        builder.cbranch(builder.icmp_signed("<", following, whole_lines), loop, after)
+
+        builder.position_at_end(after)
+        for r, c in places:
+            added = builder.phi(vector)
+            added.add_incoming(zeros, before)
+            added.add_incoming(values[r, c], loop)
+            values[r, c] = added
+        for r, c in places:
+            at = builder.add(builder.mul(constant(r), out_row), builder.mul(constant(c), out_step))
+            place = builder.inttoptr(builder.add(out, at), real.as_pointer())
+            result = builder.call(total, [ir.Constant(real, -0.0), values[r, c]], fastmath=("reassoc",))
+            there = builder.select(add, builder.load(place), ir.Constant(real, 0.0))
+            builder.store(builder.fadd(result, there), place)
+        return context.get_dummy_value()
+
+    adds: Callable[..., None] = sums
+    return adds
 
 
-# A dozen sums at once hide how long one addition takes. The inputs stay in registers while the weights go
-# by: in the other order the sums did not fit in those of AVX2, at half the speed.
-
-
-@compiled(_TILE)
-def _tile_1(inputs: Any, weights: Any, r: int, n: int, step: int, out: Any, column: int, add: bool) -> None:
-    x = inputs[r]
-    w_a, w_b, w_c, w_d = weights[n], weights[n + step], weights[n + 2 * step], weights[n + 3 * step]
-    a = b = c = d = FLOAT(0)
-    for k in range(x.shape[0]):
-        a += x[k] * w_a[k]
-        b += x[k] * w_b[k]
-        c += x[k] * w_c[k]
-        d += x[k] * w_d[k]
-    _put(out, r, column + n, step, a, b, c, d, add)
-
-
-@compiled(_TILE)
-def _tile_2(inputs: Any, weights: Any, r: int, n: int, step: int, out: Any, column: int, add: bool) -> None:
-    x_row, y_row = inputs[r], inputs[r + 1]
-    a, b, c, d = weights[n], weights[n + step], weights[n + 2 * step], weights[n + 3 * step]
-    x_a = x_b = x_c = x_d = FLOAT(0)
-    y_a = y_b = y_c = y_d = FLOAT(0)
-    for k in range(x_row.shape[0]):
-        x, y = x_row[k], y_row[k]
-        x_a += x * a[k]
-        y_a += y * a[k]
-        x_b += x * b[k]
-        y_b += y * b[k]
-        x_c += x * c[k]
-        y_c += y * c[k]
-        x_d += x * d[k]
-        y_d += y * d[k]
-    _put(out, r, column + n, step, x_a, x_b, x_c, x_d, add)
-    _put(out, r + 1, column + n, step, y_a, y_b, y_c, y_d, add)
-
-
-@compiled(_TILE)
-def _tile_3(inputs: Any, weights: Any, r: int, n: int, step: int, out: Any, column: int, add: bool) -> None:
-    x_row, y_row, z_row = inputs[r], inputs[r + 1], inputs[r + 2]
-    a, b, c, d = weights[n], weights[n + step], weights[n + 2 * step], weights[n + 3 * step]
-    x_a = x_b = x_c = x_d = FLOAT(0)
-    y_a = y_b = y_c = y_d = FLOAT(0)
-    z_a = z_b = z_c = z_d = FLOAT(0)
-    for k in range(x_row.shape[0]):
-        x, y, z = x_row[k], y_row[k], z_row[k]
-        x_a += x * a[k]
-        y_a += y * a[k]
-        z_a += z * a[k]
-        x_b += x * b[k]
-        y_b += y * b[k]
-        z_b += z * b[k]
-        x_c += x * c[k]
-        y_c += y * c[k]
-        z_c += z * c[k]
-        x_d += x * d[k]
-        y_d += y * d[k]
-        z_d += z * d[k]
-    _put(out, r, column + n, step, x_a, x_b, x_c, x_d, add)
-    _put(out, r + 1, column + n, step, y_a, y_b, y_c, y_d, add)
-    _put(out, r + 2, column + n, step, z_a, z_b, z_c, z_d, add)
+_sums_1, _sums_2, _sums_3, _sums_4, _sums_5, _sums_6 = map(_sums, range(1, 7))
 
 
 @compiled(f"void({MATRIX}, {MATRIX}, int64, int64, {MATRIX}, int64, boolean)")
@@ -93,29 +132,41 @@ def dot_products(inputs: Any, weights: Any, first: int, last: int, out: Any, col
     """out[r, column + n] = inputs[r] . weights[n] for n in first..last-1, added to what is there if `add`.
 
     float32 `inputs` [rows, size], `weights` [.., size], `out` [rows, ..], all contiguous. For few rows the
-    time goes into reading the weights: they are read once, as four streams that the processor can foresee.
+    time goes into reading the weights: they are read once, as four streams.
     """
     stay_a_function()
-    rows = inputs.shape[0]
-    quarter = (last - first) // 4
+    rows, size = inputs.shape
+    quarter = (last - first) // _STREAMS
+    row_bytes, out_bytes = 4 * size, 4 * out.shape[1]
+    tiles = (rows + _MOST_ROWS - 1) // _MOST_ROWS
     for n in range(first, first + quarter):
-        r = 0
-        while r < rows:
-            left = rows - r
-            if left == 1:
-                _tile_1(inputs, weights, r, n, quarter, out, column, add)
-                r += 1
-            elif left == 2 or left == 4:
-                _tile_2(inputs, weights, r, n, quarter, out, column, add)
-                r += 2
+        r, ahead = 0, _AHEAD
+        at, step = weights.ctypes.data + n * row_bytes, quarter * row_bytes
+        for tile in range(tiles):
+            taken = (rows - r + tiles - tile - 1) // (tiles - tile)
+            x = inputs.ctypes.data + r * row_bytes
+            y = out.ctypes.data + r * out_bytes + 4 * (column + n)
+            if taken == 1:
+                _sums_1(x, row_bytes, at, step, size, ahead, y, out_bytes, 4 * quarter, add)
+            elif taken == 2:
+                _sums_2(x, row_bytes, at, step, size, ahead, y, out_bytes, 4 * quarter, add)
+            elif taken == 3:
+                _sums_3(x, row_bytes, at, step, size, ahead, y, out_bytes, 4 * quarter, add)
+            elif taken == 4:
+                _sums_4(x, row_bytes, at, step, size, ahead, y, out_bytes, 4 * quarter, add)
+            elif taken == 5:
+                _sums_5(x, row_bytes, at, step, size, ahead, y, out_bytes, 4 * quarter, add)
             else:
-                _tile_3(inputs, weights, r, n, quarter, out, column, add)
-                r += 3
-    for n in range(first + 4 * quarter, last):
+                _sums_6(x, row_bytes, at, step, size, ahead, y, out_bytes, 4 * quarter, add)
+            r, ahead = r + taken, 0
+    for n in range(first, last):
         w = weights[n]
-        for r in range(rows):
-            x = inputs[r]
-            total = FLOAT(0)
-            for k in range(x.shape[0]):
-                total += x[k] * w[k]
-            out[r, column + n] = total + (out[r, column + n] if add else FLOAT(0))
+        # What follows the last whole line of a row; of the last few rows all.
+        begin = size // _LINE * _LINE if n < first + _STREAMS * quarter else 0
+        if begin < size:
+            for r in range(rows):
+                x_row = inputs[r]
+                total = FLOAT(0)
+                for k in range(begin, size):
+                    total += x_row[k] * w[k]
+                out[r, column + n] = total + (out[r, column + n] if add or begin > 0 else FLOAT(0))

@@ -75,7 +75,7 @@ def with_speeds(report: Report, by_batch: dict[int, dict[str, list[float]]], **v
                 measurement(name, own, speeds[NAIVE], **(values if name == CHOSEN else {}))
                 for name, own in speeds.items()
             ]
-            comparison = Comparison(NAIVE, result.setting.batch, len(rows[0].run_tokens), 0, {}, tuple(rows))
+            comparison = Comparison(NAIVE, result.setting.batch, len(rows[0].run_tokens), 1, 0, {}, tuple(rows))
             results.append(replace(result, comparison=comparison))
     return replace(report, results=results)
 
@@ -120,7 +120,7 @@ def test_predictions_come_from_naive_steps_and_expected_acceptance(report: Repor
         ),
         measurement(CHOSEN + AGAIN, [30, 30], [10, 10], expected_acceptance=0.5),
     )
-    (row,) = predictions(Comparison(NAIVE, 1, 2, 0, {}, rows))
+    (row,) = predictions(Comparison(NAIVE, 1, 2, 1, 0, {}, rows))
     assert (row.name, row.cost_ratio, row.tokens_per_round) == (CHOSEN, 0.5, 1.5)
     assert row.over_large == pytest.approx(1.5 / 2.5) and row.over_naive == pytest.approx(2 * 1.5 / 2.5)
     assert (row.measured_over_naive, row.measured_over_large) == (3.0, 1.5)

@@ -100,6 +100,23 @@ def test_decoders_take_turns(result: comparison.Comparison, log: list[tuple[str,
     assert log == warm_up + turns
 
 
+def test_the_median_try_counts(log: list[tuple[str, int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(comparison, "perf_counter", clock)
+    decoders = {
+        "slow": FakeDecoder("slow", log, clock, [100, 0.6, 0.7], tokens=4),
+        "fast": FakeDecoder("fast", log, clock, [100, 0.1, 0.3, 0.2, 0.1, 0.1, 0.2], tokens=4),
+    }
+    seen: list[str] = []
+    result = compare(decoders, PROMPTS, reference="slow", tries=3, on_run=seen.append, max_new_tokens=9)
+    assert result.tries == 3
+    # Half a second is enough to be measured once.
+    assert result["slow"].run_seconds == pytest.approx((0.6, 0.7))
+    assert result["fast"].run_seconds == pytest.approx((0.2, 0.1))
+    assert [name for name, *_ in log].count("fast") == 7
+    assert seen.count("fast") == seen.count("slow") == 3
+
+
 def test_ratios_are_taken_within_pairs(result: comparison.Comparison) -> None:
     assert result["slow"].tokens_per_second == Spread(1.5, 1.0, 2.0, 1.0, 2.0)
     assert result["slow"].ratio == Spread(1, 1, 1, 1, 1)
