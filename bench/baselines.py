@@ -71,12 +71,12 @@ def _bind_step(runner: Runner, state: RoundState, plan: RoundPlan) -> BoundRound
     logits, *laws = (
         room.take(name, batch, 1, plan.vocab_size) for name in ("logits", "log target", "target", "draft")
     )
-    block = state.last_token[:, None]
+    block, counts = state.last_token[:, None], torch.ones(batch, dtype=torch.int64)
     verdict, report, settle = bind_settle(
-        state, [logits], block, plan.coefficients, plan.sampling, plan.sampling, plan.acceptance,
+        state, [logits], block, counts, plan.coefficients, plan.sampling, plan.sampling, plan.acceptance,
         plan.eos_token_ids, None, [(runner.lengths, False)], laws,
     )  # fmt: skip
-    steps = [("step", bind_pass(runner, block, state.draft_lens, logits)), ("verify", lambda _: settle())]
+    steps = [("step", bind_pass(runner, block, counts, logits)), ("verify", lambda _: settle())]
     return BoundRound(steps, verdict, report, [logits])
 
 
@@ -278,7 +278,7 @@ class UniformRunner:
             self._logits = torch.zeros(batch, rows, self.vocab_size, device=self.device)
         return self._logits[:, :rows]
 
-    def bind(self, block: Tensor, draft_lens: Tensor, logits: Tensor) -> Callable[[], None]:
+    def bind(self, block: Tensor, counts: Tensor, logits: Tensor) -> Callable[[], None]:
         logits.zero_()
         return _nothing_to_do
 

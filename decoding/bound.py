@@ -68,9 +68,9 @@ class BoundRound:
         return self.report
 
 
-def bind_pass(runner: Runner, block: Tensor, draft_lens: Tensor, logits: Tensor) -> Step:
-    """A pass of `runner` over the last committed and the drafted tokens in `block`, which writes `logits`."""
-    call = runner.bind(block, draft_lens, logits)
+def bind_pass(runner: Runner, block: Tensor, counts: Tensor, logits: Tensor) -> Step:
+    """A pass of `runner` over the first `counts` tokens of each row of `block`, which writes `logits`."""
+    call = runner.bind(block, counts, logits)
     if call is None:
         return lambda span: logits.copy_(runner.forward(block, span))
     return lambda _: call()
@@ -93,6 +93,7 @@ def bind_round(
     (tuned,), batch, vocab_size = runners.tuned, state.last_token.shape[0], plan.vocab_size
     # What a sequence does not draft is read, though it plays no part.
     block = torch.zeros(batch, drafted + 1, dtype=torch.int64)
+    counts = torch.zeros(batch, dtype=torch.int64)
     large_logits, tuned_logits, base_logits = (
         room.take(name, batch, drafted + 1, runner.vocab_size)
         for name, runner in (("large", runners.large), ("tuned", tuned), ("base", runners.base))
@@ -100,7 +101,7 @@ def bind_round(
     corrected = 0 if state.memory is None else drafted
     correction = room.take("correction", batch, corrected, vocab_size)
     draft = tuned.bind_draft(
-        block, state.draft_lens, plan.coefficients, plan.draft_sampling, state.noise,
+        block, counts, plan.coefficients, plan.draft_sampling, state.noise,
         Stream.SHARED if plan.acceptance == "shared_seed" else Stream.DRAFT, state.memory, tuned_logits,
         correction,
     )  # fmt: skip
@@ -110,18 +111,21 @@ def bind_round(
 
     def begin(_: int) -> None:
         first.copy_(last_token)
+        torch.add(state.draft_lens, 1, out=counts)
+        if batch > 1:
+            counts.masked_fill_(state.done, 0)
         draft()
 
     logits = [large_logits, tuned_logits, base_logits] + [correction] * (corrected > 0)
     laws = [room.take(name, batch, drafted + 1, vocab_size) for name in ("log target", "target", "draft")]
     verdict, report, settle = bind_settle(
-        state, logits, block, plan.coefficients, plan.sampling, plan.draft_sampling, plan.acceptance,
+        state, logits, block, counts, plan.coefficients, plan.sampling, plan.draft_sampling, plan.acceptance,
         plan.eos_token_ids, plan.draft_length_rule, caches_of(runners, plan), laws,
     )  # fmt: skip
     steps: list[tuple[str, Step]] = [
         ("draft", begin),
-        ("large", bind_pass(runners.large, block, state.draft_lens, large_logits)),
-        ("base", bind_pass(runners.base, block, state.draft_lens, base_logits)),
+        ("large", bind_pass(runners.large, block, counts, large_logits)),
+        ("base", bind_pass(runners.base, block, counts, base_logits)),
         ("verify", lambda _: settle()),
     ]
     return BoundRound(steps, verdict, report, [large_logits, base_logits, tuned_logits])

@@ -525,7 +525,7 @@ class EFTDecoder:
             if first is not None:
                 drafted = first.finish(state, drafted)
                 running.runners, first = self.runners, None
-            if drafted >= 0:
+            if drafted >= 0 and running.pays_for_done:
                 running.compact([index for index, row in enumerate(rows) if row[1] < 0])
             timer.mark("other")
         running.restore()

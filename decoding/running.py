@@ -127,6 +127,11 @@ class RunningBatch:
     def _runners(self) -> list[Runner]:
         return [self.runners.large, *self.runners.tuned, self.runners.base]
 
+    @property
+    def pays_for_done(self) -> bool:
+        """Whether a sequence that is done costs time while it has a row: in bound rounds it does not."""
+        return not any(self._bound.values())
+
     def advance(self, drafted: int, timer: PhaseTimer, first: bool = False) -> Report | None:
         """Start a round that drafts `drafted` tokens; the oldest report that is due, or None.
 

@@ -33,7 +33,6 @@ from speculative_eft.kernels.cpu.compile import (
     exp,
     in_parallel,
     largest,
-    stay_a_function,
     use_threads,
 )
 from speculative_eft.kernels.cpu.memory import MEMORY, memory_arrays, recall
@@ -117,26 +116,26 @@ class CompiledLlama:
         self.bind(tokens.contiguous(), cache, torch.empty(0, self.vocab_size))()
 
     def bind(
-        self, tokens: Tensor, cache: SlotCache, logits: Tensor, draft_lens: Tensor | None = None
+        self, tokens: Tensor, cache: SlotCache, logits: Tensor, counts: Tensor | None = None
     ) -> Callable[[], None]:
         """A call that does what `__call__` does with these very tensors, as often as it is made.
 
         `tokens` and float32 `logits` [batch, q, vocab_size] are contiguous; without room for logits none are
-        made. Of each sequence only the first `draft_lens + 1` tokens run, int64 [batch]; all without them. It
-        is good until `cache` changes its storage or its number of sequences.
+        made. Of each sequence only the first `counts` tokens run, int64 [batch]; all without them. It is good
+        until `cache` changes its storage or its number of sequences.
         """
         rows = logits.view(-1, self.vocab_size)
-        if draft_lens is None:
-            draft_lens = torch.full((tokens.shape[0],), tokens.shape[1])
+        if counts is None:
+            counts = torch.full((tokens.shape[0],), tokens.shape[1])
         return partial(
-            _forward, tokens.numpy(), draft_lens.numpy(), cache.lengths.numpy(), *self._network, rows.numpy(),
+            _forward, tokens.numpy(), counts.numpy(), cache.lengths.numpy(), *self._network, rows.numpy(),
             use_threads(),
         )  # fmt: skip
 
     def bind_draft(
         self,
         block: Tensor,
-        draft_lens: Tensor,
+        counts: Tensor,
         cache: SlotCache,
         coefficients: Coefficients,
         sampling: Sampling,
@@ -151,7 +150,8 @@ class CompiledLlama:
         Args:
             block: int64 [batch, drafted + 1]; the first column holds the last committed tokens, which stand
                 at `cache.lengths`, and the others are written. The lengths move by `drafted + 1`.
-            draft_lens: int64 [batch], how many tokens each sequence drafts: what lies beyond stays as it is.
+            counts: int64 [batch], steps of each sequence, one more than it drafts, or 0: what lies beyond
+                stays as it is.
             coefficients, sampling: of the draft law, in which this is the only tuned model, without a filter.
             memory: what the draft law is corrected by.
             logits: float32 [batch, drafted + 1, vocab_size], written.
@@ -159,7 +159,7 @@ class CompiledLlama:
         """
         shared = stream is Stream.SHARED
         return partial(
-            _draft, block.numpy(), draft_lens.numpy(), cache.lengths.numpy(), *self._network, logits.numpy(),
+            _draft, block.numpy(), counts.numpy(), cache.lengths.numpy(), *self._network, logits.numpy(),
             logits.data_ptr(), use_threads(), *arrays(coefficients, "draft_weights"),
             *arrays(sampling, "temperature"),
             *arrays(noise, "seeds", "positions" if shared else "rounds"), shared, int(stream),
@@ -451,8 +451,8 @@ def _together(
 _NETWORK = f"{TABLE}, float64, {TABLE}, {TABLE}, {TABLES}, {TABLES}, {MATRIX}"
 
 
-@compiled(f"void({TABLES}, {TABLE}, {TABLE}, {_NETWORK}, {MATRIX}, int64)")
-def _run(
+@entry(f"void({TABLES}, {TABLE}, {TABLE}, {_NETWORK}, {MATRIX}, int64)")
+def _forward(
     tokens: Any,
     counts: Any,
     lengths: Any,
@@ -467,7 +467,6 @@ def _run(
     threads: int,
 ) -> None:
     """Run the first `counts` of each sequence's tokens; their logits stand where those of all would."""
-    stay_a_function()
     heads, kv_heads, dim, width, inner, vocabulary = sizes
     batch, length = tokens.shape
     starts = np.zeros(batch + 1, np.int64)
@@ -505,34 +504,13 @@ def _run(
                 out[k] = row[k]
 
 
-@entry(f"void({TABLES}, {TABLE}, {TABLE}, {_NETWORK}, {MATRIX}, int64)")
-def _forward(
-    tokens: Any,
-    draft_lens: Any,
-    lengths: Any,
-    sizes: Any,
-    eps: float,
-    windows: Any,
-    ends: Any,
-    weights: Any,
-    stores: Any,
-    rotation: Any,
-    logits: Any,
-    threads: int,
-) -> None:
-    counts = np.minimum(draft_lens + 1, tokens.shape[1])
-    _run(
-        tokens, counts, lengths, sizes, eps, windows, ends, weights, stores, rotation, logits, threads
-    )  # fmt: skip
-
-
 @entry(
     f"void({TABLES}, {TABLE}, {TABLE}, {_NETWORK}, {CUBE}, int64, int64, {MATRIX}, {VECTOR}, {TABLE}, "
     f"{TABLE}, boolean, int64, {MEMORY}, {VECTOR}, {CUBE}, int64)"
 )
 def _draft(
     block: Any,
-    draft_lens: Any,
+    counts: Any,
     lengths: Any,
     sizes: Any,
     eps: float,
@@ -573,8 +551,8 @@ def _draft(
     for step in range(steps):
         for sequence in range(batch):
             current[sequence, 0] = drawn[sequence]
-            takes_part[sequence] = step <= draft_lens[sequence]
-        _run(
+            takes_part[sequence] = step < counts[sequence]
+        _forward(
             current, takes_part, lengths, sizes, eps, windows, ends, weights, stores, rotation, rows, threads
         )  # fmt: skip
         for sequence in range(batch):
@@ -583,7 +561,7 @@ def _draft(
                 logits[sequence, step, column] = rows[sequence, column]
         if step < steps - 1:
             for sequence in range(batch):
-                takes_part[sequence] = step < draft_lens[sequence]
+                takes_part[sequence] = step + 1 < counts[sequence]
                 if takes_part[sequence] and correction.shape[1]:
                     recall(
                         ratios, remembered, mean, count, sequence, current[sequence, 0], beta[sequence],

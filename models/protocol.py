@@ -59,18 +59,18 @@ class Runner(Protocol):
         `span` is a host integer, at least `max(lengths) + q`.
         """
 
-    def bind(self, block: Tensor, draft_lens: Tensor, logits: Tensor) -> Callable[[], None] | None:
+    def bind(self, block: Tensor, counts: Tensor, logits: Tensor) -> Callable[[], None] | None:
         """A call that runs int64 `block` [batch, q] and writes float32 `logits`, as often as it is made.
 
-        Of each sequence only the first `draft_lens + 1` tokens need run. All are contiguous and in the host's
-        memory. The call is good until the cache's storage or number of sequences changes. None where the
-        network has no such call: `forward` runs it.
+        Of each sequence only the first `counts` tokens need run, int64 [batch]. All are contiguous and in the
+        host's memory. The call is good until the cache's storage or number of sequences changes. None where
+        the network has no such call: `forward` runs it.
         """
 
     def bind_draft(
         self,
         block: Tensor,
-        draft_lens: Tensor,
+        counts: Tensor,
         coefficients: Coefficients,
         sampling: Sampling,
         noise: NoiseKey,
@@ -84,7 +84,8 @@ class Runner(Protocol):
         Args:
             block: int64 [batch, drafted + 1]: the last committed token, and where the drafted ones go.
                 `lengths` move by `drafted + 1`.
-            draft_lens: int64 [batch], how many tokens each sequence drafts; what lies beyond may stay unset.
+            counts: int64 [batch], steps of each sequence, one more than it drafts, or 0; what lies beyond may
+                stay unset.
             coefficients, sampling: of the draft law, in which this is the only tuned model.
             memory: what the draft law is corrected by.
             logits: float32 [batch, drafted + 1, vocab_size], written.

@@ -153,15 +153,15 @@ class ModelRunner:
             logits = torch.tanh(logits / self._softcap) * self._softcap
         return logits.to(self.device)
 
-    def bind(self, block: Tensor, draft_lens: Tensor, logits: Tensor) -> Callable[[], None] | None:
+    def bind(self, block: Tensor, counts: Tensor, logits: Tensor) -> Callable[[], None] | None:
         """`Runner.bind`: where a compiled pass can run `block`."""
         compiled = self._compiled_for(block.numel())
-        return None if compiled is None else compiled.bind(block, self.cache, logits, draft_lens)
+        return None if compiled is None else compiled.bind(block, self.cache, logits, counts)
 
     def bind_draft(
         self,
         block: Tensor,
-        draft_lens: Tensor,
+        counts: Tensor,
         coefficients: Coefficients,
         sampling: Sampling,
         noise: NoiseKey,
@@ -175,7 +175,7 @@ class ModelRunner:
         if compiled is None or sampling.filtered:
             return None
         return compiled.bind_draft(
-            block, draft_lens, self.cache, coefficients, sampling, noise, stream, memory, logits, correction
+            block, counts, self.cache, coefficients, sampling, noise, stream, memory, logits, correction
         )
 
     @torch.inference_mode()

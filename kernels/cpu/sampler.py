@@ -98,7 +98,7 @@ def verify(
     use_threads()
     verify_rows(
         table, *arrays(coefficients, "target_weights", "draft_weights"),
-        draft_tokens.contiguous().numpy(), draft_lens.contiguous().numpy(),
+        draft_tokens.contiguous().numpy(), (draft_lens + 1).numpy(),
         *arrays(sampling, "temperature"), *arrays(draft_sampling, "temperature"),
         *arrays(noise, "seeds", "rounds", "positions"), *streams, rule, log_target, target, draft_law,
         accepted.numpy(), next_tokens.numpy(), expected.numpy(), log_probs.numpy(),
@@ -242,7 +242,7 @@ def _laws_share(
     target_weights: Any,
     draft_weights: Any,
     draft_tokens: Any,
-    draft_lens: Any,
+    counts: Any,
     temperature: Any,
     draft_temperature: Any,
     seeds: Any,
@@ -263,7 +263,7 @@ def _laws_share(
     """
     rows = log_target.shape[1]
     sequence, row = share // rows, share % rows
-    if row > draft_lens[sequence]:
+    if row >= counts[sequence]:
         return
     logits, law = log_target[sequence, row], target[sequence, row]
     size = logits.shape[0]
@@ -296,7 +296,7 @@ def _laws(
     target_weights: Any,
     draft_weights: Any,
     draft_tokens: Any,
-    draft_lens: Any,
+    counts: Any,
     temperature: Any,
     draft_temperature: Any,
     seeds: Any,
@@ -311,7 +311,7 @@ def _laws(
 ) -> None:
     for share in prange(log_target.shape[0] * log_target.shape[1]):
         _laws_share(
-            table, target_weights, draft_weights, draft_tokens, draft_lens, temperature, draft_temperature,
+            table, target_weights, draft_weights, draft_tokens, counts, temperature, draft_temperature,
             seeds, positions, shared_stream, rule, log_target, target, draft, log_ratio, winners,
             np.int64(share),
         )  # fmt: skip
@@ -380,7 +380,7 @@ def _replacement(
 )
 def _decide_share(
     draft_tokens: Any,
-    draft_lens: Any,
+    counts: Any,
     temperature: Any,
     seeds: Any,
     counters: Any,
@@ -396,7 +396,12 @@ def _decide_share(
     expected: Any,
     sequence: int,
 ) -> None:
-    drafted, length = draft_tokens.shape[1], draft_lens[sequence]
+    drafted, length = draft_tokens.shape[1], counts[sequence] - 1
+    if length < 0:
+        accepted[sequence] = next_tokens[sequence] = 0
+        for row in range(drafted):
+            expected[sequence, row] = FLOAT(0)
+        return
     greedy = temperature[sequence] == FLOAT(0)
     for row in range(drafted):
         overlap = FLOAT(0)
@@ -431,7 +436,7 @@ def _decide_share(
 )
 def _decide(
     draft_tokens: Any,
-    draft_lens: Any,
+    counts: Any,
     temperature: Any,
     seeds: Any,
     counters: Any,
@@ -446,9 +451,9 @@ def _decide(
     next_tokens: Any,
     expected: Any,
 ) -> None:
-    for share in prange(draft_lens.shape[0]):
+    for share in prange(counts.shape[0]):
         _decide_share(
-            draft_tokens, draft_lens, temperature, seeds, counters, accept_stream, residual_stream, rule,
+            draft_tokens, counts, temperature, seeds, counters, accept_stream, residual_stream, rule,
             target, draft, log_ratio, winners, accepted, next_tokens, expected, np.int64(share),
         )  # fmt: skip
 
@@ -462,7 +467,7 @@ def verify_rows(
     target_weights: Any,
     draft_weights: Any,
     draft_tokens: Any,
-    draft_lens: Any,
+    counts: Any,
     temperature: Any,
     draft_temperature: Any,
     seeds: Any,
@@ -485,15 +490,17 @@ def verify_rows(
     log_ratio = np.empty((batch, rows), FLOAT)
     winners = np.empty((batch, rows), np.int64)
     _laws(
-        table, target_weights, draft_weights, draft_tokens, draft_lens, temperature, draft_temperature, seeds,
+        table, target_weights, draft_weights, draft_tokens, counts, temperature, draft_temperature, seeds,
         positions, shared_stream, rule, log_target, target, draft, log_ratio, winners,
     )  # fmt: skip
     _decide(
-        draft_tokens, draft_lens, temperature, seeds, counters, accept_stream, residual_stream, rule, target,
+        draft_tokens, counts, temperature, seeds, counters, accept_stream, residual_stream, rule, target,
         draft, log_ratio, winners, accepted, next_tokens, expected,
     )  # fmt: skip
     for sequence in range(batch):
         count = accepted[sequence]
+        if counts[sequence] == 0:
+            continue
         for row in range(count):
             log_probs[sequence, row] = log_target[sequence, row, draft_tokens[sequence, row]]
         log_probs[sequence, count] = log_target[sequence, count, next_tokens[sequence]]

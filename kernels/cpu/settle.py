@@ -32,6 +32,7 @@ def bind_settle(
     state: RoundState,
     logits: Sequence[Tensor],
     block: Tensor,
+    counts: Tensor,
     coefficients: Coefficients,
     sampling: Sampling,
     draft_sampling: Sampling,
@@ -46,6 +47,7 @@ def bind_settle(
     Args:
         logits: float32, of the large base, the tuned models, the small base, and the correction, if any.
         block: int64 [batch, drafted + 1], the last committed token and the drafted ones.
+        counts: int64 [batch], one more than each sequence's draft length; 0 where its verdict is not wanted.
         laws: room for three laws, float32 [batch, drafted + 1, vocabulary].
         coefficients to caches: as in the three operations, without a filter.
 
@@ -62,8 +64,9 @@ def bind_settle(
     report = torch.zeros(batch, rows + 2, dtype=torch.int64)
     _rows, table = logits_table(logits)
     call = partial(
-        _settle, table, block.numpy(), *arrays(coefficients, "target_weights", "draft_weights"),
-        *arrays(sampling, "temperature"), *arrays(draft_sampling, "temperature"), *arrays(state, "seeds"),
+        _settle, table, block.numpy(), counts.numpy(),
+        *arrays(coefficients, "target_weights", "draft_weights"), *arrays(sampling, "temperature"),
+        *arrays(draft_sampling, "temperature"), *arrays(state, "seeds"),
         *verification_streams(), RULES[rule], *(law.numpy() for law in laws),
         *arrays(verdict, "accepted_lens", "next_token", "expected_acceptance", "log_probs"),
         state.memory is not None, *memory_arrays(state.memory), *commit_arrays(state), eos_token_ids.numpy(),
@@ -75,13 +78,14 @@ def bind_settle(
 
 
 @entry(
-    f"void({TABLES}, {TABLES}, {MATRIX}, {MATRIX}, {VECTOR}, {VECTOR}, {TABLE}, int64, int64, int64, int64, "
-    f"{CUBE}, {CUBE}, {CUBE}, {TABLE}, {TABLE}, {MATRIX}, {MATRIX}, boolean, {MEMORY}, {COMMIT}, {TABLES}, "
-    f"{TABLES})"
+    f"void({TABLES}, {TABLES}, {TABLE}, {MATRIX}, {MATRIX}, {VECTOR}, {VECTOR}, {TABLE}, int64, int64, "
+    f"int64, int64, {CUBE}, {CUBE}, {CUBE}, {TABLE}, {TABLE}, {MATRIX}, {MATRIX}, boolean, {MEMORY}, "
+    f"{COMMIT}, {TABLES}, {TABLES})"
 )
 def _settle(
     table: Any,
     block: Any,
+    counts: Any,
     target_weights: Any,
     draft_weights: Any,
     temperature: Any,
@@ -134,7 +138,7 @@ def _settle(
         for column in range(drafted):
             draft_tokens[sequence, column] = block[sequence, column + 1]
     verify_rows(
-        table, target_weights, draft_weights, draft_tokens, draft_lens, temperature, draft_temperature, seeds,
+        table, target_weights, draft_weights, draft_tokens, counts, temperature, draft_temperature, seeds,
         rounds, positions, accept_stream, residual_stream, shared_stream, rule, log_target, target, draft,
         accepted_lens, next_token, expected, log_probs,
     )  # fmt: skip

@@ -75,7 +75,9 @@ def with_speeds(report: Report, by_batch: dict[int, dict[str, list[float]]], **v
                 measurement(name, own, speeds[NAIVE], **(values if name == CHOSEN else {}))
                 for name, own in speeds.items()
             ]
-            comparison = Comparison(NAIVE, result.setting.batch, len(rows[0].run_tokens), 1, 0, {}, tuple(rows))
+            comparison = Comparison(
+                NAIVE, result.setting.batch, len(rows[0].run_tokens), 1, 0, {}, tuple(rows)
+            )
             results.append(replace(result, comparison=comparison))
     return replace(report, results=results)
 
