@@ -129,9 +129,10 @@ class EFTDecoder:
         if draft_base is not None or top_p is not None:
             weights = torch.cat([weights, base_weight[None]])
         return Coefficients(
-            alpha=alphas.expand(batch, -1),
-            beta=beta.expand(batch),
-            draft_alpha=draft_alphas.expand(batch, -1),
+            # Kernels read a number a sequence.
+            alpha=alphas.repeat(batch, 1),
+            beta=beta.repeat(batch),
+            draft_alpha=draft_alphas.repeat(batch, 1),
             draft_base=draft_base,
             conservative_top_p=None if top_p is None else torch.full((batch,), top_p, device=device),
             some_weight_is_zero=bool((weights == 0).any()),

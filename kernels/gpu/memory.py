@@ -190,8 +190,8 @@ def recall(memory: DraftMemory, token: Tensor, beta: Tensor) -> Tensor:
     sequences = min(shape.sequences, tl.TRITON_MAX_TENSOR_NUMEL // all_slots)
     correction = torch.empty_like(memory.mean)
     _recall[(-(-batch // sequences), shape.splits)](
-        memory.ratios, memory.tokens, memory.mean, memory.count, token, beta, correction, vocab_size, slots,
-        batch, MEAN_WEIGHT=MEAN_WEIGHT, LAST_WEIGHT=LAST_WEIGHT, SEQUENCES=sequences,
+        memory.ratios, memory.tokens, memory.mean, memory.count, token, beta.contiguous(), correction,
+        vocab_size, slots, batch, MEAN_WEIGHT=MEAN_WEIGHT, LAST_WEIGHT=LAST_WEIGHT, SEQUENCES=sequences,
         COLUMNS=shape.columns, SLOTS=all_slots, **launch_options(shape.warps),
     )  # fmt: skip
     return correction

@@ -420,7 +420,10 @@ def test_memory(vocab_size: int, dtype: torch.dtype, compiled: str, both: Any) -
             done = torch.arange(batch) == turn
             remember(memory, large, base, block, accepted, done)
             for token in range(4):
-                seen.append(recall(memory, torch.full((batch,), token), torch.linspace(0.5, 2, batch)))
+                tokens = torch.full((batch,), token)
+                seen.append(recall(memory, tokens, torch.linspace(0.5, 2, batch)))
+                # One number for all sequences, which stands in memory once.
+                seen.append(recall(memory, tokens, torch.tensor(0.7).expand(batch)))
         return [*seen, *tensors_of(memory).values()]
 
     for expected, result in zip(*both(run, compiled), strict=True):

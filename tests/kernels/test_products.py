@@ -1,0 +1,60 @@
+"""Products of a few rows on a CPU: the sums, and that a row's do not depend on who stands beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+numba = pytest.importorskip("numba", reason="the extra [cpu] is not installed")
+
+
+@pytest.fixture(scope="module")
+def dot_products() -> Callable[..., None]:
+    from speculative_eft.kernels.cpu.compile import MATRIX
+    from speculative_eft.kernels.cpu.products import dot_products as products
+
+    # What compiled functions call has no entry from Python.
+    @numba.njit(f"void({MATRIX}, {MATRIX}, int64, int64, {MATRIX}, int64, boolean)")  # type: ignore[untyped-decorator]
+    def call(inputs: Any, weights: Any, first: int, last: int, out: Any, column: int, add: bool) -> None:
+        products(inputs, weights, first, last, out, column, add)
+
+    entry: Callable[..., None] = call
+    return entry
+
+
+def random(*shape: int) -> Any:
+    return np.random.default_rng(sum(shape)).normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 64, 100])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 9, 13])
+@pytest.mark.parametrize(("first", "last"), [(0, 64), (3, 70), (5, 7), (4, 4)])
+@pytest.mark.parametrize("add", [False, True])
+def test_sums(rows: int, size: int, first: int, last: int, add: bool, dot_products: Any) -> None:
+    inputs, weights, out = random(rows, size), random(80, size), random(rows, 100)
+    expected = out.copy()
+    own = expected[:, 10 + first : 10 + last]
+    own[:] = inputs.astype(np.float64) @ weights[first:last].T.astype(np.float64) + (own if add else 0)
+    dot_products(inputs, weights, first, last, out, 10, add)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [64, 100])
+def test_a_row_has_the_same_sums_beside_any_others(size: int, dot_products: Any) -> None:
+    inputs, weights = random(11, size), random(64, size)
+    together, alone = np.zeros((11, 64), np.float32), np.zeros((1, 64), np.float32)
+    dot_products(inputs, weights, 0, 64, together, 0, False)
+    for row in range(11):
+        dot_products(inputs[row : row + 1], weights, 0, 64, alone, 0, False)
+        assert (alone[0] == together[row]).all()
+
+
+def test_what_was_compiled_is_kept_until_any_source_changes() -> None:
+    from speculative_eft.kernels.cpu import noise, sampler
+
+    for function in (noise.exponentials, sampler.verify_rows):
+        stamp = str(function._cache._cache_file._source_stamp)  # type: ignore[attr-defined]
+        assert all(name in stamp for name in ("noise.py", "sampler.py", "compile.py", "memory.py"))
