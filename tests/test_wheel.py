@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,7 +28,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel unpacked as an installer does it: a folder to stand in for site-packages."""
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*command, "--wheel-dir", str(folder), str(ROOT)], check=True, cwd=folder)
+    # Builds share the folder build/, and so may pytest's workers.
+    with FileLock(Path(tempfile.gettempdir()) / "speculative-eft-wheel.lock"):
+        subprocess.run([*command, "--wheel-dir", str(folder), str(ROOT)], check=True, cwd=folder)
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder / "site")
