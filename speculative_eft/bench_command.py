@@ -96,7 +96,7 @@ _QUICK: dict[str, Any] = {
     "conservative_top_p": [],
     "acceptance": ["block", "token"],
     "draft_tokens": [2, 4, 8, "auto"],
-    "prompts": 12,
+    "prompts": 8,
     "repeats": 1,
     "least_runs": 6,
 }
