@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from speculative_eft.decoding import EFTConfig, EFTDecoder, EFTOutput, EFTStats, Streamer
-from speculative_eft.decoding.bound import BoundRound, Room, bind_pass
+from speculative_eft.decoding.bound import BoundRound, Room, bind_pass, can_bind
 from speculative_eft.decoding.request import read_options, read_prompts, read_seeds
 from speculative_eft.decoding.round import PhaseTimer, RoundPlan, new_round_state
 from speculative_eft.decoding.running import CapturedBatch, RunningBatch, rounded_span
-from speculative_eft.kernels import Coefficients, RoundState, Sampling, Stream, backend, commit, draft_step
+from speculative_eft.kernels import Coefficients, RoundState, Sampling, Stream, commit, draft_step
 from speculative_eft.models import (
     CapturedFunctions,
     EFTModels,
@@ -48,9 +48,7 @@ class SingleModelRounds(RunningBatch):
     def _round(self, drafted: int, span: int, timer: PhaseTimer, first: bool) -> Tensor:
         state, plan, _ = self._parts
         if self._captured is None:
-            if drafted not in self._bound:
-                self._bound[drafted] = _bind_step(self.runners.large, state, plan)
-            bound = self._bound[drafted]
+            bound = self._bound_round(drafted)
             if bound is not None:
                 return bound.run(state, plan, span, timer, None)
             return _step(self.runners.large, state, plan, span, timer)
@@ -60,10 +58,14 @@ class SingleModelRounds(RunningBatch):
         )
         return report
 
+    def _bind(self, drafted: int) -> BoundRound | None:
+        state, plan, _ = self._parts
+        return _bind_step(self.runners.large, state, plan)
+
 
 def _bind_step(runner: Runner, state: RoundState, plan: RoundPlan) -> BoundRound | None:
     """`_step` as calls that take no arguments, as the rounds of EFT are, where Numba's kernels run."""
-    if plan.sampling.filtered or state.offered_lens is not None or backend(state.output.device) != "numba":
+    if not can_bind(state, plan):
         return None
     from speculative_eft.kernels.cpu.settle import bind_settle
 
@@ -76,8 +78,9 @@ def _bind_step(runner: Runner, state: RoundState, plan: RoundPlan) -> BoundRound
         state, [logits], block, counts, plan.coefficients, plan.sampling, plan.sampling, plan.acceptance,
         plan.eos_token_ids, None, [(runner.lengths, False)], laws,
     )  # fmt: skip
-    steps = [("step", bind_pass(runner, block, counts, logits)), ("verify", lambda _: settle())]
-    return BoundRound(steps, verdict, report, [logits])
+    step, runs_all = bind_pass(runner, block, counts, logits)
+    steps = [("step", step), ("verify", lambda _: settle())]
+    return BoundRound(steps, verdict, report, [logits], pays_for_done=runs_all)
 
 
 def _step(runner: Runner, state: RoundState, plan: RoundPlan, span: int, timer: PhaseTimer) -> Tensor:

@@ -18,7 +18,7 @@ from speculative_eft.models import EFTRunners, Runner
 
 from .round import PhaseTimer, RoundPlan, TraceBuffers, caches_of, record_trace
 
-__all__ = ["BoundRound", "Room", "bind_pass", "bind_round"]
+__all__ = ["BoundRound", "Room", "bind_pass", "bind_round", "can_bind"]
 
 Step = Callable[[int], object]
 """Part of a round; its argument is the round's span."""
@@ -47,12 +47,14 @@ class BoundRound:
         steps: the parts, in turn, and the phase each is charged to.
         verdict, report: what the last part writes.
         logits: the large base's, the small base's and the tuned models'.
+        pays_for_done: whether some pass runs rows of sequences that are done.
     """
 
     steps: list[tuple[str, Step]]
     verdict: Verdict
     report: Tensor
     logits: list[Tensor]
+    pays_for_done: bool
 
     def run(
         self, state: RoundState, plan: RoundPlan, span: int, timer: PhaseTimer, trace: TraceBuffers | None
@@ -68,12 +70,21 @@ class BoundRound:
         return self.report
 
 
-def bind_pass(runner: Runner, block: Tensor, counts: Tensor, logits: Tensor) -> Step:
-    """A pass of `runner` over the first `counts` tokens of each row of `block`, which writes `logits`."""
+def can_bind(state: RoundState, plan: RoundPlan) -> bool:
+    """Whether verification and commit can be bound: with Numba, no filter, and reports read at once."""
+    filtered = plan.sampling.filtered or plan.draft_sampling.filtered or plan.coefficients.filtered
+    return not filtered and state.offered_lens is None and backend(state.output.device) == "numba"
+
+
+def bind_pass(runner: Runner, block: Tensor, counts: Tensor, logits: Tensor) -> tuple[Step, bool]:
+    """A pass of `runner` over the first `counts` tokens of each row of `block`, which writes `logits`.
+
+    And whether it runs all the others too.
+    """
     call = runner.bind(block, counts, logits)
     if call is None:
-        return lambda span: logits.copy_(runner.forward(block, span))
-    return lambda _: call()
+        return lambda span: logits.copy_(runner.forward(block, span)), True
+    return lambda _: call(), False
 
 
 def bind_round(
@@ -81,12 +92,10 @@ def bind_round(
 ) -> BoundRound | None:
     """The round of `drafted` tokens, good until rows or caches change; None where it must run as it is.
 
-    That is where Numba's kernels do not run, with a filter, with more than one tuned model or with the small
-    base among those that draft, and where the tuned model has no compiled steps.
+    That is where nothing can be bound, with more than one tuned model or with the small base among those
+    that draft, and where the tuned model has no compiled steps.
     """
-    filtered = plan.sampling.filtered or plan.draft_sampling.filtered or plan.coefficients.filtered
-    single = len(runners.tuned) == 1 and not plan.drafts_as_pair
-    if filtered or not single or state.offered_lens is not None or backend(state.output.device) != "numba":
+    if len(runners.tuned) != 1 or plan.drafts_as_pair or not can_bind(state, plan):
         return None
     from speculative_eft.kernels.cpu.settle import bind_settle
 
@@ -122,10 +131,12 @@ def bind_round(
         state, logits, block, counts, plan.coefficients, plan.sampling, plan.draft_sampling, plan.acceptance,
         plan.eos_token_ids, plan.draft_length_rule, caches_of(runners, plan), laws,
     )  # fmt: skip
-    steps: list[tuple[str, Step]] = [
-        ("draft", begin),
-        ("large", bind_pass(runners.large, block, counts, large_logits)),
-        ("base", bind_pass(runners.base, block, counts, base_logits)),
-        ("verify", lambda _: settle()),
-    ]
-    return BoundRound(steps, verdict, report, [large_logits, base_logits, tuned_logits])
+    large, large_runs_all = bind_pass(runners.large, block, counts, large_logits)
+    base, base_runs_all = bind_pass(runners.base, block, counts, base_logits)
+    return BoundRound(
+        steps=[("draft", begin), ("large", large), ("base", base), ("verify", lambda _: settle())],
+        verdict=verdict,
+        report=report,
+        logits=[large_logits, base_logits, tuned_logits],
+        pays_for_done=large_runs_all or base_runs_all,
+    )

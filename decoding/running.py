@@ -129,8 +129,8 @@ class RunningBatch:
 
     @property
     def pays_for_done(self) -> bool:
-        """Whether a sequence that is done costs time while it has a row: in bound rounds it does not."""
-        return not any(self._bound.values())
+        """Whether a sequence that is done costs time while it has a row; in most bound rounds it does not."""
+        return any(bound is None or bound.pays_for_done for bound in self._bound.values()) or not self._bound
 
     def advance(self, drafted: int, timer: PhaseTimer, first: bool = False) -> Report | None:
         """Start a round that drafts `drafted` tokens; the oldest report that is due, or None.
@@ -151,12 +151,9 @@ class RunningBatch:
 
     def _round(self, drafted: int, span: int, timer: PhaseTimer, first: bool) -> Tensor:
         state, plan, trace = self._parts
-        if self._captured is None and not first:
-            if drafted not in self._bound:
-                self._bound[drafted] = bind_round(self.runners, state, plan, drafted, self._room)
-            bound = self._bound[drafted]
-            if bound is not None:
-                return bound.run(state, plan, span, timer, trace)
+        bound = None if self._captured is not None or first else self._bound_round(drafted)
+        if bound is not None:
+            return bound.run(state, plan, span, timer, trace)
         if self._captured is None or first:
             draft = draft_phase(self.runners, state, plan, drafted, span)
             timer.mark("draft")
@@ -168,6 +165,15 @@ class RunningBatch:
             lambda draft: verify_phase(self.runners, state, plan, draft, span, PhaseTimer(), trace),
         )
         return report
+
+    def _bound_round(self, drafted: int) -> BoundRound | None:
+        if drafted not in self._bound:
+            self._bound[drafted] = self._bind(drafted)
+        return self._bound[drafted]
+
+    def _bind(self, drafted: int) -> BoundRound | None:
+        state, plan, _ = self._parts
+        return bind_round(self.runners, state, plan, drafted, self._room)
 
     def _send(self, report: Tensor, sequences: list[int], most: int) -> _Sent:
         if report.device.type != "cuda":

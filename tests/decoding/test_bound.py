@@ -115,6 +115,23 @@ def test_a_bound_round_waits_for_nothing_and_moves_nothing() -> None:
     assert (state.generated > 0).all()
 
 
+@pytest.mark.parametrize(("trio", "pays"), [(lambda: tiny_trio("llama"), False), (mixed_trio, True)])
+def test_rows_of_those_done_go_where_a_pass_would_run_them(
+    trio: Any, pays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compact = running_module.RunningBatch.compact
+    rows: list[int] = []
+
+    def counted(self: running_module.RunningBatch, done: Any) -> None:
+        compact(self, done)
+        rows.append(self.rows)
+
+    monkeypatch.setattr(running_module.RunningBatch, "compact", counted)
+    given = {**ragged_prompts(5), "eos_token_id": [3, 4, 5, 6], "seed": 0, "max_new_tokens": 40}
+    EFTDecoder(trio(), EFTConfig(draft_tokens=3)).generate(**given, do_sample=True, top_k=0)
+    assert (min(rows, default=5) < 5) == pays
+
+
 @pytest.mark.parametrize(
     ("fields", "options"),
     [
