@@ -65,7 +65,7 @@ class SingleModelRounds(RunningBatch):
 
 def _bind_step(runner: Runner, state: RoundState, plan: RoundPlan) -> BoundRound | None:
     """`_step` as calls that take no arguments, as the rounds of EFT are, where Numba's kernels run."""
-    if not can_bind(state, plan):
+    if not can_bind(state):
         return None
     from speculative_eft.kernels.cpu.settle import bind_settle
 
@@ -80,7 +80,7 @@ def _bind_step(runner: Runner, state: RoundState, plan: RoundPlan) -> BoundRound
     )  # fmt: skip
     step, runs_all = bind_pass(runner, block, counts, logits)
     steps = [("step", step), ("verify", lambda _: settle())]
-    return BoundRound(steps, verdict, report, [logits], pays_for_done=runs_all)
+    return BoundRound(steps, counts, verdict, report, [logits], pays_for_done=runs_all)
 
 
 def _step(runner: Runner, state: RoundState, plan: RoundPlan, span: int, timer: PhaseTimer) -> Tensor:
@@ -136,7 +136,7 @@ class SingleModelDecoder:
         """As `EFTDecoder.new_state`, without a draft."""
         no_draft = torch.zeros_like(last_token)
         return new_round_state(
-            last_token, lengths, seeds, max_new_tokens, no_draft, 0, pad_token_id, None, self.lagging
+            last_token, lengths, seeds, max_new_tokens, no_draft, 0, pad_token_id, None, lagging=self.lagging
         )
 
     def new_plan(
@@ -252,6 +252,7 @@ class UniformRunner:
     """
 
     max_context: int | None = None
+    ends_drafts = False
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self.vocab_size = vocab_size

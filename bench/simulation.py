@@ -80,6 +80,8 @@ class _ForcedRunner:
         peaks: float32 [period or 1, 2], logits of the drafted token and of its replacement.
     """
 
+    ends_drafts = False
+
     def __init__(self, runner: Runner, peaks: Tensor) -> None:
         self._runner = runner
         self._peaks = peaks.to(runner.device)

@@ -45,12 +45,14 @@ class BoundRound:
 
     Attributes:
         steps: the parts, in turn, and the phase each is charged to.
+        counts: one more than each sequence drafted, 0 for one that was done; drafting writes it.
         verdict, report: what the last part writes.
         logits: the large base's, the small base's and the tuned models'.
         pays_for_done: whether some pass runs rows of sequences that are done.
     """
 
     steps: list[tuple[str, Step]]
+    counts: Tensor
     verdict: Verdict
     report: Tensor
     logits: list[Tensor]
@@ -60,20 +62,19 @@ class BoundRound:
         self, state: RoundState, plan: RoundPlan, span: int, timer: PhaseTimer, trace: TraceBuffers | None
     ) -> Tensor:
         """`speculative_round`; the report is overwritten by the next round."""
-        submitted = None if trace is None else state.draft_lens.clone()
         for phase, step in self.steps:
             step(span)
             timer.mark(phase)
-        if trace is not None and submitted is not None:
+        if trace is not None:
+            submitted = self.counts - 1
             record_trace(trace, state, self.report, self.verdict, submitted, self.logits, plan.vocab_size)
             timer.mark("other")
         return self.report
 
 
-def can_bind(state: RoundState, plan: RoundPlan) -> bool:
-    """Whether verification and commit can be bound: with Numba, no filter, and reports read at once."""
-    filtered = plan.sampling.filtered or plan.draft_sampling.filtered or plan.coefficients.filtered
-    return not filtered and state.offered_lens is None and backend(state.output.device) == "numba"
+def can_bind(state: RoundState) -> bool:
+    """Whether verification and commit can be bound: with Numba, and reports read at once."""
+    return state.offered_lens is None and backend(state.output.device) == "numba"
 
 
 def bind_pass(runner: Runner, block: Tensor, counts: Tensor, logits: Tensor) -> tuple[Step, bool]:
@@ -95,7 +96,7 @@ def bind_round(
     That is where nothing can be bound, with more than one tuned model or with the small base among those
     that draft, and where the tuned model has no compiled steps.
     """
-    if len(runners.tuned) != 1 or plan.drafts_as_pair or not can_bind(state, plan):
+    if len(runners.tuned) != 1 or plan.drafts_as_pair or not can_bind(state):
         return None
     from speculative_eft.kernels.cpu.settle import bind_settle
 
@@ -111,8 +112,8 @@ def bind_round(
     correction = room.take("correction", batch, corrected, vocab_size)
     draft = tuned.bind_draft(
         block, counts, plan.coefficients, plan.draft_sampling, state.noise,
-        Stream.SHARED if plan.acceptance == "shared_seed" else Stream.DRAFT, state.memory, tuned_logits,
-        correction,
+        Stream.SHARED if plan.acceptance == "shared_seed" else Stream.DRAFT, state.memory,
+        state.early_stop, tuned_logits, correction,
     )  # fmt: skip
     if draft is None:
         return None
@@ -135,6 +136,7 @@ def bind_round(
     base, base_runs_all = bind_pass(runners.base, block, counts, base_logits)
     return BoundRound(
         steps=[("draft", begin), ("large", large), ("base", base), ("verify", lambda _: settle())],
+        counts=counts,
         verdict=verdict,
         report=report,
         logits=[large_logits, base_logits, tuned_logits],

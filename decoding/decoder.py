@@ -308,7 +308,8 @@ class EFTDecoder:
         timer = PhaseTimer()
         kept = self._kept(call)
         self._past = None
-        state, plan = self._start(call.prompts, call.tuned_prompts, options, call.seeds, kept)
+        fused = call.processing is None
+        state, plan = self._start(call.prompts, call.tuned_prompts, options, call.seeds, kept, fused)
         trace = None
         if options.return_dict_in_generate and with_trace:
             trace = new_trace_buffers(state, len(self.runners.tuned))
@@ -322,7 +323,7 @@ class EFTDecoder:
             streamer.put(call.input_ids.cpu())
         first = first_round_of_own_prompts(self.runners, state, call.prompts, call.tuned_prompts)
         longest = max(call.prompts.longest, call.tuned_prompts.longest)
-        if call.processing is None:
+        if fused:
             buffers = ScoreBuffers(None, None)
             rounds = self._run(state, plan, longest, timer, trace, streamer, watch, first)
         else:
@@ -367,12 +368,19 @@ class EFTDecoder:
                     )
                 )
 
-    def _first_draft_lens(self, batch: int, device: torch.device) -> Tensor:
+    @property
+    def _ends_drafts(self) -> bool:
+        """Whether fused rounds can end a draft by what was drawn, and are faster for it."""
+        if self.policy is None or self.lagging or self._drafts_as_pair():
+            return False
+        return len(self.runners.tuned) == 1 and self.runners.tuned[0].ends_drafts
+
+    def _first_draft_lens(self, batch: int, device: torch.device, ends_early: bool = False) -> Tensor:
         if self.config.draft_tokens != "auto":
             return torch.full((batch,), self.config.draft_tokens, dtype=torch.int64, device=device)
         assert self.policy is not None
         nothing = torch.zeros(batch, device=device)
-        return self.policy.rule(device).draft_lens(nothing, nothing)
+        return self.policy.rule(device, ends_early).draft_lens(nothing, nothing)
 
     def _new_memory(self, batch: int, longest_draft: int, device: torch.device) -> DraftMemory | None:
         if self.config.remembered == 0:
@@ -387,6 +395,7 @@ class EFTDecoder:
         options: GenerationOptions,
         seeds: Tensor,
         kept: tuple[Tensor, Tensor] | None = None,
+        fused: bool = True,
     ) -> tuple[RoundState, RoundPlan]:
         batch = prompts.tokens.shape[0]
         device = self.runners.large.device
@@ -400,7 +409,7 @@ class EFTDecoder:
         last_token = prompts.tokens.gather(1, (prompts.lengths - 1)[:, None])[:, 0].to(device)
         state = self.new_state(
             last_token, prompts.lengths.to(device), seeds.to(device), options.max_new_tokens,
-            options.pad_token_id,
+            options.pad_token_id, fused,
         )  # fmt: skip
         temperature = options.temperature
         draft_temperature = self.config.draft_temperature if temperature > 0 else None
@@ -409,6 +418,7 @@ class EFTDecoder:
             options.sampling(batch, self.vocab_size, draft_temperature or temperature, device),
             options.eos_token_ids,
             options.return_dict_in_generate,
+            fused,
         )
         return state, plan
 
@@ -448,14 +458,23 @@ class EFTDecoder:
         return int(self._first_draft_lens(1, torch.device("cpu")))
 
     def new_state(
-        self, last_token: Tensor, lengths: Tensor, seeds: Tensor, max_new_tokens: int, pad_token_id: int
+        self,
+        last_token: Tensor,
+        lengths: Tensor,
+        seeds: Tensor,
+        max_new_tokens: int,
+        pad_token_id: int,
+        fused: bool = True,
     ) -> RoundState:
         """The state of sequences whose prompts, of `lengths` tokens, are filled up to `last_token`.
 
-        All of these are int64 [batch]. Memory of the draft and draft lengths are those of the config.
+        All of these are int64 [batch]. Memory of the draft and draft lengths are those of the config. What is
+        not for `fused` rounds ends no draft early.
         """
         batch, device = last_token.shape[0], last_token.device
-        draft_lens = self._first_draft_lens(batch, device).clamp_(max=max_new_tokens - 1)
+        ends_early = fused and self._ends_drafts
+        early_stop = self.policy.early_stop(batch, device) if ends_early and self.policy else None
+        draft_lens = self._first_draft_lens(batch, device, ends_early).clamp_(max=max_new_tokens - 1)
         return new_round_state(
             last_token=last_token,
             prompt_lengths=lengths,
@@ -465,14 +484,21 @@ class EFTDecoder:
             longest_draft=self.longest_draft,
             pad_token_id=pad_token_id,
             memory=self._new_memory(batch, self.longest_draft, device),
+            early_stop=early_stop,
             lagging=self.lagging,
         )
 
     def new_plan(
-        self, sampling: Sampling, draft_sampling: Sampling, eos_token_ids: Sequence[int], statistics: bool
+        self,
+        sampling: Sampling,
+        draft_sampling: Sampling,
+        eos_token_ids: Sequence[int],
+        statistics: bool,
+        fused: bool = True,
     ) -> RoundPlan:
-        """The plan of rounds of this decoder's law for sequences with this sampling."""
+        """The plan of rounds of this decoder's law for sequences with this sampling; as for `new_state`."""
         batch, device = sampling.temperature.shape[0], sampling.temperature.device
+        ends_early = fused and self._ends_drafts
         return RoundPlan(
             coefficients=self._coefficients(batch, device),
             sampling=sampling,
@@ -481,7 +507,7 @@ class EFTDecoder:
             drafts_as_pair=self._drafts_as_pair(),
             vocab_size=self.vocab_size,
             eos_token_ids=torch.tensor(eos_token_ids, dtype=torch.int64, device=device),
-            draft_length_rule=None if self.policy is None else self.policy.rule(device),
+            draft_length_rule=None if self.policy is None else self.policy.rule(device, ends_early),
             statistics=statistics,
         )
 
@@ -667,5 +693,5 @@ class NaiveEFTDecoder(EFTDecoder):
         plain = dataclasses.replace(config, acceptance="shared_seed", draft_tokens=1, remembered=0)
         super().__init__(models, plain)
 
-    def _first_draft_lens(self, batch: int, device: torch.device) -> Tensor:
+    def _first_draft_lens(self, batch: int, device: torch.device, ends_early: bool = False) -> Tensor:
         return torch.zeros(batch, dtype=torch.int64, device=device)

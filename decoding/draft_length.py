@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from speculative_eft.kernels import DraftLengthRule
+from speculative_eft.kernels import DraftLengthRule, EarlyStop, new_early_stop
 
 __all__ = ["DraftLengthPolicy", "tokens_per_round"]
 
@@ -17,6 +17,7 @@ _PRIOR_TESTED = 32.0
 _PRIOR_ACCEPTANCE = 0.75
 _FADING = 0.98
 _HIGHEST_ACCEPTANCE = 0.99
+_POINTS = 512
 
 
 def tokens_per_round(acceptance: Tensor, draft_lens: Tensor) -> Tensor:
@@ -48,17 +49,44 @@ class DraftLengthPolicy:
     row_cost: float = 0.0
     longest: int = _LONGEST_DRAFT
 
-    def rule(self, device: torch.device) -> DraftLengthRule:
+    def rule(self, device: torch.device, ends_early: bool = False) -> DraftLengthRule:
         """The choice as thresholds on a sequence's running acceptance, on `device`.
 
-        More acceptance never makes the best draft shorter, so a threshold a length says it all.
+        More acceptance never makes the best draft shorter, so a threshold a length says it all. Where a draft
+        `ends_early` by itself, it is either none or the longest.
         """
+        thresholds = _thresholds(self)
+        if ends_early:
+            thresholds = thresholds[:1].expand(self.longest).contiguous()
         return DraftLengthRule(
-            thresholds=_thresholds(self).to(device),
+            thresholds=thresholds.to(device),
             fading=_FADING,
             prior_accepted=_PRIOR_TESTED * _PRIOR_ACCEPTANCE,
             prior_tested=_PRIOR_TESTED,
         )
+
+    def early_stop(self, batch: int, device: torch.device) -> EarlyStop:
+        """What ends drafts of `batch` new sequences where one more token is not worth its cost.
+
+        Further tokens are taken to be accepted as often as the running acceptance says; time is worth the
+        tokens that the best fixed draft length gives in it.
+        """
+        acceptance = torch.linspace(0, 1, _POINTS, dtype=torch.float64).clamp(0.01, _HIGHEST_ACCEPTANCE)
+        lens = torch.arange(self.longest + 1)
+        rate = (tokens_per_round(acceptance[:, None], lens) / self._cost(lens)).amax(dim=1)
+        least = rate * (self.cost_ratio + self.row_cost) / acceptance
+        return new_early_stop(
+            batch,
+            self.longest,
+            least.to(device, torch.float32),
+            _FADING,
+            _PRIOR_TESTED * _PRIOR_ACCEPTANCE,
+            _PRIOR_TESTED,
+        )
+
+    def _cost(self, lens: Tensor) -> Tensor:
+        """Of rounds of drafts of these lengths, in large steps."""
+        return (lens + 2) * self.cost_ratio + lens * self.row_cost + 1
 
 
 @cache
@@ -66,8 +94,7 @@ def _thresholds(policy: DraftLengthPolicy) -> Tensor:
     """The least acceptance at which each length from 1 on is the best: float32 [longest]."""
     acceptance = torch.linspace(0, _HIGHEST_ACCEPTANCE, 10_000, dtype=torch.float64)
     lens = torch.arange(policy.longest + 1)
-    cost = (lens + 2) * policy.cost_ratio + lens * policy.row_cost + 1
-    best = (tokens_per_round(acceptance[:, None], lens) / cost).argmax(dim=1)
+    best = (tokens_per_round(acceptance[:, None], lens) / policy._cost(lens)).argmax(dim=1)
     first = torch.searchsorted(best, lens[1:])
     reached = first < len(acceptance)
     thresholds = torch.where(reached, acceptance[first.clamp(max=len(acceptance) - 1)], torch.inf)

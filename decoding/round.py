@@ -14,12 +14,15 @@ from speculative_eft.kernels import (
     Coefficients,
     DraftLengthRule,
     DraftMemory,
+    EarlyStop,
     RoundState,
     Sampling,
     Stream,
     Verdict,
     commit,
     draft_step,
+    end_drafts,
+    learn,
     recall,
     remember,
     verify,
@@ -95,6 +98,7 @@ def new_round_state(
     longest_draft: int,
     pad_token_id: int,
     memory: DraftMemory | None,
+    early_stop: EarlyStop | None = None,
     lagging: bool = False,
 ) -> RoundState:
     """State of a batch that has been prefilled up to its last prompt token.
@@ -134,6 +138,7 @@ def new_round_state(
         tested_at=torch.zeros(longest_draft, dtype=torch.int64, device=device),
         accepted_at=torch.zeros(longest_draft, dtype=torch.int64, device=device),
         memory=memory,
+        early_stop=early_stop,
         offered_lens=draft_lens.clone() if lagging else None,
     )
 
@@ -274,6 +279,8 @@ def commit_phase(
     """
     if state.memory is not None:
         remember(state.memory, logits[0], logits[1], block, verdict.accepted_lens, state.done)
+    if state.early_stop is not None:
+        learn(state.early_stop, state.draft_lens, verdict.accepted_lens, state.done)
     timer.mark("verify")
     submitted = state.draft_lens if trace is None else state.draft_lens.clone()
     report = commit(
@@ -306,6 +313,9 @@ def _draft(runners: EFTRunners, state: RoundState, plan: RoundPlan, drafted: int
     tuned_rows: list[list[Tensor]] = [[] for _ in runners.tuned]
     base_rows: list[Tensor] = []
     corrections: list[Tensor] = []
+    early, measures = state.early_stop, None
+    if early is not None:
+        measures = torch.empty(3, token.shape[0], device=token.device)
     # One step more than tokens: its logits are the law of the bonus token.
     for step in range(drafted + 1):
         for runner, rows in zip(runners.tuned, tuned_rows, strict=True):
@@ -327,7 +337,10 @@ def _draft(runners: EFTRunners, state: RoundState, plan: RoundPlan, drafted: int
                 step,
                 plan.vocab_size,
                 corrections[-1] if corrections else None,
+                measures,
             )
+            if early is not None and measures is not None:
+                end_drafts(early, state.draft_lens, step, measures[0].exp())
             tokens.append(token)
     draft_tokens = torch.stack(tokens, dim=1) if tokens else state.last_token.new_empty(token.shape[0], 0)
     tuned = [torch.stack(rows, dim=1) for rows in tuned_rows]

@@ -13,7 +13,7 @@ __all__ = ["narrowed", "put", "rearrange", "refill"]
 
 Part = TypeVar("Part")
 
-_SHARED = frozenset({"tested_at", "accepted_at", "eos_token_ids", "thresholds"})
+_SHARED = frozenset({"tested_at", "accepted_at", "eos_token_ids", "thresholds", "least_chances"})
 """Tensors of a batch's parts that hold nothing of a single sequence."""
 
 

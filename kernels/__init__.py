@@ -4,6 +4,7 @@ from .attention import HEAD_DIMS, LARGEST_HEAD_DIM, MOST_ROWS, append, attention
 from .backend import Backend, backend, warm_up
 from .commit import DraftLengthRule, RoundState, commit, committed_tokens
 from .draft import draft_step
+from .early_stop import EarlyStop, end_drafts, learn, new_early_stop
 from .filters import Sampling, warp
 from .memory import DraftMemory, new_draft_memory, recall, remember
 from .mix import Coefficients, draft_logits, target_logits
@@ -19,6 +20,7 @@ __all__ = [
     "Coefficients",
     "DraftLengthRule",
     "DraftMemory",
+    "EarlyStop",
     "NoiseKey",
     "RoundState",
     "Sampling",
@@ -32,9 +34,12 @@ __all__ = [
     "derive_seeds",
     "draft_logits",
     "draft_step",
+    "end_drafts",
     "exponential_noise",
     "gumbel_noise",
+    "learn",
     "new_draft_memory",
+    "new_early_stop",
     "recall",
     "remember",
     "target_logits",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .backend import backend
+from .early_stop import EarlyStop
 from .memory import DraftMemory
 from .noise import NoiseKey
 
@@ -38,6 +39,7 @@ class RoundState:
         memory: what drafts are corrected by, or None.
         offered_lens: int64 [batch], the draft lengths that the host knew of when it started the next round,
             which then drafts no more; None where it has read every report by then.
+        early_stop: ends drafts before they have `draft_lens` tokens, or None.
     """
 
     last_token: Tensor
@@ -59,6 +61,7 @@ class RoundState:
     accepted_at: Tensor
     memory: DraftMemory | None = None
     offered_lens: Tensor | None = None
+    early_stop: EarlyStop | None = None
 
     @cached_property
     def noise(self) -> NoiseKey:

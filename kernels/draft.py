@@ -45,7 +45,7 @@ def draft_step(
         int64 [batch].
     """
     kind = backend(tuned[0].device)
-    if kind == "triton" or (kind == "numba" and not sampling.filtered and measures is None):
+    if kind == "triton" or (kind == "numba" and measures is None):
         # A base or a correction that is not there has weight 0.
         logits = [*tuned, tuned[0] if base is None else base]
         logits += [] if correction is None else [correction]
@@ -61,7 +61,7 @@ def draft_step(
             return on_gpu(rows, weights, sampling, *address, vocab_size, measures)
         from .cpu import sampler
 
-        return sampler.draft(rows, weights, sampling.temperature, *address, vocab_size)
+        return sampler.draft(rows, weights, sampling, *address, vocab_size)
     mixed = draft_logits(
         [rows[:, None] for rows in tuned],
         None if base is None else base[:, None],

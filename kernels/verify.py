@@ -104,8 +104,7 @@ def verify(
                 verification_streams(), rule, vocab_size, statistics,
             )
         )  # fmt: skip
-    unfiltered = not (sampling.filtered or draft_sampling.filtered or coefficients.filtered)
-    if unfiltered and kind == "numba":
+    if kind == "numba":
         from .cpu import sampler
 
         return Verdict(

@@ -18,7 +18,7 @@ import torch
 from numba import prange
 from torch import Tensor, nn
 
-from speculative_eft.kernels import Coefficients, DraftMemory, NoiseKey, Sampling, Stream
+from speculative_eft.kernels import Coefficients, DraftMemory, EarlyStop, NoiseKey, Sampling, Stream
 from speculative_eft.kernels.cpu.compile import (
     CUBE,
     FLOAT,
@@ -35,6 +35,8 @@ from speculative_eft.kernels.cpu.compile import (
     largest,
     use_threads,
 )
+from speculative_eft.kernels.cpu.early_stop import EARLY_STOP, early_stop_arrays, ends_draft
+from speculative_eft.kernels.cpu.filters import SAMPLING, sampling_arrays
 from speculative_eft.kernels.cpu.memory import MEMORY, memory_arrays, recall
 from speculative_eft.kernels.cpu.products import dot_products
 from speculative_eft.kernels.cpu.sampler import draft_rows
@@ -49,7 +51,7 @@ class CompiledLlama:
     Weights are read where the model has them: nothing is copied, and what is done to them in place is seen.
     """
 
-    most_rows = 128
+    most_rows = 256
     """Rows of all sequences beyond which torch's matrix products are as fast."""
 
     @staticmethod
@@ -142,6 +144,7 @@ class CompiledLlama:
         noise: NoiseKey,
         stream: Stream,
         memory: DraftMemory | None,
+        early_stop: EarlyStop | None,
         logits: Tensor,
         correction: Tensor,
     ) -> Callable[[], None]:
@@ -151,9 +154,10 @@ class CompiledLlama:
             block: int64 [batch, drafted + 1]; the first column holds the last committed tokens, which stand
                 at `cache.lengths`, and the others are written. The lengths move by `drafted + 1`.
             counts: int64 [batch], steps of each sequence, one more than it drafts, or 0: what lies beyond
-                stays as it is.
-            coefficients, sampling: of the draft law, in which this is the only tuned model, without a filter.
+                stays as it is. Lowered where a draft ends early.
+            coefficients, sampling: of the draft law, in which this is the only tuned model.
             memory: what the draft law is corrected by.
+            early_stop: ends drafts early.
             logits: float32 [batch, drafted + 1, vocab_size], written.
             correction: float32 [batch, drafted, vocabulary], written; [batch, 0, vocabulary] without memory.
         """
@@ -161,9 +165,10 @@ class CompiledLlama:
         return partial(
             _draft, block.numpy(), counts.numpy(), cache.lengths.numpy(), *self._network, logits.numpy(),
             logits.data_ptr(), use_threads(), *arrays(coefficients, "draft_weights"),
-            *arrays(sampling, "temperature"),
+            *sampling_arrays(sampling),
             *arrays(noise, "seeds", "positions" if shared else "rounds"), shared, int(stream),
-            *memory_arrays(memory), *arrays(coefficients, "beta"), correction.numpy(), correction.data_ptr(),
+            *memory_arrays(memory), early_stop is not None, *early_stop_arrays(early_stop),
+            *arrays(coefficients, "beta"), correction.numpy(), correction.data_ptr(),
         )  # fmt: skip
 
 
@@ -505,8 +510,8 @@ def _forward(
 
 
 @entry(
-    f"void({TABLES}, {TABLE}, {TABLE}, {_NETWORK}, {CUBE}, int64, int64, {MATRIX}, {VECTOR}, {TABLE}, "
-    f"{TABLE}, boolean, int64, {MEMORY}, {VECTOR}, {CUBE}, int64)"
+    f"void({TABLES}, {TABLE}, {TABLE}, {_NETWORK}, {CUBE}, int64, int64, {MATRIX}, {SAMPLING}, {TABLE}, "
+    f"{TABLE}, boolean, int64, {MEMORY}, boolean, {EARLY_STOP}, {VECTOR}, {CUBE}, int64)"
 )
 def _draft(
     block: Any,
@@ -524,6 +529,9 @@ def _draft(
     threads: int,
     law_weights: Any,
     temperature: Any,
+    top_k: Any,
+    top_p: Any,
+    min_p: Any,
     seeds: Any,
     counters: Any,
     shared: bool,
@@ -532,6 +540,16 @@ def _draft(
     remembered: Any,
     mean: Any,
     count: Any,
+    may_end: bool,
+    accepted: Any,
+    tested: Any,
+    least: Any,
+    reach: Any,
+    grades: Any,
+    least_chances: Any,
+    fading: float,
+    prior_accepted: float,
+    prior_tested: float,
     beta: Any,
     correction: Any,
     correction_address: int,
@@ -548,7 +566,12 @@ def _draft(
     if correction.shape[1]:
         table[3, 0], table[3, 1] = correction_address, correction.shape[1] * vocab_size
     takes_part = np.empty(batch, np.int64)
-    for step in range(steps):
+    chances = np.empty(batch if may_end else 0, FLOAT)
+    longest = 0
+    for sequence in range(batch):
+        longest = max(longest, counts[sequence])
+    step = 0
+    while step < longest:
         for sequence in range(batch):
             current[sequence, 0] = drawn[sequence]
             takes_part[sequence] = step < counts[sequence]
@@ -568,12 +591,23 @@ def _draft(
                         correction[sequence, step],
                     )  # fmt: skip
             draft_rows(
-                table, law_weights, temperature, seeds, counter, 0 if shared else step, stream, vocab_size,
-                takes_part, drawn,
+                table, law_weights, temperature, top_k, top_p, min_p, seeds, counter, 0 if shared else step,
+                stream, vocab_size, takes_part, drawn, chances,
             )  # fmt: skip
             table[1, 0] += 4 * columns
             if correction.shape[1]:
                 table[3, 0] += 4 * vocab_size
+            longest = 0
             for sequence in range(batch):
                 block[sequence, step + 1] = drawn[sequence]
                 counter[sequence] += 1 if shared else 0
+                if (
+                    may_end
+                    and takes_part[sequence]
+                    and ends_draft(accepted, tested, least, reach, grades, sequence, step, chances[sequence])
+                ):
+                    counts[sequence] = step + 2
+                longest = max(longest, counts[sequence])
+        step += 1
+    for sequence in range(batch):
+        lengths[sequence] += steps - step

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from speculative_eft.kernels import Coefficients, DraftMemory, NoiseKey, Sampling, Stream
+from speculative_eft.kernels import Coefficients, DraftMemory, EarlyStop, NoiseKey, Sampling, Stream
 
 
 class Runner(Protocol):
@@ -27,6 +27,11 @@ class Runner(Protocol):
     """Longest sequence the network supports, None if there is no limit."""
 
     device: torch.device
+
+    @property
+    def ends_drafts(self) -> bool:
+        """Whether a draft from this network alone that ends early is spared the steps it does not take."""
+        ...
 
     @property
     def reservations(self) -> int:
@@ -76,6 +81,7 @@ class Runner(Protocol):
         noise: NoiseKey,
         stream: Stream,
         memory: DraftMemory | None,
+        early_stop: EarlyStop | None,
         logits: Tensor,
         correction: Tensor,
     ) -> Callable[[], None] | None:
@@ -85,9 +91,10 @@ class Runner(Protocol):
             block: int64 [batch, drafted + 1]: the last committed token, and where the drafted ones go.
                 `lengths` move by `drafted + 1`.
             counts: int64 [batch], steps of each sequence, one more than it drafts, or 0; what lies beyond may
-                stay unset.
+                stay unset. Lowered where a draft ends early.
             coefficients, sampling: of the draft law, in which this is the only tuned model.
             memory: what the draft law is corrected by.
+            early_stop: ends drafts early.
             logits: float32 [batch, drafted + 1, vocab_size], written.
             correction: float32 [batch, drafted, vocabulary], written; [batch, 0, vocabulary] without memory.
         """

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from speculative_eft.kernels import Coefficients, DraftMemory, NoiseKey, Sampling, Stream, backend
+from speculative_eft.kernels import Coefficients, DraftMemory, EarlyStop, NoiseKey, Sampling, Stream, backend
 
 from .adapters import AdapterSwitch, is_adapter_layer, is_low_rank
 from .attention import Attention, choose_attention
@@ -23,6 +23,9 @@ from .slot_cache import SlotCache, round_up
 
 if TYPE_CHECKING:
     from .llama_cpu import CompiledLlama
+
+_ROWS_OF_A_SEQUENCE = 8
+"""Rows above which those of one sequence are taken to be few of the most that it might have."""
 
 
 class ModelRunner:
@@ -153,9 +156,15 @@ class ModelRunner:
             logits = torch.tanh(logits / self._softcap) * self._softcap
         return logits.to(self.device)
 
+    @property
+    def ends_drafts(self) -> bool:
+        """`Runner.ends_drafts`: where compiled steps can run."""
+        return self._compiled is not None and backend(self.device) == "numba"
+
     def bind(self, block: Tensor, counts: Tensor, logits: Tensor) -> Callable[[], None] | None:
         """`Runner.bind`: where a compiled pass can run `block`."""
-        compiled = self._compiled_for(block.numel())
+        # Blocks are ragged: what a sequence drafts at most says little of what it drafts.
+        compiled = self._compiled_for(block.shape[0] * min(block.shape[1], _ROWS_OF_A_SEQUENCE))
         return None if compiled is None else compiled.bind(block, self.cache, logits, counts)
 
     def bind_draft(
@@ -167,16 +176,17 @@ class ModelRunner:
         noise: NoiseKey,
         stream: Stream,
         memory: DraftMemory | None,
+        early_stop: EarlyStop | None,
         logits: Tensor,
         correction: Tensor,
     ) -> Callable[[], None] | None:
-        """`Runner.bind_draft`: where compiled steps can run and the draft law has no filter."""
-        compiled = self._compiled_for(block.shape[0])
-        if compiled is None or sampling.filtered:
+        """`Runner.bind_draft`: where compiled steps can run."""
+        if self._compiled is None:
             return None
-        return compiled.bind_draft(
-            block, counts, self.cache, coefficients, sampling, noise, stream, memory, logits, correction
-        )
+        return self._compiled.bind_draft(
+            block, counts, self.cache, coefficients, sampling, noise, stream, memory, early_stop, logits,
+            correction,
+        )  # fmt: skip
 
     @torch.inference_mode()
     def prefill(

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from speculative_eft.kernels import backend
+
 from .device import test_device
 
 
@@ -59,6 +61,11 @@ class TableRunner:
         held.scatter_(1, columns, tokens)
         before = held.gather(1, columns - 1)
         return self.table[before, tokens]
+
+    @property
+    def ends_drafts(self) -> bool:
+        # Nothing is spared here; the law is what is wanted.
+        return backend(self.device) != "triton"
 
     def bind(self, *_: Any) -> None:
         return None

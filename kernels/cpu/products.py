@@ -95,11 +95,14 @@ def _sums(rows: int) -> Callable[..., None]:
             builder.call(prefetch, [wanted, flag(0), flag(2), flag(1)])
         for part in range(_LINE // _LANES):
             own = builder.add(offset, constant(4 * _LANES * part))
-            columns = [load(builder.add(address, own)) for address in weights_at]
-            for r in range(rows):
-                row = load(builder.add(rows_at[r], own))
-                for c, column in enumerate(columns):
-                    values[r, c] = builder.call(fused, [row, column, values[r, c]])
+            # The fewer stay in registers while the others pass, or there are too few registers for the sums.
+            streamed, held = (weights_at, rows_at) if rows <= _STREAMS else (rows_at, weights_at)
+            kept = [load(builder.add(address, own)) for address in held]
+            for s, address in enumerate(streamed):
+                passing = load(builder.add(address, own))
+                for h, other in enumerate(kept):
+                    place = (h, s) if rows <= _STREAMS else (s, h)
+                    values[place] = builder.call(fused, [other, passing, values[place]])
         following = builder.add(k, constant(_LINE))
         k.add_incoming(following, loop)
         for place, phi in running.items():

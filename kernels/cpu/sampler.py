@@ -1,4 +1,4 @@
-"""Drafting and verification compiled for a CPU, for laws without filters.
+"""Drafting and verification compiled for a CPU.
 
 A row's logits are read once and stay in a core's cache until its law is known. The formulas are those of
 `kernels/draft.py` and `kernels/verify.py`, which are the specification; rows are shared among threads.
@@ -32,6 +32,15 @@ from .compile import (
     logits_table,
     use_threads,
 )
+from .filters import (
+    CONSERVATIVE,
+    SAMPLING,
+    conservative_arrays,
+    cut_top_p,
+    filter_law,
+    is_filtered,
+    sampling_arrays,
+)
 from .noise import exponentials, uniform
 
 if TYPE_CHECKING:
@@ -43,12 +52,14 @@ __all__ = ["RULES", "draft", "draft_rows", "verify", "verify_rows"]
 
 RULES = {"token": 0, "block": 1, "shared_seed": 2}
 _TOKEN, _BLOCK, _SHARED_SEED = range(3)
+_PIECE = 4096
+_NOT_WANTED = np.empty(0, np.float32)
 
 
 def draft(
     logits: Sequence[Tensor],
     weights: Tensor,
-    temperature: Tensor,
+    sampling: Sampling,
     seeds: Tensor,
     counters: Tensor,
     row: int,
@@ -65,8 +76,9 @@ def draft(
     tokens = torch.empty(batch, dtype=torch.int64)
     use_threads()
     draft_rows(
-        table, weights.contiguous().numpy(), temperature.contiguous().numpy(), seeds.contiguous().numpy(),
+        table, weights.contiguous().numpy(), *sampling_arrays(sampling), seeds.contiguous().numpy(),
         counters.contiguous().numpy(), row, stream, vocab_size, np.ones(batch, np.int64), tokens.numpy(),
+        _NOT_WANTED,
     )  # fmt: skip
     return tokens
 
@@ -97,9 +109,9 @@ def verify(
     log_probs = torch.empty(batch, drafted + 1)
     use_threads()
     verify_rows(
-        table, *arrays(coefficients, "target_weights", "draft_weights"),
+        table, *arrays(coefficients, "target_weights", "draft_weights"), *conservative_arrays(coefficients),
         draft_tokens.contiguous().numpy(), (draft_lens + 1).numpy(),
-        *arrays(sampling, "temperature"), *arrays(draft_sampling, "temperature"),
+        *sampling_arrays(sampling), *sampling_arrays(draft_sampling),
         *arrays(noise, "seeds", "rounds", "positions"), *streams, rule, log_target, target, draft_law,
         accepted.numpy(), next_tokens.numpy(), expected.numpy(), log_probs.numpy(),
     )  # fmt: skip
@@ -135,9 +147,9 @@ def _argmax(values: Any) -> Any:
     return np.int64(winner) % values.shape[0]
 
 
-@compiled(f"void({VECTOR}, float32, {VECTOR})")
-def _normalise(logits: Any, temperature: float, law: Any) -> None:
-    """Turn `logits` into log-probabilities and write the probabilities to `law`.
+@compiled(f"float32({VECTOR}, float32, {VECTOR})")
+def _normalise(logits: Any, temperature: float, law: Any) -> Any:
+    """Turn `logits` into log-probabilities, write the probabilities to `law`, and return the normaliser.
 
     A row of only -inf, which is no law, becomes the point mass on id 0.
     """
@@ -147,23 +159,68 @@ def _normalise(logits: Any, temperature: float, law: Any) -> None:
     highest = largest(logits)
     if highest == FLOAT(-np.inf):
         logits[0] = highest = FLOAT(0)
-    total = FLOAT(0)
-    for token in range(size):
-        law[token] = exp(logits[token] - highest)
-        total += law[token]
+    # In pieces, since the terms of a large vocabulary added up in float32 are digits short.
+    whole = 0.0
+    for first in range(0, size, _PIECE):
+        piece, shares = logits[first : first + _PIECE], law[first : first + _PIECE]
+        part = FLOAT(0)
+        for token in range(piece.shape[0]):
+            shares[token] = exp(piece[token] - highest)
+            part += shares[token]
+        whole += np.float64(part)
+    total = FLOAT(whole)
     scale, shift = FLOAT(1) / total, highest + log(total)
     for token in range(size):
         law[token] *= scale
         logits[token] -= shift
+    return shift
+
+
+@compiled(f"void({TABLES}, {VECTOR}, {VECTOR}, float32, int64, int64, {VECTOR}, {VECTOR})")
+def _mix_conservatively(
+    table: Any,
+    plain_weights: Any,
+    delta_weights: Any,
+    top_p: Any,
+    sequence: int,
+    row: int,
+    out: Any,
+    room: Any,
+) -> None:
+    """Log-probabilities of the small pair, to which the large model's delta is added inside their top-p set.
+
+    `room` is overwritten.
+    """
+    size = out.shape[0]
+    _mix(table, plain_weights, sequence, row, out)
+    _normalise(out, FLOAT(1), room)
+    ids = np.arange(size)
+    count = cut_top_p(out.copy(), room, ids, size, top_p)
+    _mix(table, delta_weights, sequence, row, room)
+    # The delta is one of log-probabilities: of raw logits but for their normalisers.
+    shift, alone = FLOAT(0), np.zeros_like(delta_weights)
+    law, scratch = np.empty(size, FLOAT), np.empty(size, FLOAT)
+    for model in range(alone.shape[0]):
+        if delta_weights[model] != FLOAT(0):
+            alone[model] = FLOAT(1)
+            _mix(table, alone, sequence, row, scratch)
+            shift += delta_weights[model] * _normalise(scratch, FLOAT(1), law)
+            alone[model] = FLOAT(0)
+    for token in ids[:count]:
+        out[token] += room[token] - shift
 
 
 @compiled(
-    f"void({TABLES}, {MATRIX}, {VECTOR}, {TABLE}, {TABLE}, int64, int64, int64, {TABLE}, {TABLE}, int64)"
+    f"void({TABLES}, {MATRIX}, {SAMPLING}, {TABLE}, {TABLE}, int64, int64, int64, {TABLE}, {TABLE}, "
+    f"{VECTOR}, int64)"
 )
 def _draft_share(
     table: Any,
     weights: Any,
     temperature: Any,
+    top_k: Any,
+    top_p: Any,
+    min_p: Any,
     seeds: Any,
     counters: Any,
     row: int,
@@ -171,6 +228,7 @@ def _draft_share(
     vocab_size: int,
     takes_part: Any,
     tokens: Any,
+    chances: Any,
     sequence: int,
 ) -> None:
     if takes_part[sequence] == 0:
@@ -178,19 +236,34 @@ def _draft_share(
     values = np.empty(vocab_size, FLOAT)
     _mix(table, weights[sequence], sequence, 0, values)
     scale = temperature[sequence]
+    filtered = is_filtered(temperature, top_k, top_p, min_p, sequence, vocab_size)
+    law = np.empty(vocab_size if filtered or chances.shape[0] > 0 else 0, FLOAT)
+    if filtered:
+        _normalise(values, scale, law)
+        filter_law(values, law, temperature, top_k, top_p, min_p, sequence)
+        scale = FLOAT(1)
+    elif chances.shape[0] > 0:
+        _normalise(values.copy(), scale if scale > FLOAT(0) else FLOAT(1), law)
     if scale > FLOAT(0):
         noise = np.empty(vocab_size, FLOAT)
         exponentials(seeds[sequence], counters[sequence], row, stream, noise)
         for token in range(vocab_size):
             values[token] -= scale * log(noise[token])
     tokens[sequence] = _argmax(values)
+    if chances.shape[0] > 0:
+        chances[sequence] = law[tokens[sequence]]
 
 
-@in_parallel(f"void({TABLES}, {MATRIX}, {VECTOR}, {TABLE}, {TABLE}, int64, int64, int64, {TABLE}, {TABLE})")
+@in_parallel(
+    f"void({TABLES}, {MATRIX}, {SAMPLING}, {TABLE}, {TABLE}, int64, int64, int64, {TABLE}, {TABLE}, {VECTOR})"
+)
 def _draft_together(
     table: Any,
     weights: Any,
     temperature: Any,
+    top_k: Any,
+    top_p: Any,
+    min_p: Any,
     seeds: Any,
     counters: Any,
     row: int,
@@ -198,19 +271,25 @@ def _draft_together(
     vocab_size: int,
     takes_part: Any,
     tokens: Any,
+    chances: Any,
 ) -> None:
     for share in prange(tokens.shape[0]):
         _draft_share(
-            table, weights, temperature, seeds, counters, row, stream, vocab_size, takes_part, tokens,
-            np.int64(share),
+            table, weights, temperature, top_k, top_p, min_p, seeds, counters, row, stream, vocab_size,
+            takes_part, tokens, chances, np.int64(share),
         )  # fmt: skip
 
 
-@entry(f"void({TABLES}, {MATRIX}, {VECTOR}, {TABLE}, {TABLE}, int64, int64, int64, {TABLE}, {TABLE})")
+@entry(
+    f"void({TABLES}, {MATRIX}, {SAMPLING}, {TABLE}, {TABLE}, int64, int64, int64, {TABLE}, {TABLE}, {VECTOR})"
+)
 def draft_rows(
     table: Any,
     weights: Any,
     temperature: Any,
+    top_k: Any,
+    top_p: Any,
+    min_p: Any,
     seeds: Any,
     counters: Any,
     row: int,
@@ -218,33 +297,47 @@ def draft_rows(
     vocab_size: int,
     takes_part: Any,
     tokens: Any,
+    chances: Any,
 ) -> None:
     """Draw one token for each sequence that takes part, into int64 `tokens` [batch].
 
-    `table` is as `logits_table` makes it, `takes_part` is int64 [batch], 0 or 1.
+    `table` is as `logits_table` makes it, `takes_part` is int64 [batch], 0 or 1. Into `chances`, float32
+    [batch] or empty where they are not wanted, go the tokens' probabilities in the draft law, of a greedy
+    sequence those before temperature and filters.
     """
     if tokens.shape[0] > 1:
         _draft_together(
-            table, weights, temperature, seeds, counters, row, stream, vocab_size, takes_part, tokens
-        )
+            table, weights, temperature, top_k, top_p, min_p, seeds, counters, row, stream, vocab_size,
+            takes_part, tokens, chances,
+        )  # fmt: skip
     else:
         _draft_share(
-            table, weights, temperature, seeds, counters, row, stream, vocab_size, takes_part, tokens, 0
-        )
+            table, weights, temperature, top_k, top_p, min_p, seeds, counters, row, stream, vocab_size,
+            takes_part, tokens, chances, 0,
+        )  # fmt: skip
 
 
 @compiled(
-    f"void({TABLES}, {MATRIX}, {MATRIX}, {TABLES}, {TABLE}, {VECTOR}, {VECTOR}, {TABLE}, {TABLE}, int64, "
-    f"int64, {CUBE}, {CUBE}, {CUBE}, {MATRIX}, {TABLES}, int64)"
+    f"void({TABLES}, {MATRIX}, {MATRIX}, {CONSERVATIVE}, {TABLES}, {TABLE}, {SAMPLING}, {SAMPLING}, "
+    f"{TABLE}, {TABLE}, int64, int64, {CUBE}, {CUBE}, {CUBE}, {MATRIX}, {TABLES}, int64)"
 )
 def _laws_share(
     table: Any,
     target_weights: Any,
     draft_weights: Any,
+    conservative: Any,
+    plain_weights: Any,
+    delta_weights: Any,
     draft_tokens: Any,
     counts: Any,
     temperature: Any,
+    top_k: Any,
+    top_p: Any,
+    min_p: Any,
     draft_temperature: Any,
+    draft_top_k: Any,
+    draft_top_p: Any,
+    draft_min_p: Any,
     seeds: Any,
     positions: Any,
     shared_stream: int,
@@ -267,12 +360,19 @@ def _laws_share(
         return
     logits, law = log_target[sequence, row], target[sequence, row]
     size = logits.shape[0]
-    _mix(table, target_weights[sequence], sequence, row, logits)
+    if conservative.shape[0] > 0:
+        _mix_conservatively(
+            table, plain_weights[sequence], delta_weights[sequence], conservative[sequence], sequence, row,
+            logits, law,
+        )  # fmt: skip
+    else:
+        _mix(table, target_weights[sequence], sequence, row, logits)
     if temperature[sequence] == FLOAT(0):
         winners[sequence, row] = _argmax(logits)
         _normalise(logits, FLOAT(1), law)
         return
     _normalise(logits, temperature[sequence], law)
+    filter_law(logits, law, temperature, top_k, top_p, min_p, sequence)
     if rule == _SHARED_SEED:
         race = np.empty(size, FLOAT)
         exponentials(seeds[sequence], positions[sequence] + row, 0, shared_stream, race)
@@ -283,22 +383,34 @@ def _laws_share(
         small = np.empty(size, FLOAT)
         _mix(table, draft_weights[sequence], sequence, row, small)
         _normalise(small, draft_temperature[sequence], draft[sequence, row])
+        filter_law(
+            small, draft[sequence, row], draft_temperature, draft_top_k, draft_top_p, draft_min_p, sequence
+        )
         token = draft_tokens[sequence, row]
         log_ratio[sequence, row] = logits[token] - small[token]
 
 
 @in_parallel(
-    f"void({TABLES}, {MATRIX}, {MATRIX}, {TABLES}, {TABLE}, {VECTOR}, {VECTOR}, {TABLE}, {TABLE}, int64, "
-    f"int64, {CUBE}, {CUBE}, {CUBE}, {MATRIX}, {TABLES})"
+    f"void({TABLES}, {MATRIX}, {MATRIX}, {CONSERVATIVE}, {TABLES}, {TABLE}, {SAMPLING}, {SAMPLING}, "
+    f"{TABLE}, {TABLE}, int64, int64, {CUBE}, {CUBE}, {CUBE}, {MATRIX}, {TABLES})"
 )
 def _laws(
     table: Any,
     target_weights: Any,
     draft_weights: Any,
+    conservative: Any,
+    plain_weights: Any,
+    delta_weights: Any,
     draft_tokens: Any,
     counts: Any,
     temperature: Any,
+    top_k: Any,
+    top_p: Any,
+    min_p: Any,
     draft_temperature: Any,
+    draft_top_k: Any,
+    draft_top_p: Any,
+    draft_min_p: Any,
     seeds: Any,
     positions: Any,
     shared_stream: int,
@@ -311,8 +423,9 @@ def _laws(
 ) -> None:
     for share in prange(log_target.shape[0] * log_target.shape[1]):
         _laws_share(
-            table, target_weights, draft_weights, draft_tokens, counts, temperature, draft_temperature,
-            seeds, positions, shared_stream, rule, log_target, target, draft, log_ratio, winners,
+            table, target_weights, draft_weights, conservative, plain_weights, delta_weights, draft_tokens,
+            counts, temperature, top_k, top_p, min_p, draft_temperature, draft_top_k, draft_top_p,
+            draft_min_p, seeds, positions, shared_stream, rule, log_target, target, draft, log_ratio, winners,
             np.int64(share),
         )  # fmt: skip
 
@@ -459,17 +572,27 @@ def _decide(
 
 
 @entry(
-    f"void({TABLES}, {MATRIX}, {MATRIX}, {TABLES}, {TABLE}, {VECTOR}, {VECTOR}, {TABLE}, {TABLE}, {TABLE}, "
-    f"int64, int64, int64, int64, {CUBE}, {CUBE}, {CUBE}, {TABLE}, {TABLE}, {MATRIX}, {MATRIX})"
+    f"void({TABLES}, {MATRIX}, {MATRIX}, {CONSERVATIVE}, {TABLES}, {TABLE}, {SAMPLING}, {SAMPLING}, "
+    f"{TABLE}, {TABLE}, {TABLE}, int64, int64, int64, int64, {CUBE}, {CUBE}, {CUBE}, {TABLE}, {TABLE}, "
+    f"{MATRIX}, {MATRIX})"
 )
 def verify_rows(
     table: Any,
     target_weights: Any,
     draft_weights: Any,
+    conservative: Any,
+    plain_weights: Any,
+    delta_weights: Any,
     draft_tokens: Any,
     counts: Any,
     temperature: Any,
+    top_k: Any,
+    top_p: Any,
+    min_p: Any,
     draft_temperature: Any,
+    draft_top_k: Any,
+    draft_top_p: Any,
+    draft_min_p: Any,
     seeds: Any,
     counters: Any,
     positions: Any,
@@ -490,8 +613,9 @@ def verify_rows(
     log_ratio = np.empty((batch, rows), FLOAT)
     winners = np.empty((batch, rows), np.int64)
     _laws(
-        table, target_weights, draft_weights, draft_tokens, counts, temperature, draft_temperature, seeds,
-        positions, shared_stream, rule, log_target, target, draft, log_ratio, winners,
+        table, target_weights, draft_weights, conservative, plain_weights, delta_weights, draft_tokens,
+        counts, temperature, top_k, top_p, min_p, draft_temperature, draft_top_k, draft_top_p, draft_min_p,
+        seeds, positions, shared_stream, rule, log_target, target, draft, log_ratio, winners,
     )  # fmt: skip
     _decide(
         draft_tokens, counts, temperature, seeds, counters, accept_stream, residual_stream, rule, target,

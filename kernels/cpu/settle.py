@@ -1,4 +1,4 @@
-"""The end of a round compiled for a CPU: verification, what the draft remembers, and the commit in one call.
+"""The end of a round compiled for a CPU: verification, what is remembered, and the commit in one call.
 
 Between passes that read all of a model, each operation that a host starts is slow, as its own code and data
 have left the processor's caches. What stays from round to round is therefore found once.
@@ -16,7 +16,9 @@ from torch import Tensor
 
 from ..verify import AcceptanceRule, Verdict, verification_streams
 from .commit import COMMIT, commit_arrays, commit_rows, rule_arguments
-from .compile import CUBE, MATRIX, TABLE, TABLES, VECTOR, arrays, entry, logits_table, use_threads
+from .compile import CUBE, MATRIX, TABLE, TABLES, arrays, entry, logits_table, use_threads
+from .early_stop import EARLY_STOP, early_stop_arrays, learn_rows
+from .filters import CONSERVATIVE, SAMPLING, conservative_arrays, sampling_arrays
 from .memory import MEMORY, memory_arrays, remember_rows
 from .sampler import RULES, verify_rows
 
@@ -42,14 +44,15 @@ def bind_settle(
     caches: Sequence[tuple[Tensor, bool]],
     laws: Sequence[Tensor],
 ) -> tuple[Verdict, Tensor, Callable[[], None]]:
-    """A call that does what `verify`, `remember` and `commit` do, in turn, with these very tensors.
+    """A call that does what `verify`, `remember`, `learn` and `commit` do, in turn, with these very tensors.
 
     Args:
         logits: float32, of the large base, the tuned models, the small base, and the correction, if any.
         block: int64 [batch, drafted + 1], the last committed token and the drafted ones.
-        counts: int64 [batch], one more than each sequence's draft length; 0 where its verdict is not wanted.
+        counts: int64 [batch], one more than each sequence's draft length, which `state.draft_lens` then
+            becomes; 0 where its verdict is not wanted.
         laws: room for three laws, float32 [batch, drafted + 1, vocabulary].
-        coefficients to caches: as in the three operations, without a filter.
+        coefficients to caches: as in these operations.
 
     Returns:
         The verdict, whose tensors the call writes, and the report of `commit`, which it writes too.
@@ -65,11 +68,12 @@ def bind_settle(
     _rows, table = logits_table(logits)
     call = partial(
         _settle, table, block.numpy(), counts.numpy(),
-        *arrays(coefficients, "target_weights", "draft_weights"), *arrays(sampling, "temperature"),
-        *arrays(draft_sampling, "temperature"), *arrays(state, "seeds"),
+        *arrays(coefficients, "target_weights", "draft_weights"), *conservative_arrays(coefficients),
+        *sampling_arrays(sampling), *sampling_arrays(draft_sampling), *arrays(state, "seeds"),
         *verification_streams(), RULES[rule], *(law.numpy() for law in laws),
         *arrays(verdict, "accepted_lens", "next_token", "expected_acceptance", "log_probs"),
-        state.memory is not None, *memory_arrays(state.memory), *commit_arrays(state), eos_token_ids.numpy(),
+        state.memory is not None, *memory_arrays(state.memory), state.early_stop is not None,
+        *early_stop_arrays(state.early_stop), *commit_arrays(state), eos_token_ids.numpy(),
         *rule_arguments(draft_length_rule),
         np.array([(lengths.data_ptr(), stepped) for lengths, stepped in caches]), report.numpy(),
     )  # fmt: skip
@@ -78,9 +82,9 @@ def bind_settle(
 
 
 @entry(
-    f"void({TABLES}, {TABLES}, {TABLE}, {MATRIX}, {MATRIX}, {VECTOR}, {VECTOR}, {TABLE}, int64, int64, "
-    f"int64, int64, {CUBE}, {CUBE}, {CUBE}, {TABLE}, {TABLE}, {MATRIX}, {MATRIX}, boolean, {MEMORY}, "
-    f"{COMMIT}, {TABLES}, {TABLES})"
+    f"void({TABLES}, {TABLES}, {TABLE}, {MATRIX}, {MATRIX}, {CONSERVATIVE}, {SAMPLING}, {SAMPLING}, {TABLE}, "
+    f"int64, int64, int64, int64, {CUBE}, {CUBE}, {CUBE}, {TABLE}, {TABLE}, {MATRIX}, {MATRIX}, boolean, "
+    f"{MEMORY}, boolean, {EARLY_STOP}, {COMMIT}, {TABLES}, {TABLES})"
 )
 def _settle(
     table: Any,
@@ -88,8 +92,17 @@ def _settle(
     counts: Any,
     target_weights: Any,
     draft_weights: Any,
+    conservative: Any,
+    plain_weights: Any,
+    delta_weights: Any,
     temperature: Any,
+    top_k: Any,
+    top_p: Any,
+    min_p: Any,
     draft_temperature: Any,
+    draft_top_k: Any,
+    draft_top_p: Any,
+    draft_min_p: Any,
     seeds: Any,
     accept_stream: int,
     residual_stream: int,
@@ -107,6 +120,16 @@ def _settle(
     remembered: Any,
     mean: Any,
     count: Any,
+    learns: bool,
+    accepted_by_grade: Any,
+    tested_by_grade: Any,
+    least: Any,
+    reach: Any,
+    grades: Any,
+    least_chances: Any,
+    grade_fading: float,
+    all_accepted: float,
+    all_tested: float,
     last_token: Any,
     rounds: Any,
     positions: Any,
@@ -137,16 +160,23 @@ def _settle(
     for sequence in range(batch):
         for column in range(drafted):
             draft_tokens[sequence, column] = block[sequence, column + 1]
+        draft_lens[sequence] = max(counts[sequence] - 1, 0)
     verify_rows(
-        table, target_weights, draft_weights, draft_tokens, counts, temperature, draft_temperature, seeds,
-        rounds, positions, accept_stream, residual_stream, shared_stream, rule, log_target, target, draft,
-        accepted_lens, next_token, expected, log_probs,
+        table, target_weights, draft_weights, conservative, plain_weights, delta_weights, draft_tokens,
+        counts, temperature, top_k, top_p, min_p, draft_temperature, draft_top_k, draft_top_p, draft_min_p,
+        seeds, rounds, positions, accept_stream, residual_stream, shared_stream, rule, log_target, target,
+        draft, accepted_lens, next_token, expected, log_probs,
     )  # fmt: skip
     if remembers:
         # Of the large base and the small one, which stands before the correction.
         pair = np.empty((2, 3), np.int64)
         pair[0], pair[1] = table[0], table[draft_weights.shape[1] - 2]
         remember_rows(ratios, remembered, mean, count, pair, block, accepted_lens, done)
+    if learns:
+        learn_rows(
+            accepted_by_grade, tested_by_grade, least, reach, grades, least_chances, grade_fading,
+            all_accepted, all_tested, counts, accepted_lens,
+        )  # fmt: skip
     commit_rows(
         last_token, rounds, positions, generated, limits, done, draft_lens, output, accepted_history,
         tested_history, drafted_total, tested_total, accepted_total, expected_total, tested_at, accepted_at,

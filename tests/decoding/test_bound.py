@@ -39,7 +39,15 @@ def mixed_trio() -> EFTModels:
 
 @pytest.mark.parametrize("trio", [lambda: tiny_trio("llama"), mixed_trio], ids=["llama", "mixed"])
 @pytest.mark.parametrize("acceptance", ["block", "token", "shared_seed"])
-@pytest.mark.parametrize("options", [{}, {"do_sample": True, "top_k": 0}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"do_sample": True, "top_k": 0},
+        {"do_sample": True, "temperature": 1.2, "top_k": 9, "top_p": 0.9, "min_p": 0.02},
+    ],
+    ids=["greedy", "sampled", "filtered"],
+)
 @pytest.mark.parametrize("draft_tokens", [3, "auto"])
 @pytest.mark.parametrize("remembered", [0, 8])
 def test_bound_rounds_equal_plain_ones(
@@ -132,23 +140,14 @@ def test_rows_of_those_done_go_where_a_pass_would_run_them(
     assert (min(rows, default=5) < 5) == pays
 
 
-@pytest.mark.parametrize(
-    ("fields", "options"),
-    [
-        ({"draft": "pair"}, {}),
-        ({"conservative_top_p": 0.8}, {}),
-        ({}, {"do_sample": True, "top_k": 9}),
-    ],
-    ids=["pair", "conservative", "top-k"],
-)
-def test_what_is_not_bound_runs_as_it_is(fields: dict[str, Any], options: dict[str, Any]) -> None:
-    decoder = EFTDecoder(tiny_trio("llama"), EFTConfig(draft_tokens=2, **fields))
+def test_what_is_not_bound_runs_as_it_is() -> None:
+    decoder = EFTDecoder(tiny_trio("llama"), EFTConfig(draft_tokens=2, draft="pair"))
     given = ragged_prompts(2)
     prompts = read_prompts(given["input_ids"], given["attention_mask"], decoder.vocab_size)
     with torch.inference_mode():
-        resolved = read_options(None, {"max_new_tokens": 4, **options}, [], 11)
+        resolved = read_options(None, {"max_new_tokens": 4}, [], 11)
         state, plan = decoder._start(prompts, prompts, resolved, read_seeds(0, 2))
         assert bind_round(decoder.runners, state, plan, 2, Room(2)) is None
-    tokens = decoder.generate(**given, max_new_tokens=4, **options)
+    tokens = decoder.generate(**given, max_new_tokens=4)
     assert isinstance(tokens, Tensor)
     assert tokens.shape == (2, 15)

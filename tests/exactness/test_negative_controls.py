@@ -137,6 +137,29 @@ def test_block_rule_keyed_by_position(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not passes(EFTConfig(acceptance="block", draft_tokens=3), random_tables(5, 4))
 
 
+@pytest.mark.parametrize("rule", ["block", "token"])
+@pytest.mark.parametrize("withheld", [True, False])
+def test_withholding_the_token_that_ends_a_draft(
+    rule: AcceptanceRule, withheld: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPECULATIVE_EFT_BACKEND", "torch")
+    real = round_module.end_drafts
+    ended = 0
+
+    def wrong(early: Any, draft_lens: Tensor, step: int, chance: Tensor) -> None:
+        nonlocal ended
+        before = draft_lens.clone()
+        real(early, draft_lens, step, chance)
+        ended += int((draft_lens < before).sum())
+        if withheld:
+            draft_lens.copy_(torch.where(draft_lens < before, step, draft_lens))
+
+    monkeypatch.setattr(round_module, "end_drafts", wrong)
+    config = EFTConfig(acceptance=rule, draft_tokens="auto", cost_ratio=0.3)
+    assert passes(config, sharp_tables()) is not withheld
+    assert ended > 1000
+
+
 @pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("rule", ["block", "token"])
 def test_redrawing_a_low_confidence_token(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,9 +39,21 @@ def enumerate_law(models: EFTModels, prompt: list[int], alpha: float, beta: floa
 
 @pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("rule", ["block", "token", "shared_seed"])
-@pytest.mark.parametrize(("family", "alpha", "beta"), [("llama", 1.0, 1.0), ("gpt2", 0.7, 1.2)])
+@pytest.mark.parametrize(
+    ("family", "alpha", "beta", "drafting"),
+    [
+        ("llama", 1.0, 1.0, {"draft_tokens": 2}),
+        ("llama", 1.0, 1.3, {"draft_tokens": "auto", "cost_ratio": 0.3}),
+        ("gpt2", 0.7, 1.2, {"draft_tokens": 2}),
+    ],
+)
 def test_joint_law(
-    family: str, alpha: float, beta: float, rule: AcceptanceRule, record_chi_square: Record
+    family: str,
+    alpha: float,
+    beta: float,
+    drafting: dict[str, Any],
+    rule: AcceptanceRule,
+    record_chi_square: Record,
 ) -> None:
     models = EFTModels(
         large_base=perturbed(tiny_model(family, 0, VOCAB), 1, 0.05).to(test_device()),
@@ -50,7 +63,7 @@ def test_joint_law(
     prompts = ([2, 3], [4, 2, 2, 3, 4])
     ids = torch.tensor([[0, 0, 0, *prompts[0]], list(prompts[1])]).repeat_interleave(COPIES, 0)
     mask = torch.tensor([[0, 0, 0, 1, 1], [1] * 5]).repeat_interleave(COPIES, 0)
-    decoder = EFTDecoder(models, EFTConfig(alpha, beta, draft_tokens=2, acceptance=rule))
+    decoder = EFTDecoder(models, EFTConfig(alpha, beta, acceptance=rule, **drafting))
     output = decoder.generate(
         ids, mask, seed=4, do_sample=True, top_k=0, eos_token_id=[], max_new_tokens=LENGTH + 2
     )

@@ -26,8 +26,11 @@ from speculative_eft.kernels import (
     commit,
     derive_seeds,
     draft_step,
+    end_drafts,
     exponential_noise,
+    learn,
     new_draft_memory,
+    new_early_stop,
     recall,
     remember,
     uniform_noise,
@@ -225,18 +228,20 @@ def filtered(case: Case, name: str, conservative: bool) -> Case:
     return draft_from(case)
 
 
+@COMPILED
 @pytest.mark.parametrize(("vocab_size", "name", "conservative"), FILTERED_CASES)
-def test_filters(vocab_size: int, name: str, conservative: bool, both: Any) -> None:
+def test_filters(vocab_size: int, name: str, conservative: bool, compiled: str, both: Any) -> None:
     rule = RULES[(vocab_size + len(name)) % 3]
     case = filtered(random_case(vocab_size, DTYPES[(vocab_size + len(name)) % 3]), name, conservative)
-    assert_same(case, *both(lambda: case.verify(rule), "triton"))
-    expected, tokens = both(lambda: case.draft(1, Stream.DRAFT), "triton")
+    assert_same(case, *both(lambda: case.verify(rule), compiled))
+    expected, tokens = both(lambda: case.draft(1, Stream.DRAFT), compiled)
     assert torch.equal(tokens, expected)
 
 
+@COMPILED
 @pytest.mark.parametrize("name", [*FILTERS, "none"])
 @pytest.mark.parametrize("vocab_size", [100, 8_193])
-def test_filters_where_logits_tie(vocab_size: int, name: str, both: Any) -> None:
+def test_filters_where_logits_tie(vocab_size: int, name: str, compiled: str, both: Any) -> None:
     case = random_case(vocab_size)
     for logits in (case.large, *case.tuned, case.base):
         logits.mul_(0.5).round_()
@@ -246,14 +251,15 @@ def test_filters_where_logits_tie(vocab_size: int, name: str, both: Any) -> None
     case.large[0, 1] = case.tuned[0][0, 1] = case.base[0, 1] = 1.0
     case.sampling = dataclasses.replace(case.sampling, temperature=torch.tensor([1.0, 0.0, 0.5]))
     case = filtered(case, name, conservative=name == "none")
-    assert_same(case, *both(lambda: case.verify("token"), "triton"))
+    assert_same(case, *both(lambda: case.verify("token"), compiled))
 
 
+@COMPILED
 @pytest.mark.parametrize("name", FILTERS)
-def test_filters_where_logits_are_extreme(name: str, both: Any) -> None:
+def test_filters_where_logits_are_extreme(name: str, compiled: str, both: Any) -> None:
     for vocab_size in (100, 8_193):
         case = filtered(extreme_case(vocab_size), name, conservative=False)
-        assert_same(case, *both(lambda case=case: case.verify("block"), "triton"))
+        assert_same(case, *both(lambda case=case: case.verify("block"), compiled))
 
 
 @pytest.mark.parametrize("name", ["none", "all"])
@@ -330,6 +336,50 @@ def random_state(batch: int, longest: int, generator: torch.Generator) -> RoundS
         tested_at=counts(0, 9, longest),
         accepted_at=counts(0, 9, longest),
     )
+
+
+def test_early_stop() -> None:
+    """Of Numba's functions, which rounds call from inside others."""
+    numba = pytest.importorskip("numba", reason="the extra [cpu] is not installed")
+    if test_device().type != "cpu":
+        pytest.skip("Numba's kernels are a CPU's")
+    from speculative_eft.kernels.cpu.early_stop import early_stop_arrays, ends_draft, learn_rows
+
+    @numba.njit
+    def ends(arrays: Any, step: int, chances: Any, counts: Any) -> None:
+        accepted, tested, least, reach, grades = arrays
+        for sequence in range(counts.shape[0]):
+            if step + 1 < counts[sequence] and ends_draft(
+                accepted, tested, least, reach, grades, sequence, step, chances[sequence]
+            ):
+                counts[sequence] = step + 2
+
+    @numba.njit
+    def learned(arrays: Any, rule: Any, counts: Any, accepted_lens: Any) -> None:
+        learn_rows(*arrays, *rule, counts, accepted_lens)
+
+    batch, longest = 40, 6
+    generator = torch.Generator().manual_seed(4)
+    least_chances = torch.linspace(1, 0.1, 64)
+    reference, compiled = (new_early_stop(batch, longest, least_chances, 0.9, 3.0, 4.0) for _ in range(2))
+    lens_seen = set()
+    for _ in range(6):
+        asked = torch.randint(0, longest + 1, (batch,), generator=generator)
+        done = torch.rand(batch, generator=generator) < 0.2
+        draft_lens, counts = asked.clone(), torch.where(done, 0, asked + 1)
+        arrays = early_stop_arrays(compiled)
+        for step in range(longest):
+            chance = torch.rand(batch, generator=generator) ** 0.3
+            end_drafts(reference, draft_lens, step, chance)
+            ends(arrays[:5], step, chance.numpy(), counts.numpy())
+        assert torch.equal(counts[~done] - 1, draft_lens[~done])
+        lens_seen |= set(draft_lens.tolist())
+        accepted_lens = (torch.rand(batch, generator=generator) * (draft_lens + 1)).long()
+        learn(reference, draft_lens, accepted_lens, done)
+        learned(arrays[:6], arrays[6:], counts.numpy(), accepted_lens.numpy())
+        for name in ("accepted", "tested", "least"):
+            torch.testing.assert_close(getattr(compiled, name), getattr(reference, name))
+    assert lens_seen == set(range(longest + 1))
 
 
 @COMPILED
