@@ -14,6 +14,7 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, Sto
 
 from speculative_eft.kernels import (
     Coefficients,
+    DraftLengthRule,
     DraftMemory,
     RoundState,
     Sampling,
@@ -375,12 +376,17 @@ class EFTDecoder:
             return False
         return len(self.runners.tuned) == 1 and self.runners.tuned[0].ends_drafts
 
+    def _draft_length_rule(self, device: torch.device, ends_early: bool) -> DraftLengthRule | None:
+        # In a batch a draft that outlasts the others pays alone for steps that are priced as shared.
+        goes_on = ends_early and self.config.expected_batch == 1
+        return None if self.policy is None else self.policy.rule(device, goes_on)
+
     def _first_draft_lens(self, batch: int, device: torch.device, ends_early: bool = False) -> Tensor:
         if self.config.draft_tokens != "auto":
             return torch.full((batch,), self.config.draft_tokens, dtype=torch.int64, device=device)
-        assert self.policy is not None
-        nothing = torch.zeros(batch, device=device)
-        return self.policy.rule(device, ends_early).draft_lens(nothing, nothing)
+        rule, nothing = self._draft_length_rule(device, ends_early), torch.zeros(batch, device=device)
+        assert rule is not None
+        return rule.draft_lens(nothing, nothing)
 
     def _new_memory(self, batch: int, longest_draft: int, device: torch.device) -> DraftMemory | None:
         if self.config.remembered == 0:
@@ -507,7 +513,7 @@ class EFTDecoder:
             drafts_as_pair=self._drafts_as_pair(),
             vocab_size=self.vocab_size,
             eos_token_ids=torch.tensor(eos_token_ids, dtype=torch.int64, device=device),
-            draft_length_rule=None if self.policy is None else self.policy.rule(device, ends_early),
+            draft_length_rule=self._draft_length_rule(device, ends_early),
             statistics=statistics,
         )
 

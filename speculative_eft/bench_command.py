@@ -82,7 +82,7 @@ _FULL: dict[str, Any] = {
     "conservative_top_p": [0.9],
     "acceptance": ["block", "token", "shared_seed"],
     "draft_tokens": [1, 2, 3, 4, 5, 6, 8, "auto"],
-    "prompts": 32,
+    "prompts": 16,
     "repeats": 1,
     "least_runs": 8,
 }
