@@ -37,7 +37,8 @@ class EFTConfig:
             chooses by them. Where `cost_ratio` is None both are measured, once for the models on a machine,
             rounded, and kept in the user's cache. To reproduce sampled outputs on another machine, set them
             to what `EFTStats` reports.
-        expected_batch: sequences that will run together, at which they are measured.
+        expected_batch: sequences that will run together, at which they are measured. Where it is 1 and rounds
+            are compiled for a CPU, drafts of "auto" also end by what was drawn; a GPU does not repeat that.
         remembered: log-ratios log L - log B that each sequence keeps to correct its drafts by, float32
             [vocabulary] each; 0 for none.
 

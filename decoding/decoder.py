@@ -371,15 +371,17 @@ class EFTDecoder:
 
     @property
     def _ends_drafts(self) -> bool:
-        """Whether fused rounds can end a draft by what was drawn, and are faster for it."""
-        if self.policy is None or self.lagging or self._drafts_as_pair():
+        """Whether fused rounds can end a draft by what was drawn, and are faster for it.
+
+        In a batch steps are shared: a draft that outlasts the others pays for its own alone, and one that
+        ends before them spares none.
+        """
+        if self.policy is None or self.lagging or self._drafts_as_pair() or self.config.expected_batch > 1:
             return False
         return len(self.runners.tuned) == 1 and self.runners.tuned[0].ends_drafts
 
     def _draft_length_rule(self, device: torch.device, ends_early: bool) -> DraftLengthRule | None:
-        # In a batch a draft that outlasts the others pays alone for steps that are priced as shared.
-        goes_on = ends_early and self.config.expected_batch == 1
-        return None if self.policy is None else self.policy.rule(device, goes_on)
+        return None if self.policy is None else self.policy.rule(device, ends_early)
 
     def _first_draft_lens(self, batch: int, device: torch.device, ends_early: bool = False) -> Tensor:
         if self.config.draft_tokens != "auto":

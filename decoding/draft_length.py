@@ -49,14 +49,14 @@ class DraftLengthPolicy:
     row_cost: float = 0.0
     longest: int = _LONGEST_DRAFT
 
-    def rule(self, device: torch.device, goes_on: bool = False) -> DraftLengthRule:
+    def rule(self, device: torch.device, ends_early: bool = False) -> DraftLengthRule:
         """The choice as thresholds on a sequence's running acceptance, on `device`.
 
         More acceptance never makes the best draft shorter, so a threshold a length says it all. A draft that
-        `goes_on` until it ends by itself is either none or the longest.
+        `ends_early` by itself is either none or the longest.
         """
         thresholds = _thresholds(self)
-        if goes_on:
+        if ends_early:
             thresholds = thresholds[:1].expand(self.longest).contiguous()
         return DraftLengthRule(
             thresholds=thresholds.to(device),
