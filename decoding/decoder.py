@@ -309,8 +309,7 @@ class EFTDecoder:
         timer = PhaseTimer()
         kept = self._kept(call)
         self._past = None
-        fused = call.processing is None
-        state, plan = self._start(call.prompts, call.tuned_prompts, options, call.seeds, kept, fused)
+        state, plan = self._start(call.prompts, call.tuned_prompts, options, call.seeds, kept)
         trace = None
         if options.return_dict_in_generate and with_trace:
             trace = new_trace_buffers(state, len(self.runners.tuned))
@@ -324,7 +323,7 @@ class EFTDecoder:
             streamer.put(call.input_ids.cpu())
         first = first_round_of_own_prompts(self.runners, state, call.prompts, call.tuned_prompts)
         longest = max(call.prompts.longest, call.tuned_prompts.longest)
-        if fused:
+        if call.processing is None:
             buffers = ScoreBuffers(None, None)
             rounds = self._run(state, plan, longest, timer, trace, streamer, watch, first)
         else:
@@ -371,7 +370,7 @@ class EFTDecoder:
 
     @property
     def _ends_drafts(self) -> bool:
-        """Whether fused rounds can end a draft by what was drawn, and are faster for it.
+        """Whether rounds can end a draft by what was drawn, and are faster for it.
 
         In a batch steps are shared: a draft that outlasts the others pays for its own alone, and one that
         ends before them spares none.
@@ -380,13 +379,13 @@ class EFTDecoder:
             return False
         return len(self.runners.tuned) == 1 and self.runners.tuned[0].ends_drafts
 
-    def _draft_length_rule(self, device: torch.device, ends_early: bool) -> DraftLengthRule | None:
-        return None if self.policy is None else self.policy.rule(device, ends_early)
+    def _draft_length_rule(self, device: torch.device) -> DraftLengthRule | None:
+        return None if self.policy is None else self.policy.rule(device, self._ends_drafts)
 
-    def _first_draft_lens(self, batch: int, device: torch.device, ends_early: bool = False) -> Tensor:
+    def _first_draft_lens(self, batch: int, device: torch.device) -> Tensor:
         if self.config.draft_tokens != "auto":
             return torch.full((batch,), self.config.draft_tokens, dtype=torch.int64, device=device)
-        rule, nothing = self._draft_length_rule(device, ends_early), torch.zeros(batch, device=device)
+        rule, nothing = self._draft_length_rule(device), torch.zeros(batch, device=device)
         assert rule is not None
         return rule.draft_lens(nothing, nothing)
 
@@ -403,7 +402,6 @@ class EFTDecoder:
         options: GenerationOptions,
         seeds: Tensor,
         kept: tuple[Tensor, Tensor] | None = None,
-        fused: bool = True,
     ) -> tuple[RoundState, RoundPlan]:
         batch = prompts.tokens.shape[0]
         device = self.runners.large.device
@@ -417,7 +415,7 @@ class EFTDecoder:
         last_token = prompts.tokens.gather(1, (prompts.lengths - 1)[:, None])[:, 0].to(device)
         state = self.new_state(
             last_token, prompts.lengths.to(device), seeds.to(device), options.max_new_tokens,
-            options.pad_token_id, fused,
+            options.pad_token_id,
         )  # fmt: skip
         temperature = options.temperature
         draft_temperature = self.config.draft_temperature if temperature > 0 else None
@@ -426,7 +424,6 @@ class EFTDecoder:
             options.sampling(batch, self.vocab_size, draft_temperature or temperature, device),
             options.eos_token_ids,
             options.return_dict_in_generate,
-            fused,
         )
         return state, plan
 
@@ -466,23 +463,15 @@ class EFTDecoder:
         return int(self._first_draft_lens(1, torch.device("cpu")))
 
     def new_state(
-        self,
-        last_token: Tensor,
-        lengths: Tensor,
-        seeds: Tensor,
-        max_new_tokens: int,
-        pad_token_id: int,
-        fused: bool = True,
+        self, last_token: Tensor, lengths: Tensor, seeds: Tensor, max_new_tokens: int, pad_token_id: int
     ) -> RoundState:
         """The state of sequences whose prompts, of `lengths` tokens, are filled up to `last_token`.
 
-        All of these are int64 [batch]. Memory of the draft and draft lengths are those of the config. What is
-        not for `fused` rounds ends no draft early.
+        All of these are int64 [batch]. Memory of the draft and draft lengths are those of the config.
         """
         batch, device = last_token.shape[0], last_token.device
-        ends_early = fused and self._ends_drafts
-        early_stop = self.policy.early_stop(batch, device) if ends_early and self.policy else None
-        draft_lens = self._first_draft_lens(batch, device, ends_early).clamp_(max=max_new_tokens - 1)
+        early_stop = self.policy.early_stop(batch, device) if self._ends_drafts and self.policy else None
+        draft_lens = self._first_draft_lens(batch, device).clamp_(max=max_new_tokens - 1)
         return new_round_state(
             last_token=last_token,
             prompt_lengths=lengths,
@@ -497,16 +486,10 @@ class EFTDecoder:
         )
 
     def new_plan(
-        self,
-        sampling: Sampling,
-        draft_sampling: Sampling,
-        eos_token_ids: Sequence[int],
-        statistics: bool,
-        fused: bool = True,
+        self, sampling: Sampling, draft_sampling: Sampling, eos_token_ids: Sequence[int], statistics: bool
     ) -> RoundPlan:
-        """The plan of rounds of this decoder's law for sequences with this sampling; as for `new_state`."""
+        """The plan of rounds of this decoder's law for sequences with this sampling."""
         batch, device = sampling.temperature.shape[0], sampling.temperature.device
-        ends_early = fused and self._ends_drafts
         return RoundPlan(
             coefficients=self._coefficients(batch, device),
             sampling=sampling,
@@ -515,7 +498,7 @@ class EFTDecoder:
             drafts_as_pair=self._drafts_as_pair(),
             vocab_size=self.vocab_size,
             eos_token_ids=torch.tensor(eos_token_ids, dtype=torch.int64, device=device),
-            draft_length_rule=self._draft_length_rule(device, ends_early),
+            draft_length_rule=self._draft_length_rule(device),
             statistics=statistics,
         )
 
@@ -701,5 +684,5 @@ class NaiveEFTDecoder(EFTDecoder):
         plain = dataclasses.replace(config, acceptance="shared_seed", draft_tokens=1, remembered=0)
         super().__init__(models, plain)
 
-    def _first_draft_lens(self, batch: int, device: torch.device, ends_early: bool = False) -> Tensor:
+    def _first_draft_lens(self, batch: int, device: torch.device) -> Tensor:
         return torch.zeros(batch, dtype=torch.int64, device=device)

@@ -19,6 +19,7 @@ from speculative_eft.kernels import (
     Stream,
     draft_logits,
     draft_step,
+    end_drafts,
     recall,
     target_logits,
     verify,
@@ -72,7 +73,7 @@ def general_round(
     """
     width = processing.prompts.shape[1]
     starts = [width + count for count in generated]
-    lens = [-1 if done else n for done, n in zip(state.done.tolist(), state.draft_lens.tolist(), strict=True)]
+    lens = _live_draft_lens(state)
     history = torch.cat([processing.prompts, state.output, state.output[:, :drafted]], dim=1)
     first = torch.tensor(starts, device=history.device)
 
@@ -84,6 +85,7 @@ def general_round(
     base_rows: list[Tensor] = []
     draft_rows: list[Tensor] = []
     tokens: list[Tensor] = []
+    measures = None if state.early_stop is None else torch.empty(3, batch, device=history.device)
     # One step more than tokens: its logits are part of the law of the bonus token.
     for step in range(drafted + 1):
         for runner, rows in zip(runners.tuned, tuned_rows, strict=True):
@@ -92,7 +94,7 @@ def general_round(
         if plan.drafts_as_pair:
             base_rows.append(runners.base.forward(token[:, None], span))
             runners.base.lengths.add_(1)
-        if step == drafted:
+        if step == max(0, *lens):
             break
         mixed = draft_logits(
             [rows[-1] for rows in tuned_rows],
@@ -106,8 +108,12 @@ def general_round(
             process_rows(processing.draft, history, [start + step for start in starts], wanted, mixed)
         )
         token = draft_step(
-            [draft_rows[-1][:, 0]], None, law, draft_law, state.noise, stream, step, plan.vocab_size
-        )
+            [draft_rows[-1][:, 0]], None, law, draft_law, state.noise, stream, step, plan.vocab_size, None,
+            measures,
+        )  # fmt: skip
+        if state.early_stop is not None and measures is not None:
+            end_drafts(state.early_stop, state.draft_lens, step, measures[0].exp())
+            lens = _live_draft_lens(state)
         tokens.append(token)
         history.scatter_(1, (first + step)[:, None], token[:, None])
     draft_tokens = torch.stack(tokens, dim=1) if tokens else state.last_token.new_empty(batch, 0)
@@ -145,6 +151,12 @@ def general_round(
             _keep(buffer, rows_of_all, report, state.generated)
     timer.mark("other")
     return report
+
+
+def _live_draft_lens(state: RoundState) -> list[int]:
+    """Each sequence's draft length, -1 for one that is done."""
+    lens: list[int] = torch.where(state.done, -1, state.draft_lens).tolist()
+    return lens
 
 
 def _selecting(batch: int, device: torch.device) -> Coefficients:

@@ -105,6 +105,21 @@ def test_bound_rounds_equal_plain_ones(
         torch.testing.assert_close(own, other, equal_nan=True, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "temperature": 0.9, "top_k": 9}])
+def test_the_general_path_ends_drafts_where_bound_rounds_do(options: dict[str, Any]) -> None:
+    config = EFTConfig(draft_tokens="auto", cost_ratio=0.3)
+    given = {**ragged_prompts(4), **options, "max_new_tokens": 25, "seed": 3, "return_dict_in_generate": True}
+    decoder = EFTDecoder(tiny_trio("llama"), config)
+    fused, general = decoder.generate(**given), decoder.generate(**given, output_scores=True)
+    assert isinstance(fused, EFTOutput)
+    assert isinstance(general, EFTOutput)
+    assert torch.equal(fused.sequences, general.sequences)
+    assert fused.stats is not None
+    assert general.stats is not None
+    assert fused.stats.drafted_tokens == general.stats.drafted_tokens
+    assert fused.stats.drafted_tokens < fused.stats.sequence_rounds * decoder.longest_draft / 2
+
+
 def test_a_bound_round_waits_for_nothing_and_moves_nothing() -> None:
     decoder = EFTDecoder(tiny_trio("llama"), EFTConfig(draft_tokens=3))
     given = ragged_prompts(4)
