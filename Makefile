@@ -12,7 +12,7 @@ export PYTHONSAFEPATH := 1
 help:
 	@echo "make demo    set up, then sample from the bundled trio and measure it"
 	@echo "make test    set up, then lint, type-check, compile every kernel and run every test"
-	@echo "make compile compile every GPU kernel for every target, which needs no GPU"
+	@echo "make compile compile for this CPU, and every GPU kernel for every target, which needs no GPU"
 	@echo "make bench   time kernels and rounds on this CPU, and compare with the last time"
 	@echo "make gpu     test and measure on this machine's NVIDIA GPU, with PYTHON's own packages"
 	@echo "make wheel   build the wheel into dist/"
@@ -29,7 +29,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/speculative-eft demo
 
-test: setup lint types compile
+# Each of the first three is one process at a time.
+test: setup
+	$(MAKE) --jobs=2 compile lint types
 	$(BIN)/pytest -n 2
 
 # Kept in .benchmarks/, by machine; without an earlier run there is nothing to compare with.
@@ -53,8 +55,11 @@ types: setup
 	$(call mapped_package,types)
 	cd .build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p speculative_eft
 
-# Triton is not to be had on every system.
+# Triton is not to be had on every system. What Numba compiles is kept beside the source.
 compile: setup
+	@if $(BIN)/python -c 'import numba' 2> /dev/null; then \
+		$(BIN)/python -c 'import speculative_eft.models.llama_cpu, speculative_eft.kernels.cpu.settle'; \
+	else echo "Numba is not installed: nothing was compiled for CPUs"; fi
 	@if $(BIN)/python -c 'import triton' 2> /dev/null; then \
 		env -u TRITON_INTERPRET $(BIN)/python -m speculative_eft.kernels.compile; \
 	else echo "Triton is not installed: no kernel was compiled"; fi

@@ -48,9 +48,6 @@ class SingleModelRounds(RunningBatch):
     def _round(self, drafted: int, span: int, timer: PhaseTimer, first: bool) -> Tensor:
         state, plan, _ = self._parts
         if self._captured is None:
-            bound = self._bound_round(drafted)
-            if bound is not None:
-                return bound.run(state, plan, span, timer, None)
             return _step(self.runners.large, state, plan, span, timer)
         span = rounded_span(span)
         report: Tensor = self._captured.graphs.run(
@@ -80,7 +77,7 @@ def _bind_step(runner: Runner, state: RoundState, plan: RoundPlan) -> BoundRound
     )  # fmt: skip
     step, runs_all = bind_pass(runner, block, counts, logits)
     steps = [("step", step), ("verify", lambda _: settle())]
-    return BoundRound(steps, counts, verdict, report, [logits], pays_for_done=runs_all)
+    return BoundRound(steps, counts, verdict, report, report.numpy().tolist, [logits], pays_for_done=runs_all)
 
 
 def _step(runner: Runner, state: RoundState, plan: RoundPlan, span: int, timer: PhaseTimer) -> Tensor:

@@ -1,20 +1,26 @@
-"""Keeps the README's measurements equal to the committed JSON: `python -m speculative_eft.bench.readme`."""
+"""Keeps what README and docs measured equal to the committed JSON: `python -m speculative_eft.bench.readme`."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
 
+from . import round_time
 from .analysis import losses, noise_sentence
 from .benchmark import Report
 from .plan import TUNED
 from .plots import figures, svg
 from .report import Table, against_baselines, break_even_sentences, machine_line, main_table, spread_text
 
-__all__ = ["BEGIN", "END", "FIGURES", "RESULT", "measurements_markdown", "source_digest", "with_measurements"]
+__all__ = [
+    "BEGIN", "END", "FIGURES", "RESULT", "ROUNDS", "measurements_markdown", "source_digest",
+    "with_measurements", "with_round_times",
+]  # fmt: skip
 
 BEGIN, END = "<!-- measurements: begin -->", "<!-- measurements: end -->"
 RESULT = "bench-cpu.json"
+ROUNDS_BEGIN, ROUNDS_END = "<!-- round times: begin -->", "<!-- round times: end -->"
+ROUNDS = "round-time-cpu.json"
 FIGURES = {
     "draft-length": ("bench-cpu-draft-length.svg", "Speed against the draft length, with the cost model's"),
     "phases": ("bench-cpu-phases.svg", "Milliseconds a token by phase"),
@@ -88,14 +94,25 @@ def with_measurements(readme: str, report: Report) -> str:
     return f"{before}{BEGIN}\n{measurements_markdown(report)}\n{END}{after}"
 
 
+def with_round_times(page: str, path: Path) -> str:
+    """docs/gpu.md with what a round spends on a CPU made anew from the JSON of `round_time`."""
+    before, rest = page.split(ROUNDS_BEGIN)
+    _, after = rest.split(ROUNDS_END)
+    machine, times = round_time.load(path)
+    lines = [f"{machine}:", "", *_markdown(round_time.table(times))]
+    return "\n".join([before + ROUNDS_BEGIN, *lines, ROUNDS_END + after])
+
+
 def main() -> None:
-    """Rewrite README.md and its figures from bench/results in the current folder."""
+    """Rewrite README.md, its figures and docs/gpu.md from bench/results in the current folder."""
     folder = Path("bench") / "results"
     source = (folder / RESULT).read_text(encoding="utf-8")
     report = Report.load(folder / RESULT)
     drawn = figures(report)
     for name, (file, _) in FIGURES.items():
         (folder / file).write_text(svg(drawn[name][1], source_digest(source)), encoding="utf-8")
+    page = Path("docs") / "gpu.md"
+    page.write_text(with_round_times(page.read_text(encoding="utf-8"), folder / ROUNDS), encoding="utf-8")
     readme = Path("README.md")
     readme.write_text(with_measurements(readme.read_text(encoding="utf-8"), report), encoding="utf-8")
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from speculative_eft.kernels import RoundState, Stream, Verdict, backend
-from speculative_eft.models import EFTRunners, Runner
+from speculative_eft.models import DraftStart, EFTRunners, Runner
 
 from .round import PhaseTimer, RoundPlan, TraceBuffers, caches_of, record_trace
 
@@ -47,6 +47,7 @@ class BoundRound:
         steps: the parts, in turn, and the phase each is charged to.
         counts: one more than each sequence drafted, 0 for one that was done; drafting writes it.
         verdict, report: what the last part writes.
+        read: gives the report as lists.
         logits: the large base's, the small base's and the tuned models'.
         pays_for_done: whether some pass runs rows of sequences that are done.
     """
@@ -55,12 +56,13 @@ class BoundRound:
     counts: Tensor
     verdict: Verdict
     report: Tensor
+    read: Callable[[], list[list[int]]]
     logits: list[Tensor]
     pays_for_done: bool
 
     def run(
         self, state: RoundState, plan: RoundPlan, span: int, timer: PhaseTimer, trace: TraceBuffers | None
-    ) -> Tensor:
+    ) -> None:
         """`speculative_round`; the report is overwritten by the next round."""
         for phase, step in self.steps:
             step(span)
@@ -69,7 +71,6 @@ class BoundRound:
             submitted = self.counts - 1
             record_trace(trace, state, self.report, self.verdict, submitted, self.logits, plan.vocab_size)
             timer.mark("other")
-        return self.report
 
 
 def can_bind(state: RoundState) -> bool:
@@ -111,21 +112,12 @@ def bind_round(
     corrected = 0 if state.memory is None else drafted
     correction = room.take("correction", batch, corrected, vocab_size)
     draft = tuned.bind_draft(
-        block, counts, plan.coefficients, plan.draft_sampling, state.noise,
-        Stream.SHARED if plan.acceptance == "shared_seed" else Stream.DRAFT, state.memory,
-        state.early_stop, tuned_logits, correction,
+        DraftStart(state.last_token, state.draft_lens, state.done), block, counts, plan.coefficients,
+        plan.draft_sampling, state.noise, Stream.SHARED if plan.acceptance == "shared_seed" else Stream.DRAFT,
+        state.memory, state.early_stop, tuned_logits, correction,
     )  # fmt: skip
     if draft is None:
         return None
-    first, last_token = block[:, 0], state.last_token
-
-    def begin(_: int) -> None:
-        first.copy_(last_token)
-        torch.add(state.draft_lens, 1, out=counts)
-        if batch > 1:
-            counts.masked_fill_(state.done, 0)
-        draft()
-
     logits = [large_logits, tuned_logits, base_logits] + [correction] * (corrected > 0)
     laws = [room.take(name, batch, drafted + 1, vocab_size) for name in ("log target", "target", "draft")]
     verdict, report, settle = bind_settle(
@@ -135,10 +127,16 @@ def bind_round(
     large, large_runs_all = bind_pass(runners.large, block, counts, large_logits)
     base, base_runs_all = bind_pass(runners.base, block, counts, base_logits)
     return BoundRound(
-        steps=[("draft", begin), ("large", large), ("base", base), ("verify", lambda _: settle())],
+        steps=[
+            ("draft", lambda _: draft()),
+            ("large", large),
+            ("base", base),
+            ("verify", lambda _: settle()),
+        ],
         counts=counts,
         verdict=verdict,
         report=report,
+        read=report.numpy().tolist,
         logits=[large_logits, base_logits, tuned_logits],
         pays_for_done=large_runs_all or base_runs_all,
     )

@@ -139,7 +139,13 @@ class RunningBatch:
         that are this call's own, has its report due at once, and no graph of it would serve another round.
         """
         sequences = self.order[: self.rows]
-        report = self._round(drafted, self._span(sequences, drafted), timer, first)
+        span = self._span(sequences, drafted)
+        bound = None if self._captured is not None or first else self._bound_round(drafted)
+        if bound is not None:
+            state, plan, trace = self._parts
+            bound.run(state, plan, span, timer, trace)
+            return self._noted(sequences, bound.read())
+        report = self._round(drafted, span, timer, first)
         self._sent.append(self._send(report, sequences, drafted + 1))
         due = first or self.state.offered_lens is None or len(self._sent) > _ROUNDS_AHEAD
         return self._read(self._sent.popleft()) if due else None
@@ -151,9 +157,6 @@ class RunningBatch:
 
     def _round(self, drafted: int, span: int, timer: PhaseTimer, first: bool) -> Tensor:
         state, plan, trace = self._parts
-        bound = None if self._captured is not None or first else self._bound_round(drafted)
-        if bound is not None:
-            return bound.run(state, plan, span, timer, trace)
         if self._captured is None or first:
             draft = draft_phase(self.runners, state, plan, drafted, span)
             timer.mark("draft")
@@ -190,7 +193,11 @@ class RunningBatch:
             begun = perf_counter()
             sent.arrived.synchronize()
             self.waited += perf_counter() - begun
-        report = dict(zip(sent.sequences, sent.report.tolist(), strict=True))
+        return self._noted(sent.sequences, sent.report.tolist())
+
+    def _noted(self, sequences: Sequence[int], rows: list[list[int]]) -> Report:
+        """The report of a round of these sequences, by which their lengths have grown."""
+        report = dict(zip(sequences, rows, strict=True))
         for index, (count, *_) in report.items():
             if index in self._lengths:
                 self._lengths[index] += count

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .graphs import graph_budget as graph_budget
     from .memory import caches_fit as caches_fit
     from .memory import check_caches as check_caches
+    from .protocol import DraftStart as DraftStart
     from .protocol import EFTRunners as EFTRunners
     from .protocol import Runner as Runner
     from .runner import ModelRunner as ModelRunner
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "CapturedFunctions": "graphs",
+    "DraftStart": "protocol",
     "EFTModels": "eft_models",
     "EFTRunners": "protocol",
     "IncompatibleModelsError": "errors",

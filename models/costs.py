@@ -9,14 +9,17 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from statistics import quantiles
+from statistics import median
 from typing import TypeAlias
 
 import torch
 
-from .protocol import EFTRunners, Runner
+from speculative_eft.kernels import Coefficients, NoiseKey, Sampling, Stream
+
+from .protocol import DraftStart, EFTRunners, Runner
 
 __all__ = ["StepCosts", "kept_step_costs", "measure_step_costs"]
 
@@ -25,11 +28,10 @@ _SECONDS = 1.5
 _PROMPT = 32
 _DRAFTED = 4
 _LEAST_COST = 1 / 128
-_METHOD = 3
+_METHOD = 4
 """Of the measurement: what an earlier one found is not read."""
 
-Passes: TypeAlias = list[tuple[Runner, int]]
-"""Passes in turn: who runs, over how many tokens of each sequence."""
+Pass: TypeAlias = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -76,15 +78,17 @@ def measure_step_costs(runners: EFTRunners, drafting: Sequence[Runner], batch: i
     decoding, (cost_ratio + row_cost) / (1 + 2 cost_ratio), is what was measured.
     """
     scoring = [runner for runner in (runners.large, runners.base) if runner not in drafting]
-
-    def passes(drafted: int) -> Passes:
-        steps = [(runner, 1) for _ in range(drafted + 1) for runner in drafting]
-        return steps + [(runner, drafted + 1) for runner in scoring]
-
     for runner in {*drafting, *scoring}:
         runner.reserve(batch, _PROMPT + _DRAFTED + 1)
         runner.lengths.fill_(_PROMPT)
-    plain, drafts, large = _seconds([passes(0), passes(_DRAFTED), [(runners.large, 1)]], batch)
+
+    def passes(drafted: int) -> list[Pass]:
+        scores = [_pass(runner, batch, drafted + 1) for runner in scoring]
+        return [*_steps(drafting, batch, drafted), *scores]
+
+    plain, drafts, large = _seconds(
+        [passes(0), passes(_DRAFTED), [_pass(runners.large, batch, 1)]], runners.large.device
+    )
     token = max(drafts - plain, 0) / _DRAFTED / plain
     cost_ratio = max(plain / large - 1, 0) / 2
     row_cost = token * (1 + 2 * cost_ratio) - cost_ratio
@@ -98,38 +102,74 @@ def _rounded(ratio: float) -> float:
     return float(f"{2.0 ** (round(4 * math.log2(ratio)) / 4):.3g}")
 
 
-def _seconds(rounds: Sequence[Passes], batch: int) -> list[float]:
-    """Seconds of each of `rounds`; all of its passes are over tokens of each of `batch` sequences."""
-    device = rounds[0][0][0].device
-    tokens = torch.zeros(batch, _DRAFTED + 1, dtype=torch.int64, device=device)
+def _pass(runner: Runner, batch: int, rows: int) -> Pass:
+    """A pass over `rows` tokens of each sequence, as a round makes it."""
+    device = runner.device
+    block = torch.zeros(batch, rows, dtype=torch.int64, device=device)
+    bound = None
+    if device.type == "cpu":
+        counts = torch.full((batch,), rows)
+        bound = runner.bind(block, counts, torch.empty(batch, rows, runner.vocab_size))
+    return bound or partial(runner.forward, block, _PROMPT + rows)
 
-    def run(passes: Passes) -> None:
-        for runner, rows in passes:
-            runner.forward(tokens[:, :rows], _PROMPT + rows)
 
+def _steps(drafting: Sequence[Runner], batch: int, drafted: int) -> list[Pass]:
+    """The steps of a draft; where rounds draft in one call, that call with its draws."""
+    steps = [_pass(runner, batch, 1) for _ in range(drafted + 1) for runner in drafting]
+    (first, *others) = drafting
+    if others or first.device.type != "cpu":
+        return steps
+    lens, zeros, ones = (
+        torch.full((batch,), drafted),
+        torch.zeros(batch, dtype=torch.int64),
+        torch.ones(batch),
+    )
+    block = torch.zeros(batch, drafted + 1, dtype=torch.int64)
+    draft = first.bind_draft(
+        DraftStart(zeros, lens, torch.zeros(batch, dtype=torch.bool)), block, zeros.clone(),
+        Coefficients(ones[:, None], ones, ones[:, None], None), Sampling(ones),
+        NoiseKey(zeros, zeros, zeros), Stream.DRAFT, None, None,
+        torch.empty(batch, drafted + 1, first.vocab_size), torch.empty(batch, 0, first.vocab_size),
+    )  # fmt: skip
+    if draft is None:
+        return steps
+
+    def draft_again() -> None:
+        draft()
+        first.lengths.fill_(_PROMPT)
+
+    return [draft_again]
+
+
+def _seconds(rounds: Sequence[Sequence[Pass]], device: torch.device) -> list[float]:
+    """Seconds of each of `rounds`, whose passes run in turn."""
     for passes in rounds:
-        run(passes)
-    if device.type != "cuda":
-        turns: list[list[float]] = []
-        begun = time.perf_counter()
-        while len(turns) < _REPEATS or time.perf_counter() - begun < _SECONDS:
-            turns.append([_clocked(run, passes) for passes in rounds])
-        # The lower quartile, since other work on the machine only ever adds.
-        return [quantiles(times)[0] for times in zip(*turns, strict=True)]
-    return [_replayed(run, passes) for passes in rounds]
+        _run(passes)
+    if device.type == "cuda":
+        return [_replayed(passes) for passes in rounds]
+    turns: list[list[float]] = []
+    begun = time.perf_counter()
+    while len(turns) < _REPEATS or time.perf_counter() - begun < _SECONDS:
+        turns.append([_clocked(passes) for passes in rounds])
+    return [median(times) for times in zip(*turns, strict=True)]
 
 
-def _clocked(run: Callable[[Passes], None], passes: Passes) -> float:
+def _run(passes: Sequence[Pass]) -> None:
+    for call in passes:
+        call()
+
+
+def _clocked(passes: Sequence[Pass]) -> float:
     start = time.perf_counter()
-    run(passes)
+    _run(passes)
     return time.perf_counter() - start
 
 
-def _replayed(run: Callable[[Passes], None], passes: Passes) -> float:
+def _replayed(passes: Sequence[Pass]) -> float:
     # As rounds run: without the time that a host takes to launch.
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        run(passes)
+        _run(passes)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     begin.record()
     for _ in range(_REPEATS):

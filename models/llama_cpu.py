@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from speculative_eft.kernels import Coefficients, DraftMemory, EarlyStop, NoiseKey, Sampling, Stream
 from speculative_eft.kernels.cpu.compile import (
     CUBE,
+    FLAGS,
     FLOAT,
     MATRIX,
     TABLE,
@@ -42,6 +43,7 @@ from speculative_eft.kernels.cpu.products import dot_products
 from speculative_eft.kernels.cpu.sampler import draft_rows
 
 from .llama import LlamaBody, is_ordinary, is_plain
+from .protocol import DraftStart
 from .slot_cache import SlotCache
 
 
@@ -136,6 +138,7 @@ class CompiledLlama:
 
     def bind_draft(
         self,
+        start: DraftStart,
         block: Tensor,
         counts: Tensor,
         cache: SlotCache,
@@ -151,10 +154,10 @@ class CompiledLlama:
         """A call that drafts from this model: its steps, and `draft_step`'s draws after all but the last.
 
         Args:
-            block: int64 [batch, drafted + 1]; the first column holds the last committed tokens, which stand
-                at `cache.lengths`, and the others are written. The lengths move by `drafted + 1`.
-            counts: int64 [batch], steps of each sequence, one more than it drafts, or 0: what lies beyond
-                stays as it is. Lowered where a draft ends early.
+            start: where the draft begins. Its tokens stand at `cache.lengths`, which move by `drafted + 1`.
+            block: int64 [batch, drafted + 1], written: these tokens and the drafted ones. What lies beyond a
+                sequence's own draft stays as it is.
+            counts: int64 [batch], written: steps of each sequence.
             coefficients, sampling: of the draft law, in which this is the only tuned model.
             memory: what the draft law is corrected by.
             early_stop: ends drafts early.
@@ -163,7 +166,8 @@ class CompiledLlama:
         """
         shared = stream is Stream.SHARED
         return partial(
-            _draft, block.numpy(), counts.numpy(), cache.lengths.numpy(), *self._network, logits.numpy(),
+            _draft, *arrays(start, "last_token", "draft_lens", "done"), block.numpy(), counts.numpy(),
+            cache.lengths.numpy(), *self._network, logits.numpy(),
             logits.data_ptr(), use_threads(), *arrays(coefficients, "draft_weights"),
             *sampling_arrays(sampling),
             *arrays(noise, "seeds", "positions" if shared else "rounds"), shared, int(stream),
@@ -510,10 +514,14 @@ def _forward(
 
 
 @entry(
-    f"void({TABLES}, {TABLE}, {TABLE}, {_NETWORK}, {CUBE}, int64, int64, {MATRIX}, {SAMPLING}, {TABLE}, "
-    f"{TABLE}, boolean, int64, {MEMORY}, boolean, {EARLY_STOP}, {VECTOR}, {CUBE}, int64)"
+    f"void({TABLE}, {TABLE}, {FLAGS}, {TABLES}, {TABLE}, {TABLE}, {_NETWORK}, {CUBE}, int64, int64, "
+    f"{MATRIX}, {SAMPLING}, {TABLE}, {TABLE}, boolean, int64, {MEMORY}, boolean, {EARLY_STOP}, {VECTOR}, "
+    f"{CUBE}, int64)"
 )
 def _draft(
+    last_token: Any,
+    draft_lens: Any,
+    done: Any,
     block: Any,
     counts: Any,
     lengths: Any,
@@ -558,7 +566,7 @@ def _draft(
     vocab_size = correction.shape[2]
     rows = np.empty((batch, columns), FLOAT)
     current = np.empty((batch, 1), np.int64)
-    drawn = block[:, 0].copy()
+    drawn = last_token.copy()
     counter = counters.copy()
     # Of the large base, this model, the small base and the correction; what has weight 0 is not read.
     table = np.zeros((4 if correction.shape[1] else 3, 3), np.int64)
@@ -569,6 +577,8 @@ def _draft(
     chances = np.empty(batch if may_end else 0, FLOAT)
     longest = 0
     for sequence in range(batch):
+        block[sequence, 0] = last_token[sequence]
+        counts[sequence] = 0 if done[sequence] else draft_lens[sequence] + 1
         longest = max(longest, counts[sequence])
     step = 0
     while step < longest:

@@ -12,6 +12,21 @@ from torch import Tensor
 from speculative_eft.kernels import Coefficients, DraftMemory, EarlyStop, NoiseKey, Sampling, Stream
 
 
+@dataclass
+class DraftStart:
+    """Where a draft begins, in place from round to round.
+
+    Attributes:
+        last_token: int64 [batch], the last committed tokens.
+        draft_lens: int64 [batch], tokens that each sequence drafts at most.
+        done: bool [batch], sequences that take no part.
+    """
+
+    last_token: Tensor
+    draft_lens: Tensor
+    done: Tensor
+
+
 class Runner(Protocol):
     """A network with a cache of its own, seen from the decoder.
 
@@ -74,6 +89,7 @@ class Runner(Protocol):
 
     def bind_draft(
         self,
+        start: DraftStart,
         block: Tensor,
         counts: Tensor,
         coefficients: Coefficients,
@@ -88,10 +104,11 @@ class Runner(Protocol):
         """A call that runs the whole loop of a draft from this network alone; None where there is none.
 
         Args:
-            block: int64 [batch, drafted + 1]: the last committed token, and where the drafted ones go.
-                `lengths` move by `drafted + 1`.
-            counts: int64 [batch], steps of each sequence, one more than it drafts, or 0; what lies beyond may
-                stay unset. Lowered where a draft ends early.
+            start: where the draft begins.
+            block: int64 [batch, drafted + 1], written: the last committed token and the drafted ones. What
+                lies beyond a sequence's own draft may stay unset. `lengths` move by `drafted + 1`.
+            counts: int64 [batch], written: steps of each sequence, one more than it drafted, 0 where it was
+                done.
             coefficients, sampling: of the draft law, in which this is the only tuned model.
             memory: what the draft law is corrected by.
             early_stop: ends drafts early.

@@ -19,6 +19,7 @@ from .configs import TESTED_FAMILIES, position_limit, text_config
 from .describe import cache_bytes_per_token, vocabulary_rows
 from .llama import LlamaBody
 from .placement import home_device
+from .protocol import DraftStart
 from .slot_cache import SlotCache, round_up
 
 if TYPE_CHECKING:
@@ -169,6 +170,7 @@ class ModelRunner:
 
     def bind_draft(
         self,
+        start: DraftStart,
         block: Tensor,
         counts: Tensor,
         coefficients: Coefficients,
@@ -184,8 +186,8 @@ class ModelRunner:
         if self._compiled is None:
             return None
         return self._compiled.bind_draft(
-            block, counts, self.cache, coefficients, sampling, noise, stream, memory, early_stop, logits,
-            correction,
+            start, block, counts, self.cache, coefficients, sampling, noise, stream, memory, early_stop,
+            logits, correction,
         )  # fmt: skip
 
     @torch.inference_mode()

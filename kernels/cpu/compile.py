@@ -15,9 +15,9 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 __all__ = [
-    "CUBE", "FLAGS", "FLOAT", "MATRIX", "TABLE", "TABLES", "VECTOR", "WORDS", "array_at", "arrays",
-    "compiled", "entry", "exp", "in_parallel", "integers_at", "largest", "log", "logits_table",
-    "stay_a_function", "strictly_compiled", "use_threads",
+    "CUBE", "FLAGS", "FLOAT", "MATRIX", "TABLE", "TABLES", "VECTOR", "WORDS", "argmax", "array_at", "arrays",
+    "bits_of_float", "compiled", "entry", "exp", "in_parallel", "integers_at", "largest", "log",
+    "logits_table", "stay_a_function", "strictly_compiled", "use_threads",
 ]  # fmt: skip
 
 FLOAT = np.float32
@@ -167,7 +167,9 @@ def stay_a_function(typing_context: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _bits_of_float(typing_context: Any, value: Any) -> Any:
+def bits_of_float(typing_context: Any, value: Any) -> Any:
+    """The int32 of the same bits as a float32."""
+
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.bitcast(arguments[0], ir.IntType(32))
 
@@ -208,6 +210,18 @@ def largest(values: Any) -> Any:
     return highest
 
 
+@compiled(f"int64({VECTOR})")
+def argmax(values: Any) -> Any:
+    """The first id of the largest value."""
+    size = np.int32(values.shape[0])
+    highest = largest(values)
+    # Of every id, since a search that may end early is not made in vectors.
+    winner = size
+    for token in range(size):
+        winner = min(winner, np.int32(token) if values[token] == highest else size)
+    return np.int64(winner) % values.shape[0]
+
+
 @strictly_compiled("float32(float32)")
 def exp(x: Any) -> Any:
     """exp of a float32 within 1e-7 relative, 0 below -87; without a jump, so that loops are vectorised."""
@@ -229,10 +243,11 @@ def exp(x: Any) -> Any:
 @strictly_compiled("float32(float32)")
 def log(x: Any) -> Any:
     """log of a positive, normal float32 within 1e-7 relative; without a jump."""
-    bits = _bits_of_float(x)
+    bits = bits_of_float(x)
+    # Numba makes 64 bits of what 32 bits are added to, of which vectors hold half as many.
     # x = mantissa * 2 ** power with mantissa in [sqrt(1/2), sqrt(2)).
-    power = (bits - np.int32(0x3F3504F3)) >> np.int32(23)
-    rest = _float_of_bits(bits - (power << np.int32(23))) - FLOAT(1)
+    power = np.int32(np.int32(bits - np.int32(0x3F3504F3)) >> np.int32(23))
+    rest = _float_of_bits(np.int32(bits - np.int32(power << np.int32(23)))) - FLOAT(1)
     square = rest * rest
     series = FLOAT(7.0376836292e-2)
     for coefficient in (

@@ -6,13 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from .compile import FLOAT, VECTOR, WORDS, compiled, log, strictly_compiled
+from .compile import FLOAT, VECTOR, WORDS, argmax, bits_of_float, compiled, log, strictly_compiled
 
-__all__ = ["exponentials", "uniform"]
+__all__ = ["race_of_logits", "race_of_weights", "uniform"]
 
 _WORD = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
 _MULTIPLIER_0, _MULTIPLIER_1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+_BITS_OF_ONE = np.int32(0x3F800000)
+_PIECE = 64
 _WEYL_0, _WEYL_1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 
 
@@ -61,13 +63,76 @@ def _exponential(unit: Any) -> Any:
     return -log(rest) * (unit / lost) if lost > FLOAT(0) else unit
 
 
-@compiled(f"void(int64, int64, int64, int64, {VECTOR})")
-def exponentials(seed: int, counter: int, row: int, stream: int, out: Any) -> None:
-    """A unit exponential draw for every vocabulary id, in float32 `out` [vocab]."""
-    size = out.shape[0]
+@compiled(f"{VECTOR}(int64, int64, int64, int64, int64)")
+def _uniforms(size: int, seed: int, counter: int, row: int, stream: int) -> Any:
+    """The uniform draws of ids 0, 1, ..., `size` - 1: the words of each block one after the other."""
+    whole = size // 4
     words = np.empty((4, (size + 3) // 4), np.uint32)
     _words(seed, counter, row, stream, words)
-    for lane in range(4):
-        lane_words = words[lane]
-        for block in range((size - lane + 3) // 4):
-            out[4 * block + lane] = _exponential(_unit(lane_words[block]))
+    first, second, third, fourth = words[0], words[1], words[2], words[3]
+    units = np.empty(size, FLOAT)
+    for block in range(whole):
+        units[4 * block] = _unit(first[block])
+        units[4 * block + 1] = _unit(second[block])
+        units[4 * block + 2] = _unit(third[block])
+        units[4 * block + 3] = _unit(fourth[block])
+    for lane in range(size - 4 * whole):
+        units[4 * whole + lane] = _unit(words[lane, whole])
+    return units
+
+
+@compiled(f"boolean({VECTOR}, float32)")
+def _any_reaches(bounds: Any, least: Any) -> Any:
+    count = np.int32(0)
+    for bound in bounds:
+        count = np.int32(count + np.int32(bound >= least))
+    return count > 0
+
+
+@compiled(f"int64({VECTOR}, float32, int64, int64, int64, int64)")
+def race_of_logits(logits: Any, scale: float, seed: int, counter: int, row: int, stream: int) -> Any:
+    """The first id of the largest logits[id] - scale log(E[id]), E being unit exponential draws; `scale` > 0.
+
+    Without two logarithms for every id: E = -log(1 - u) is at least its uniform draw u = (1 + m) 2^e, and
+    log2(u) at least e + m, which are u's bits. So much an id can reach at most, and few could reach what the
+    one that could reach most does reach.
+    """
+    size = logits.shape[0]
+    units = _uniforms(size, seed, counter, row, stream)
+    bounds = np.empty(size, FLOAT)
+    slope = scale * FLOAT(np.log(2) * 2.0**-23)
+    for token in range(size):
+        bounds[token] = logits[token] - slope * FLOAT(np.int32(bits_of_float(units[token]) - _BITS_OF_ONE))
+    winner = argmax(bounds)
+    highest = logits[winner] - scale * log(_exponential(units[winner]))
+    # Bounds are rounded, the more the larger the logits.
+    least = highest - FLOAT(0.01) * scale - FLOAT(1e-5) * abs(highest)
+    for first in range(0, size, _PIECE):
+        if _any_reaches(bounds[first : first + _PIECE], least):
+            for token in range(first, min(first + _PIECE, size)):
+                if bounds[token] >= least:
+                    score = logits[token] - scale * log(_exponential(units[token]))
+                    if score > highest or (score == highest and token < winner):
+                        highest, winner = score, token
+    return winner
+
+
+@compiled(f"int64({VECTOR}, int64, int64, int64, int64)")
+def race_of_weights(weights: Any, seed: int, counter: int, row: int, stream: int) -> Any:
+    """The first id of the largest weights[id] / E[id], as `race_of_logits`; no weight is negative."""
+    size = weights.shape[0]
+    units = _uniforms(size, seed, counter, row, stream)
+    bounds = np.empty(size, FLOAT)
+    for token in range(size):
+        bounds[token] = weights[token] / units[token]
+    winner = argmax(bounds)
+    highest = weights[winner] / _exponential(units[winner])
+    least = highest * FLOAT(1 - 1e-5)
+    for first in range(0, size, _PIECE):
+        if _any_reaches(bounds[first : first + _PIECE], least):
+            for token in range(first, min(first + _PIECE, size)):
+                if bounds[token] >= least:
+                    score = weights[token] / _exponential(units[token])
+                    if score > highest or (score == highest and token < winner):
+                        highest, winner = score, token
+    return winner

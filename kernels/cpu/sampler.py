@@ -21,6 +21,7 @@ from .compile import (
     TABLE,
     TABLES,
     VECTOR,
+    argmax,
     array_at,
     arrays,
     compiled,
@@ -41,7 +42,7 @@ from .filters import (
     is_filtered,
     sampling_arrays,
 )
-from .noise import exponentials, uniform
+from .noise import race_of_logits, race_of_weights, uniform
 
 if TYPE_CHECKING:
     from ..filters import Sampling
@@ -133,18 +134,6 @@ def _mix(table: Any, weights: Any, sequence: int, row: int, out: Any) -> None:
                 out[token] += weight * logits[token]
     for token in range(size):
         out[token] = out[token] if abs(out[token]) <= FLOAT(3.4028235e38) else FLOAT(-np.inf)
-
-
-@compiled(f"int64({VECTOR})")
-def _argmax(values: Any) -> Any:
-    """The first id of the largest value."""
-    size = np.int32(values.shape[0])
-    highest = largest(values)
-    # Of every id, since a search that may end early is not made in vectors.
-    winner = size
-    for token in range(size):
-        winner = min(winner, np.int32(token) if values[token] == highest else size)
-    return np.int64(winner) % values.shape[0]
 
 
 @compiled(f"float32({VECTOR}, float32, {VECTOR})")
@@ -245,11 +234,9 @@ def _draft_share(
     elif chances.shape[0] > 0:
         _normalise(values.copy(), scale if scale > FLOAT(0) else FLOAT(1), law)
     if scale > FLOAT(0):
-        noise = np.empty(vocab_size, FLOAT)
-        exponentials(seeds[sequence], counters[sequence], row, stream, noise)
-        for token in range(vocab_size):
-            values[token] -= scale * log(noise[token])
-    tokens[sequence] = _argmax(values)
+        tokens[sequence] = race_of_logits(values, scale, seeds[sequence], counters[sequence], row, stream)
+    else:
+        tokens[sequence] = argmax(values)
     if chances.shape[0] > 0:
         chances[sequence] = law[tokens[sequence]]
 
@@ -368,17 +355,15 @@ def _laws_share(
     else:
         _mix(table, target_weights[sequence], sequence, row, logits)
     if temperature[sequence] == FLOAT(0):
-        winners[sequence, row] = _argmax(logits)
+        winners[sequence, row] = argmax(logits)
         _normalise(logits, FLOAT(1), law)
         return
     _normalise(logits, temperature[sequence], law)
     filter_law(logits, law, temperature, top_k, top_p, min_p, sequence)
     if rule == _SHARED_SEED:
-        race = np.empty(size, FLOAT)
-        exponentials(seeds[sequence], positions[sequence] + row, 0, shared_stream, race)
-        for token in range(size):
-            race[token] = logits[token] - log(race[token])
-        winners[sequence, row] = _argmax(race)
+        winners[sequence, row] = race_of_logits(
+            logits, FLOAT(1), seeds[sequence], positions[sequence] + row, 0, shared_stream
+        )
     if row < rows - 1:
         small = np.empty(size, FLOAT)
         _mix(table, draft_weights[sequence], sequence, row, small)
@@ -480,11 +465,7 @@ def _replacement(
     if not total > FLOAT(0):
         for token in range(law.shape[0]):
             weights[token] = law[token]
-    race = np.empty(law.shape[0], FLOAT)
-    exponentials(seed, counter, accepted, stream, race)
-    for token in range(law.shape[0]):
-        race[token] = weights[token] / race[token]
-    return _argmax(race)
+    return race_of_weights(weights, seed, counter, accepted, stream)
 
 
 @compiled(

@@ -13,6 +13,7 @@ from speculative_eft.decoding import EFTConfig, EFTDecoder
 from speculative_eft.kernels import AcceptanceRule
 from speculative_eft.models import EFTModels
 
+from ..conftest import is_spared
 from ..decoding.test_generate import perturbed
 from ..device import test_device
 from ..models.families import tiny_model
@@ -37,24 +38,28 @@ def enumerate_law(models: EFTModels, prompt: list[int], alpha: float, beta: floa
     return target.gather(-1, paths[..., None])[..., 0].sum(1).exp().cpu().numpy()
 
 
-@pytest.mark.usefixtures("each_backend")
-@pytest.mark.parametrize("rule", ["block", "token", "shared_seed"])
-@pytest.mark.parametrize(
-    ("family", "alpha", "beta", "drafting"),
-    [
-        ("llama", 1.0, 1.0, {"draft_tokens": 2}),
-        ("llama", 1.0, 1.3, {"draft_tokens": "auto", "cost_ratio": 0.3}),
-        ("gpt2", 0.7, 1.2, {"draft_tokens": 2}),
-    ],
-)
+RULES: tuple[AcceptanceRule, ...] = ("block", "token", "shared_seed")
+TRIOS: list[tuple[str, float, float, dict[str, Any]]] = [
+    ("llama", 1.0, 1.0, {"draft_tokens": 2}),
+    ("llama", 1.0, 1.3, {"draft_tokens": "auto", "cost_ratio": 0.3}),
+    ("gpt2", 0.7, 1.2, {"draft_tokens": 2}),
+]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("family", "alpha", "beta", "drafting"), TRIOS)
 def test_joint_law(
     family: str,
     alpha: float,
     beta: float,
     drafting: dict[str, Any],
     rule: AcceptanceRule,
+    each_backend: str,
+    request: pytest.FixtureRequest,
     record_chi_square: Record,
 ) -> None:
+    if is_spared(each_backend, request) and RULES.index(rule) != TRIOS.index((family, alpha, beta, drafting)):
+        pytest.skip("Triton's interpreter is slow: a rule a trio, or all with --every-law")
     models = EFTModels(
         large_base=perturbed(tiny_model(family, 0, VOCAB), 1, 0.05).to(test_device()),
         small_tuned=perturbed(tiny_model(family, 0, VOCAB), 2, 0.05).to(test_device()),

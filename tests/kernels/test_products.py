@@ -55,6 +55,6 @@ def test_a_row_has_the_same_sums_beside_any_others(size: int, dot_products: Any)
 def test_what_was_compiled_is_kept_until_any_source_changes() -> None:
     from speculative_eft.kernels.cpu import noise, sampler
 
-    for function in (noise.exponentials, sampler.verify_rows):
+    for function in (noise.race_of_logits, sampler.verify_rows):
         stamp = str(function._cache._cache_file._source_stamp)  # type: ignore[attr-defined]
         assert all(name in stamp for name in ("noise.py", "sampler.py", "compile.py", "memory.py"))
