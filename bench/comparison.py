@@ -2,8 +2,8 @@
 
 Every decoder answers a batch of prompts before the next batch's turn comes: A B C, B C A, ... Within a turn
 they may do so several times, A B C A B C, of which the one of median time counts: the work is the same each
-time. A pair is one decoder's run and the reference's run of the same turn, and ratios of speed are taken
-within pairs.
+time. The reference then also runs in between, since its noise is that of every ratio. A pair is one decoder's
+run and the reference's run of the same turn, and ratios of speed are taken within pairs.
 """
 
 from __future__ import annotations
@@ -28,6 +28,12 @@ __all__ = ["PHASES", "Comparison", "Decoder", "Measurement", "Percentiles", "Spr
 
 _LONGEST_TO_REPEAT = 0.5
 """Seconds of a decoder in a turn beyond which it does not run again: one long run has little noise."""
+
+_REFERENCE_EVERY = 4
+"""Decoders between two runs of the reference."""
+
+_LONGEST_OF_REFERENCE = 5.0
+"""Seconds of the reference in a turn beyond which it does not run again."""
 
 PHASES = ("draft", "large", "base", "verify", "other")
 """Phases of a round in `EFTStats.seconds`."""
@@ -241,7 +247,7 @@ def compare(
         batches: of one size; one turn each.
         reference: the decoder that ratios refer to.
         seed: turn i has seed + i, so that every run of a decoder draws anew and a pair shares a seed.
-        tries: how often each run is made, of which the one of median time counts.
+        tries: how often each run is made, of which the one of median time counts; the reference's more often.
         device: where the decoders run and memory is looked at; the CPU unless given.
         on_run: called with the decoder's name after each run and its first try, warm-ups included.
         **generation_kwargs: options of `generate`.
@@ -264,6 +270,9 @@ def compare(
             on_run(name)
         return done
 
+    def spent(done: list[_Run]) -> float:
+        return sum(one.seconds for one in done)
+
     for name in names:
 
         def warm_up(name: str = name) -> object:
@@ -275,8 +284,16 @@ def compare(
         order = names[first:] + names[:first]
         tried: dict[str, list[_Run]] = {name: [] for name in order}
         for attempt in range(tries):
-            for name in order:
-                if sum(done.seconds for done in tried[name]) < _LONGEST_TO_REPEAT:
+            for place, name in enumerate(order):
+                # All ratios rest on the reference, so it has its share of every part of the turn.
+                if (
+                    tries > 1
+                    and place % _REFERENCE_EVERY == 0
+                    and spent(tried[reference]) < _LONGEST_OF_REFERENCE
+                ):
+                    tried[reference].append(run(reference, batch, turn, False))
+                longest = _LONGEST_OF_REFERENCE if name == reference else _LONGEST_TO_REPEAT
+                if attempt == 0 or spent(tried[name]) < longest:
                     tried[name].append(run(name, batch, turn, attempt == 0))
         for name, done in tried.items():
             runs[name].append(sorted(done, key=lambda one: one.seconds)[(len(done) - 1) // 2])

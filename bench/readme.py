@@ -1,4 +1,4 @@
-"""Keeps what README and docs measured equal to the committed JSON: `python -m speculative_eft.bench.readme`."""
+"""Keeps README and docs equal to the committed measurements: `python -P -m speculative_eft.bench.readme`."""
 
 from __future__ import annotations
 

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from speculative_eft.decoding import EFTConfig, EFTDecoder, EFTOutput, EFTStats
 from speculative_eft.decoding.running import Report, RunningBatch
-from speculative_eft.kernels import Coefficients, NoiseKey, Sampling, Stream
 from speculative_eft.models import DraftStart, EFTModels, EFTRunners, Runner
+from speculative_eft.models.costs import bind_plain_draft
 from speculative_eft.models.demo import held_out_prompts
 
 from .comparison import Spread
@@ -94,7 +94,10 @@ class _Steps:
             start = DraftStart(torch.zeros_like(self._counts), self._draft_lens, self._done)
             runners = (self._runners.large, self._runners.base)
             scoring = [_bound(runner, self._counts, self._drafted + 1) for runner in runners]
-            self._passes = [_bound_steps(tuned, start, self._counts, self._drafted + 1), *scoring]
+            self._passes = [
+                _found(bind_plain_draft(tuned, start, self._counts, self._drafted, 0.0)),
+                *scoring,
+            ]
         steps, *scoring = self._passes
         before = tuned.lengths.clone()
         begun = perf_counter()
@@ -111,21 +114,9 @@ def _bound(runner: Runner, counts: Tensor, rows: int) -> Callable[[], object]:
     return _found(runner.bind(block, counts, torch.empty(batch, rows, runner.vocab_size)))
 
 
-def _bound_steps(tuned: Runner, start: DraftStart, counts: Tensor, rows: int) -> Callable[[], object]:
-    batch = counts.shape[0]
-    nothing, whole = torch.zeros(batch, dtype=torch.int64), torch.ones(batch)
-    call = tuned.bind_draft(
-        start, torch.zeros(batch, rows, dtype=torch.int64), counts,
-        Coefficients(whole[:, None], whole, whole[:, None], None), Sampling(torch.zeros(batch)),
-        NoiseKey(nothing, nothing, nothing), Stream.DRAFT, None, None,
-        torch.empty(batch, rows, tuned.vocab_size), torch.empty(batch, 0, tuned.vocab_size),
-    )  # fmt: skip
-    return _found(call)
-
-
 def _found(call: Callable[[], object] | None) -> Callable[[], object]:
     if call is None:
-        raise ValueError("rounds of these models are not bound: they need Numba and float32 on a CPU")
+        raise ValueError("the rounds of these models are not bound: that takes Numba, and float32 on a CPU")
     return call
 
 

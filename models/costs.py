@@ -16,12 +16,13 @@ from statistics import median
 from typing import TypeAlias
 
 import torch
+from torch import Tensor
 
 from speculative_eft.kernels import Coefficients, NoiseKey, Sampling, Stream
 
 from .protocol import DraftStart, EFTRunners, Runner
 
-__all__ = ["StepCosts", "kept_step_costs", "measure_step_costs"]
+__all__ = ["StepCosts", "bind_plain_draft", "kept_step_costs", "measure_step_costs"]
 
 _REPEATS = 25
 _SECONDS = 1.5
@@ -32,6 +33,7 @@ _METHOD = 4
 """Of the measurement: what an earlier one found is not read."""
 
 Pass: TypeAlias = Callable[[], object]
+"""A pass of a model, or several, to be timed."""
 
 
 @dataclass(frozen=True)
@@ -115,30 +117,35 @@ def _pass(runner: Runner, batch: int, rows: int) -> Pass:
 
 def _steps(drafting: Sequence[Runner], batch: int, drafted: int) -> list[Pass]:
     """The steps of a draft; where rounds draft in one call, that call with its draws."""
-    steps = [_pass(runner, batch, 1) for _ in range(drafted + 1) for runner in drafting]
     (first, *others) = drafting
-    if others or first.device.type != "cpu":
-        return steps
-    lens, zeros, ones = (
-        torch.full((batch,), drafted),
-        torch.zeros(batch, dtype=torch.int64),
-        torch.ones(batch),
-    )
-    block = torch.zeros(batch, drafted + 1, dtype=torch.int64)
-    draft = first.bind_draft(
-        DraftStart(zeros, lens, torch.zeros(batch, dtype=torch.bool)), block, zeros.clone(),
-        Coefficients(ones[:, None], ones, ones[:, None], None), Sampling(ones),
-        NoiseKey(zeros, zeros, zeros), Stream.DRAFT, None, None,
-        torch.empty(batch, drafted + 1, first.vocab_size), torch.empty(batch, 0, first.vocab_size),
-    )  # fmt: skip
+    zeros = torch.zeros(batch, dtype=torch.int64)
+    start = DraftStart(zeros, torch.full((batch,), drafted), torch.zeros(batch, dtype=torch.bool))
+    draft = None if others else bind_plain_draft(first, start, zeros.clone(), drafted, 1.0)
     if draft is None:
-        return steps
+        return [_pass(runner, batch, 1) for _ in range(drafted + 1) for runner in drafting]
+    return [draft, lambda: first.lengths.fill_(_PROMPT)]
 
-    def draft_again() -> None:
-        draft()
-        first.lengths.fill_(_PROMPT)
 
-    return [draft_again]
+def bind_plain_draft(
+    runner: Runner, start: DraftStart, counts: Tensor, drafted: int, temperature: float
+) -> Callable[[], None] | None:
+    """A draft by `Runner.bind_draft` to be timed, without memory or filter; None where there is none.
+
+    Args:
+        start, counts: as there, in the host's memory.
+        drafted: tokens of the longest draft.
+        temperature: 0 for draws without noise.
+    """
+    if runner.device.type != "cpu":
+        return None
+    batch = counts.shape[0]
+    zeros, ones = torch.zeros(batch, dtype=torch.int64), torch.ones(batch)
+    return runner.bind_draft(
+        start, torch.zeros(batch, drafted + 1, dtype=torch.int64), counts,
+        Coefficients(ones[:, None], ones, ones[:, None], None), Sampling(temperature * ones),
+        NoiseKey(zeros, zeros, zeros), Stream.DRAFT, None, None,
+        torch.empty(batch, drafted + 1, runner.vocab_size), torch.empty(batch, 0, runner.vocab_size),
+    )  # fmt: skip
 
 
 def _seconds(rounds: Sequence[Sequence[Pass]], device: torch.device) -> list[float]:

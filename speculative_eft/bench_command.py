@@ -83,7 +83,7 @@ _FULL: dict[str, Any] = {
     "acceptance": ["block", "token", "shared_seed"],
     "draft_tokens": [1, 2, 3, 4, 5, 6, 8, "auto"],
     "prompts": 16,
-    "repeats": 1,
+    "tries": 3,
     "least_runs": 8,
 }
 _QUICK: dict[str, Any] = {
@@ -94,11 +94,11 @@ _QUICK: dict[str, Any] = {
     "alpha": [1.0],
     "beta": [1.0],
     "conservative_top_p": [],
-    "acceptance": ["block", "token"],
+    "acceptance": ["block"],
     "draft_tokens": [2, 4, 8, "auto"],
-    "prompts": 8,
-    "repeats": 1,
-    "least_runs": 6,
+    "prompts": 6,
+    "tries": 2,
+    "least_runs": 4,
 }
 
 
@@ -187,7 +187,16 @@ def bench(
         ),
     ] = None,
     repeats: Annotated[int, option("Runs on each batch of prompts.", "N", SAMPLING, min=1)] = 1,
-    tries: Annotated[int, option("Tries of each run, of which the median counts.", "N", SAMPLING, min=1)] = 3,
+    tries: Annotated[
+        int | None,
+        option(
+            "Tries of each run, of which the median counts.",
+            "N",
+            SAMPLING,
+            min=1,
+            show_default="3, with --quick 2",
+        ),
+    ] = None,
     seed: Annotated[int, option("Of the first turn.", "N", SAMPLING, callback=seed_value)] = 0,
     simulate_acceptance: Annotated[
         float | None,
@@ -278,7 +287,13 @@ def bench(
     from .bench.benchmark import check_contexts, new_report
     from .bench.plan import Plan
 
-    plan = Plan(**plan_values, repeats=repeats, tries=tries, least_runs=defaults["least_runs"], seed=seed)
+    plan = Plan(
+        **plan_values,
+        repeats=repeats,
+        tries=tries or defaults["tries"],
+        least_runs=defaults["least_runs"],
+        seed=seed,
+    )
     ids, described = _prompt_ids(models, prompts, defaults["prompts"], simulate_acceptance)
     check_contexts(models, plan, ids)
     command = shlex.join(["speculative-eft", *sys.argv[1:]])

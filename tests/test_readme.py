@@ -1,4 +1,4 @@
-"""The README says what the committed measurements say, and its Python runs."""
+"""README and docs say what the committed measurements say, and the README's Python runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from speculative_eft.bench.benchmark import Report
-from speculative_eft.bench.readme import FIGURES, RESULT, source_digest, with_measurements
+from speculative_eft.bench.readme import (
+    FIGURES,
+    RESULT,
+    ROUNDS,
+    source_digest,
+    with_measurements,
+    with_round_times,
+)
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -17,6 +24,11 @@ README = (ROOT / "README.md").read_text()
 
 def test_measurements_are_those_of_the_committed_json() -> None:
     assert with_measurements(README, Report.load(RESULTS / RESULT)) == README
+
+
+def test_what_a_round_spends_is_what_the_committed_json_says() -> None:
+    page = (ROOT / "docs" / "gpu.md").read_text()
+    assert with_round_times(page, RESULTS / ROUNDS) == page
 
 
 def test_figures_are_made_of_the_committed_json() -> None:

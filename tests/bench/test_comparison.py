@@ -103,18 +103,22 @@ def test_decoders_take_turns(result: comparison.Comparison, log: list[tuple[str,
 def test_the_median_try_counts(log: list[tuple[str, int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     monkeypatch.setattr(comparison, "perf_counter", clock)
+    often = [0.6, 0.6, 0.7, 0.8, 0.5, 0.6, 0.7, 0.7, 0.7, 0.9, 0.7, 0.7]
     decoders = {
+        "reference": FakeDecoder("reference", log, clock, [100, *often], tokens=4),
         "slow": FakeDecoder("slow", log, clock, [100, 0.6, 0.7], tokens=4),
         "fast": FakeDecoder("fast", log, clock, [100, 0.1, 0.3, 0.2, 0.1, 0.1, 0.2], tokens=4),
     }
     seen: list[str] = []
-    result = compare(decoders, PROMPTS, reference="slow", tries=3, on_run=seen.append, max_new_tokens=9)
+    result = compare(decoders, PROMPTS, reference="reference", tries=3, on_run=seen.append, max_new_tokens=9)
     assert result.tries == 3
-    # Half a second is enough to be measured once.
+    # Half a second is enough to be measured once, but for the reference, which also runs before the others.
+    assert result["reference"].run_seconds == pytest.approx((0.6, 0.7))
     assert result["slow"].run_seconds == pytest.approx((0.6, 0.7))
     assert result["fast"].run_seconds == pytest.approx((0.2, 0.1))
     assert [name for name, *_ in log].count("fast") == 7
-    assert seen.count("fast") == seen.count("slow") == 3
+    assert [name for name, *_ in log].count("reference") == 13
+    assert all(seen.count(name) == 3 for name in decoders)
 
 
 def test_ratios_are_taken_within_pairs(result: comparison.Comparison) -> None:

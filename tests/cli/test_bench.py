@@ -34,7 +34,7 @@ def test_bench_writes_a_report_and_goes_on_with_it(
     outcome = bench(run, trio, prompts, tmp_path / "b")
     assert outcome.status == 0, outcome.err
     for words in (
-        "T=1, batch 1: 6 runs",
+        "T=1, batch 1: 4 runs",
         "assisted",
         "Noise: ",
         "beta 1.5",
