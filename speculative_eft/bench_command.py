@@ -90,7 +90,7 @@ _QUICK: dict[str, Any] = {
     "temperature": [1.0, 0.0],
     "batch": [1, 4],
     "context": [],
-    "length": [48],
+    "length": [40],
     "alpha": [1.0],
     "beta": [1.0],
     "conservative_top_p": [],
