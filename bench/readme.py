@@ -87,20 +87,23 @@ def source_digest(source: str) -> str:
     return hashlib.sha256(source.encode()).hexdigest()
 
 
+def _with_part(page: str, begin: str, end: str, part: str) -> str:
+    """A page with what stands between two markers made anew."""
+    before, rest = page.split(begin)
+    _, after = rest.split(end)
+    return f"{before}{begin}\n{part}\n{end}{after}"
+
+
 def with_measurements(readme: str, report: Report) -> str:
     """The README with the part between the markers made anew."""
-    before, rest = readme.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{measurements_markdown(report)}\n{END}{after}"
+    return _with_part(readme, BEGIN, END, measurements_markdown(report))
 
 
 def with_round_times(page: str, path: Path) -> str:
     """docs/gpu.md with what a round spends on a CPU made anew from the JSON of `round_time`."""
-    before, rest = page.split(ROUNDS_BEGIN)
-    _, after = rest.split(ROUNDS_END)
     machine, times = round_time.load(path)
     lines = [f"{machine}:", "", *_markdown(round_time.table(times))]
-    return "\n".join([before + ROUNDS_BEGIN, *lines, ROUNDS_END + after])
+    return _with_part(page, ROUNDS_BEGIN, ROUNDS_END, "\n".join(lines))
 
 
 def main() -> None:

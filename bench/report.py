@@ -18,6 +18,7 @@ from .analysis import (
 )
 from .benchmark import Report, Result
 from .comparison import Measurement, Spread
+from .machine import Environment
 from .plan import AGAIN, LARGE
 
 __all__ = [
@@ -70,13 +71,16 @@ _TERMS = {
 
 def machine_line(report: Report) -> str:
     """Where and with what it was measured, in one line."""
-    machine = report.environment
-    where = ", ".join(machine.accelerators) or f"{machine.cpu}, {machine.threads} of {machine.cores} cores"
     dtypes = ", ".join(dict.fromkeys(model["dtype"] for model in report.models))
+    return environment_line(report.environment, dtypes, report.commit)
+
+
+def environment_line(machine: Environment, dtypes: str, commit: str | None) -> str:
+    """`machine_line` of its parts."""
+    where = ", ".join(machine.accelerators) or f"{machine.cpu}, {machine.threads} of {machine.cores} cores"
     return (
         f"{where}; {dtypes}; torch {machine.torch}, transformers {machine.transformers}, Python "
-        f"{machine.python}, "
-        f"kernels by {machine.backend}; commit {report.commit or 'not known'}"
+        f"{machine.python}, kernels by {machine.backend}; commit {commit or 'not known'}"
     )
 
 

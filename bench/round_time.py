@@ -32,6 +32,7 @@ from speculative_eft.models.demo import held_out_prompts
 from .comparison import Spread
 from .machine import Environment, environment, source_commit
 from .prompts import PromptBatch, prompt_batches
+from .report import environment_line
 
 __all__ = ["PASSES", "RoundTime", "load", "round_time", "table"]
 
@@ -183,12 +184,9 @@ def load(path: Path) -> tuple[str, list[RoundTime]]:
     """The machine's line and the times of what `main` wrote."""
     saved = json.loads(path.read_text(encoding="utf-8"))
     times = [RoundTime(**row | {"outside": Spread(**row["outside"])}) for row in saved["rounds"]]
-    machine = Environment(**saved["environment"])
-    line = (
-        f"{machine.cpu}, {machine.threads} threads; torch {machine.torch}, kernels by {machine.backend}; "
-        f"commit {saved['commit']}; {saved['new_tokens']} new tokens"
-    )
-    return line, times
+    # No other models' rounds are timed here: see `_found`.
+    line = environment_line(Environment(**saved["environment"]), "float32", saved["commit"])
+    return f"{line}; {saved['new_tokens']} new tokens", times
 
 
 def main() -> None:
