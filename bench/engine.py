@@ -77,7 +77,7 @@ class Sweep:
     dtype: torch.dtype = torch.bfloat16
 
 
-_WHOLE = Sweep((LLAMA, QWEN), (1024, 8192), (1, 4, 16), (0.7, 0.8, 0.9), (4, 8), 24, 6, 3, (1, 4, 16), 96)
+_WHOLE = Sweep((LLAMA, QWEN), (1024, 8192), (1, 4, 16), (0.7, 0.9), (4, 8), 24, 6, 3, (1, 4, 16), 96)
 _QUICK = Sweep((LLAMA,), (1024,), (1,), (0.9,), (8,), 24, 6, 3, (1,), 96)
 _SMOKE = Sweep((TINY,), (40,), (2,), (0.9,), (3,), 6, 2, 2, (2,), 8)
 
@@ -172,8 +172,9 @@ def _measure_trio(script: Script, sweep: Sweep, shape: TrioShape) -> None:
     if free is not None and needed > free:
         raise _LeftOut(f"its weights of {needed / 2**30:.1f} GiB do not fit the {free / 2**30:.1f} GiB free")
     models = random_trio(shape, sweep.dtype, script.device)
-    for context in sweep.contexts:
-        for batch in sweep.batches:
+    # What has bars first.
+    for batch in sweep.batches:
+        for context in sweep.contexts:
             labels = {"trio": shape.name, "context": context, "batch": batch}
             _guarded(script, labels, partial(_measure_shape, script, sweep, models, labels))
 
@@ -186,6 +187,8 @@ def _measure_shape(script: Script, sweep: Sweep, models: EFTModels, labels: dict
     batch, context, device = labels["batch"], labels["context"], script.device
     # The same models with caches of their own, of which none is reserved yet.
     models = EFTModels(models.large_base, models.small_tuned, models.small_base)
+    # It empties the caches, so before they are filled.
+    models.step_costs(False, batch)
     # All tokens of a window's rounds and of the warm-up.
     limit = (sweep.rounds + 3) * 17
     start = Start(
@@ -197,9 +200,9 @@ def _measure_shape(script: Script, sweep: Sweep, models: EFTModels, labels: dict
     )
     _fill_with_noise(models.runners(), batch, context + limit + 18)
     chance = torch.zeros(1, device=device)
-    decoders = _decoders(models, sweep.draft_lens)
+    decoders = _decoders(models, sweep.draft_lens, batch)
     with forced_acceptance(chance):
-        peak_bytes = _warm_up(script, decoders, start, narrowing=False)
+        peak_bytes = _warm_up(script, decoders, start, sweep.acceptances, narrowing=False)
         plain = _plain_loop(script, models, labels, start)
         contest = _Contest(script, sweep, start, labels, decoders, plain, peak_bytes)
         for acceptance in sweep.acceptances:
@@ -228,6 +231,8 @@ def _measure_demo(script: Script, sweep: Sweep, batch: int) -> None:
     for model in (models.large_base, *models.small_tuned, models.small_base):
         model.to(script.device)  # type: ignore[arg-type]
     assert models.tokenizer is not None
+    # It empties the caches, so before they are filled.
+    models.step_costs(False, batch)
     prompts = [models.tokenizer(prompt).input_ids for prompt in held_out_prompts()[:batch]]
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     longest = int(lengths.max())
@@ -239,9 +244,9 @@ def _measure_demo(script: Script, sweep: Sweep, batch: int) -> None:
         runner.prefill(tokens[:, :-1], lengths - 1)
     last_token = tokens.gather(1, (lengths - 1)[:, None])[:, 0]
     start = Start(models, last_token, lengths, longest, sweep.demo_tokens)
-    decoders = _decoders(models, sweep.draft_lens)
+    decoders = _decoders(models, sweep.draft_lens, batch)
     labels = {"trio": "demo", "context": round(float(lengths.float().mean())), "batch": batch}
-    peak_bytes = _warm_up(script, decoders, start, narrowing=script.on_gpu)
+    peak_bytes = _warm_up(script, decoders, start, (), narrowing=script.on_gpu)
     contest = _Contest(script, sweep, start, labels, decoders, None, peak_bytes)
     for turn in range(sweep.turns):
         contest.turn(turn, None, None)
@@ -249,25 +254,43 @@ def _measure_demo(script: Script, sweep: Sweep, batch: int) -> None:
         _add_row(contest, name, None)
 
 
-def _decoders(models: EFTModels, draft_lens: Sequence[int]) -> dict[str, RoundDecoder]:
+def _decoders(models: EFTModels, draft_lens: Sequence[int], batch: int) -> dict[str, RoundDecoder]:
     lengths: dict[str, Any] = {"EFT, K by the cost model": "auto"}
     lengths |= {f"EFT, K={drafted}": drafted for drafted in draft_lens}
     decoders: dict[str, RoundDecoder] = {
-        name: EFTDecoder(models, EFTConfig(draft_tokens=drafted)) for name, drafted in lengths.items()
+        name: EFTDecoder(models, EFTConfig(draft_tokens=drafted, expected_batch=batch))
+        for name, drafted in lengths.items()
     }
     return {**decoders, NAIVE: NaiveEFTDecoder(models), ALONE: SingleModelDecoder(models)}
 
 
+def _expected_lengths(decoder: RoundDecoder, acceptances: Sequence[float]) -> list[int]:
+    """The drafts that rounds will ask for: all, or those of running acceptances around those simulated."""
+    policy = decoder.policy if isinstance(decoder, EFTDecoder) else None
+    if policy is None:
+        return [decoder.longest_draft]
+    if not acceptances:
+        return list(range(policy.longest + 1))
+    running = torch.linspace(min(acceptances) - 0.15, min(max(acceptances) + 0.06, 1.0), 200)
+    # Many tests, so that the prior weighs little.
+    lengths = policy.rule(torch.device("cpu")).draft_lens(1e6 * running, torch.full((200,), 1e6))
+    return sorted(set(lengths.tolist()))
+
+
 def _warm_up(
-    script: Script, decoders: dict[str, RoundDecoder], start: Start, *, narrowing: bool
+    script: Script,
+    decoders: dict[str, RoundDecoder],
+    start: Start,
+    acceptances: Sequence[float],
+    *,
+    narrowing: bool,
 ) -> int | None:
     """Compile and capture what the windows will run; the most bytes that were allocated meanwhile."""
     if script.on_gpu:
         torch.cuda.reset_peak_memory_stats(script.device)
     for decoder in decoders.values():
-        longest = decoder.longest_draft
-        adaptive = isinstance(decoder, EFTDecoder) and decoder.policy is not None
-        warm_up_rounds(decoder, start, range(1, longest + 1) if adaptive else [longest], narrowing=narrowing)
+        lengths = _expected_lengths(decoder, acceptances)
+        warm_up_rounds(decoder, start, lengths, narrowing=narrowing)
     return torch.cuda.max_memory_allocated(script.device) if script.on_gpu else None
 
 

@@ -60,7 +60,10 @@ class Stage:
 
 def _tests(folder: str, seconds: float) -> Stage:
     def arguments(result: Path, quick: bool) -> list[str]:
-        return ["-m", "pytest", "--device", "cuda", f"--junitxml={result}", "-p", "no:cacheprovider", folder]
+        # Kernels are compiled on the CPU, for minutes on one core.
+        workers = ["-n", str(min(os.cpu_count() or 1, 14))] if find_spec("xdist") else []
+        options = ["--device", "cuda", *workers, f"--junitxml={result}", "-p", "no:cacheprovider"]
+        return ["-m", "pytest", *options, folder]
 
     return Stage(folder, arguments, seconds, _read_tests)
 

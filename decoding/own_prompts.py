@@ -49,6 +49,9 @@ class FirstRound:
             return drafted
         useful = (state.limits - state.generated - 1).clamp(min=0)
         state.draft_lens.copy_(torch.where(state.done, 0, torch.minimum(self.draft_lens, useful)))
+        if state.offered_lens is not None:
+            # The host has chosen no length for the next round yet.
+            state.offered_lens.copy_(state.draft_lens)
         return int(state.draft_lens.max())
 
 

@@ -43,12 +43,13 @@ class EFTPast:
 
 def extended(prompts: Prompts, output: Tensor, generated: Tensor) -> Prompts:
     """Prompts followed by what was generated, but for the last token, which is in no cache."""
-    lengths = prompts.lengths + generated.to(prompts.lengths) - 1
+    output, generated = output.to(prompts.tokens), generated.to(prompts.lengths)
+    lengths = prompts.lengths + generated - 1
     width = int(lengths.max())
     tokens = torch.cat([prompts.tokens, torch.zeros_like(output)], dim=1)
     column = torch.arange(output.shape[1], device=tokens.device)
     places = (prompts.lengths[:, None] + column).clamp(max=tokens.shape[1] - 1)
-    tokens.scatter_(1, places, output.to(tokens))
+    tokens.scatter_(1, places, output)
     return Prompts(tokens[:, :width], lengths, width)
 
 

@@ -139,6 +139,9 @@ class RunningBatch:
         that are this call's own, has its report due at once, and no graph of it would serve another round.
         """
         sequences = self.order[: self.rows]
+        if self._captured is not None and not first and self.plan.draft_length_rule is None:
+            # One graph for all rounds of a fixed length, also where the last tokens leave less to draft.
+            drafted = self.state.tested_at.shape[0]
         span = self._span(sequences, drafted)
         bound = None if self._captured is not None or first else self._bound_round(drafted)
         if bound is not None:

@@ -145,6 +145,7 @@ class SlotBatch:
         drafts = [own if own is not None and value > 0 else value for value in temperatures]
         return self.decoder.new_plan(sampling(temperatures), sampling(drafts), self._eos, False)
 
+    @torch.inference_mode()
     def join(self, prompt: Tensor, options: SlotOptions) -> int:
         """Start the continuation of `prompt`, int64 [length]; returns the sequence's number.
 
@@ -188,6 +189,7 @@ class SlotBatch:
         self._drafted = max(self._drafted, self._first_lens[sequence])
         return sequence
 
+    @torch.inference_mode()
     def step(self) -> dict[int, SlotProgress]:
         """Run one round; for each sequence whose report has arrived what it did. Nothing if nobody runs."""
         if self._running.rows == 0:

@@ -41,7 +41,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-MODULES = ("verify", "filters", "draft", "noise", "commit", "memory", "attention")
+MODULES = ("verify", "filters", "draft", "noise", "commit", "memory", "attention", "layers")
 
 NARROWEST = 16
 """Bytes that a load of neighbouring logits, keys or values has to have."""
@@ -102,6 +102,11 @@ def _compile(specialisation: Specialisation, target: str) -> Any:
     names = specialisation.kernel.arg_names
     signature = dict(specialisation.signature) | dict.fromkeys(specialisation.constants, "constexpr")
     constants: dict[Any, Any] = dict(specialisation.constants)
+    overlaps = (
+        specialisation.programmatic and TARGETS[target].backend == "cuda" and TARGETS[target].arch >= 90
+    )
+    if overlaps:
+        constants["PROGRAMMATIC"] = True
     for name, value in signature.items():
         absent = [field for field in getattr(value, "_fields", ()) if getattr(value, field) is None]
         if absent:
@@ -122,6 +127,8 @@ def _compile(specialisation: Specialisation, target: str) -> Any:
     }
     if specialisation.registers is not None and TARGETS[target].backend == "cuda":
         options["maxnreg"] = specialisation.registers
+    if overlaps:
+        options["launch_pdl"] = True
     return triton.compile(source, target=TARGETS[target], options=options)
 
 

@@ -60,7 +60,11 @@ class CapturedFunctions:
     ) -> tuple[list[torch.cuda.CUDAGraph], Any] | None:
         if self._used >= self.budget:
             return None
+        # What a capture gives back before it begins is none of the pool's.
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(self.device)
+        stream = torch.cuda.current_stream(self.device)
         graphs: list[torch.cuda.CUDAGraph] = []
         result: tuple[Any, ...] = ()
         try:
@@ -75,6 +79,9 @@ class CapturedFunctions:
             _log.warning("a graph did not fit in the %.1f GiB left; its rounds run without one", left)
             self._used = self.budget
             return None
+        finally:
+            # A capture that fails leaves its own stream behind.
+            torch.cuda.set_stream(stream)
         self._used += max(free - torch.cuda.mem_get_info(self.device)[0], 0)
         self._graphs[key] = captured = (graphs, result[0])
         return captured

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from speculative_eft.kernels import append
+from speculative_eft.kernels import append, rotate_and_append
 
 from .attention import Attention
 
@@ -128,9 +128,7 @@ class SlotCache(Cache):
 
     def write(self, layer_idx: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store `keys` and `values` [batch, q, heads, dim]; return views [batch, heads, span, dim]."""
-        layer = self._slots.get(layer_idx)
-        if layer is None:
-            layer = self._slots[layer_idx] = self._allocate(layer_idx, keys, values)
+        layer = self._layer_for(layer_idx, keys, values)
         if self.attention != "sdpa":
             append(keys, values, layer.keys, layer.values, self.lengths)
             return layer.visible
@@ -144,12 +142,21 @@ class SlotCache(Cache):
         layer.value_rows.index_copy_(0, rows, values.reshape(-1, values.shape[-1]))
         return layer.visible
 
+    def write_rotated(
+        self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, rotations: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`write` for keys that are yet to be rotated, as `kernels.rotate_and_append` does; not for sdpa.
+
+        Returns the rotated query too, as the first.
+        """
+        layer = self._layer_for(layer_idx, key, value)
+        query = rotate_and_append(query, key, value, rotations, layer.keys, layer.values, self.lengths)
+        return query, *layer.visible
+
     def layer_storage(self, layer_idx: int, heads: int, dim: int) -> tuple[Tensor, Tensor]:
         """A layer's keys and values [slots, heads, capacity, dim] in float32, allocated if they were not."""
-        layer = self._slots.get(layer_idx)
-        if layer is None:
-            vectors = torch.empty(0, 0, heads, dim, device=self.device)
-            layer = self._slots[layer_idx] = self._allocate(layer_idx, vectors, vectors)
+        vectors = torch.empty(0, 0, heads, dim, device=self.device)
+        layer = self._layer_for(layer_idx, vectors, vectors)
         return layer.keys, layer.values
 
     def update(
@@ -169,6 +176,13 @@ class SlotCache(Cache):
     def storage(self) -> list[Tensor]:
         """Keys and values [slots, heads, capacity, dim] of each layer allocated so far."""
         return [tensor for layer in self._slots.values() for tensor in (layer.keys, layer.values)]
+
+    def _layer_for(self, layer_idx: int, keys: Tensor, values: Tensor) -> _Layer:
+        """A layer's storage, for vectors shaped as these, allocated if it was not."""
+        layer = self._slots.get(layer_idx)
+        if layer is None:
+            layer = self._slots[layer_idx] = self._allocate(layer_idx, keys, values)
+        return layer
 
     def _allocate(self, layer_idx: int, keys: Tensor, values: Tensor) -> _Layer:
         if self._whole is not None:

@@ -25,12 +25,23 @@ from torch import Tensor
 
 from ..attention import HEAD_DIMS
 from .specialisation import Specialisation
-from .tile import INTERPRETED, REGISTERS, arrive, launch_options, power_of_two, scratch_kept, zeros_kept
+from .tile import (
+    REGISTERS,
+    arrive,
+    begin_programmatic,
+    launch_options,
+    nearest,
+    power_of_two,
+    product_of_tiles,
+    programmatic_options,
+    scratch_kept,
+    wait_programmatic,
+    zeros_kept,
+)
 
 __all__ = ["Tile", "append", "attention", "attention_tile", "specialisations"]
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
-_INTERPRETED = tl.constexpr(INTERPRETED)
 
 _APPENDED_ROWS = 16
 """Vectors that a program appends."""
@@ -94,28 +105,9 @@ def load_vectors(pointer, offsets, mask):
 
 
 @triton.jit
-def _nearest(numbers, dtype: tl.constexpr):
-    """Float32 rounded to the nearest of `dtype`."""
-    if _INTERPRETED and dtype == tl.bfloat16:
-        # The interpreter would cut off.
-        bits = numbers.to(tl.uint32, bitcast=True)
-        numbers = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-    return numbers.to(dtype)
-
-
-@triton.jit
-def _product(left, right, total):
-    """`total` and the product of two tiles, in float32."""
-    if _INTERPRETED:
-        # The interpreter would multiply the bits of bfloat16.
-        left, right = left.to(tl.float32), right.to(tl.float32)
-    return tl.dot(left, right, total, input_precision="ieee")
-
-
-@triton.jit
 def _falcon_bias(slope, position):
-    rounded = _nearest(position.to(tl.float32), tl.bfloat16).to(tl.float32)
-    return _nearest(slope * rounded, tl.bfloat16).to(tl.float32)
+    rounded = nearest(position.to(tl.float32), tl.bfloat16).to(tl.float32)
+    return nearest(slope * rounded, tl.bfloat16).to(tl.float32)
 
 
 @triton.jit
@@ -206,7 +198,10 @@ def _attend(
     SPLIT: tl.constexpr,
     BUNDLE: tl.constexpr,
     UNROLL: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
 ):
+    begin_programmatic(PROGRAMMATIC)
+    wait_programmatic(PROGRAMMATIC)
     split = tl.program_id(0)
     head = tl.program_id(1) // tiles
     tile = tl.program_id(1) % tiles
@@ -249,7 +244,7 @@ def _attend(
             key_offset + place[None, :] * key_strides[2] + number[:, None],
             is_column[None, :] & is_number[:, None],
         )
-        scores = _product(rows, key, tl.zeros((ROWS, COLUMNS), tl.float32))
+        scores = product_of_tiles(rows, key, tl.zeros((ROWS, COLUMNS), tl.float32))
         if ALIBI == _ALIBI:
             scores += slope * (column[None, :] - position[:, None]).to(tl.float32)
         if ALIBI == _ROUNDED_ALIBI:
@@ -272,14 +267,14 @@ def _attend(
             is_column[:, None] & is_number[None, :],
         )
         mass = mass * fade + tl.sum(weights, axis=1)
-        mixed = _product(_nearest(weights, value.dtype), value, mixed * fade[:, None])
+        mixed = product_of_tiles(nearest(weights, value.dtype), value, mixed * fade[:, None])
         highest = seen
 
     out_offsets = sequence * out_strides[0] + step.to(tl.int64) * out_strides[1]
     out_offsets += query_head.to(tl.int64) * out_strides[2]
     places = out + out_offsets[:, None] + number[None, :]
     if first_split == last_split:
-        tl.store(places, _nearest(mixed / mass[:, None], out.dtype.element_ty), mask=is_inside)
+        tl.store(places, nearest(mixed / mass[:, None], out.dtype.element_ty), mask=is_inside)
     else:
         unit = sequence * (tl.num_programs(1) // tiles) + head
         stride = groups * new
@@ -298,7 +293,7 @@ def _attend(
                 ROWS, UNROLL,
             )  # fmt: skip
             if first_bundle == last_bundle:
-                tl.store(places, _nearest(mixed / mass[:, None], out.dtype.element_ty), mask=is_inside)
+                tl.store(places, nearest(mixed / mass[:, None], out.dtype.element_ty), mask=is_inside)
             else:
                 # All of the bundle has been read: its first part becomes its whole.
                 tl.debug_barrier()
@@ -310,7 +305,7 @@ def _attend(
                         partials, records, index, stride, is_row, number, first_bundle, last_bundle + 1,
                         BUNDLE, first_split, DIM, WIDTH, ROWS, UNROLL,
                     )  # fmt: skip
-                    tl.store(places, _nearest(mixed / mass[:, None], out.dtype.element_ty), mask=is_inside)
+                    tl.store(places, nearest(mixed / mass[:, None], out.dtype.element_ty), mask=is_inside)
 
 
 @triton.jit(do_not_specialize=["new", "heads", "capacity"])
@@ -403,7 +398,8 @@ def attention(
         *map(_strides, (query, keys, values, out)), scale, softcap or 1.0, new, groups, tile.tiles, span,
         splits, min(window or span, span), SOFTCAPPED=softcap is not None, ALIBI=alibi.value, DIM=dim,
         WIDTH=tile.width, ROWS=tile.rows, COLUMNS=tile.columns, SPLIT=tile.split, BUNDLE=_BUNDLE,
-        UNROLL=tile.unroll, **launch_options(tile.warps, _registers(tile)), num_stages=_STAGES,
+        UNROLL=tile.unroll, **programmatic_options(query.device),
+        **launch_options(tile.warps, _registers(tile)), num_stages=_STAGES,
     )  # fmt: skip
     return out
 
@@ -442,13 +438,14 @@ def specialisations() -> Iterator[Specialisation]:
             constants={
                 "SOFTCAPPED": False, "ALIBI": 0, "DIM": dim, "WIDTH": tile.width,
                 "ROWS": tile.rows, "COLUMNS": tile.columns, "SPLIT": tile.split, "BUNDLE": _BUNDLE,
-                "UNROLL": tile.unroll, **options,
+                "UNROLL": tile.unroll, "PROGRAMMATIC": False, **options,
             },
             divisible=frozenset({*vectors, *strides, "partials", "records"}),
             num_warps=tile.warps,
             registers=_registers(tile),
             num_stages=_STAGES,
             wide_loads=(load_vectors,),
+            programmatic=True,
         )  # fmt: skip
     vectors = ("keys", "values", "cached_keys", "cached_values")
     strides = dict.fromkeys([f"{name.removesuffix('s')}_strides" for name in vectors], ("i32",) * 3)

@@ -122,14 +122,20 @@ def _commit(
         tl.store(state.expected + sequence, total, mask=valid)
     place = tl.arange(0, COLUMNS)
     tested_here = tl.sum((is_tested & is_row).to(tl.int64), axis=0)
-    tl.atomic_add(state.tested_at + place, tested_here, mask=(place < drafted) & (tested_here > 0))
+    tl.atomic_add(
+        state.tested_at + place, tested_here, mask=(place < drafted) & (tested_here > 0), sem="relaxed"
+    )
     accepted_here = tl.sum(((column < accepted[:, None]) & is_row).to(tl.int64), axis=0)
-    tl.atomic_add(state.accepted_at + place, accepted_here, mask=(place < drafted) & (accepted_here > 0))
+    tl.atomic_add(
+        state.accepted_at + place, accepted_here, mask=(place < drafted) & (accepted_here > 0), sem="relaxed"
+    )
     next_lens = tl.load(state.draft_lens + sequence, mask=valid, other=0)
     if ADAPTS:
         fade = tl.where(live, rule.fading, 1.0)
         accepted_history = tl.load(state.accepted_history + sequence, mask=valid, other=0.0) * fade + accepted
         tested_history = tl.load(state.tested_history + sequence, mask=valid, other=0.0) * fade + tested
+        # Threads that hold the same sequence load for themselves.
+        tl.debug_barrier()
         tl.store(state.accepted_history + sequence, accepted_history, mask=valid)
         tl.store(state.tested_history + sequence, tested_history, mask=valid)
         acceptance = (accepted_history + rule.prior_accepted) / (tested_history + rule.prior_tested)

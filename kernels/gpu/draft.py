@@ -15,10 +15,10 @@ from .filters import draft_records
 from .noise import exponential_tile
 from .specialisation import Specialisation, models_signature
 from .tile import (
-    REGISTERS,
     arrive,
     best_split,
     boundary,
+    divided,
     launch_options,
     load_logits,
     load_record,
@@ -31,6 +31,7 @@ from .tile import (
 
 __all__ = ["draft", "specialisations"]
 
+_REGISTERS = 160  # As `REGISTERS`, which is too few where the law is measured.
 _FIELDS = 6
 """Partial results of a split: best score, its id and scaled logit, the largest, the mass, and its mean
 logit."""
@@ -135,7 +136,7 @@ def _draft(
     inside = valid & (ids < step.vocab_size)
     mixed = mix(models, models.draft_weights, sequence, 0, ids, inside, False)
     temperature = tl.load(step.temperature + sequence)
-    scaled = mixed / tl.where(temperature == 0.0, 1.0, temperature)
+    scaled = divided(mixed, tl.where(temperature == 0.0, 1.0, temperature))
     score = mixed
     if FILTERED:
         _, _, cut, cut_id = load_record(step.records, sequence, valid)
@@ -198,7 +199,7 @@ def draft(
     _draft[(tiles, shape.splits)](
         models, step, drawn, row, batch, shape.splits, STREAM=stream, FILTERED=records is not None,
         MEASURED=measures is not None, SEQUENCES=shape.sequences, COLUMNS=shape.columns,
-        SPLITS=power_of_two(shape.splits), **launch_options(shape.warps, REGISTERS),
+        SPLITS=power_of_two(shape.splits), **launch_options(shape.warps, _REGISTERS),
     )  # fmt: skip
     return tokens
 
@@ -228,7 +229,7 @@ def specialisations() -> Iterator[Specialisation]:
                 },
                 divisible=frozenset({"models.logits", "models.strides", "step.vocab_size"}),
                 num_warps=8,
-                registers=REGISTERS,
+                registers=_REGISTERS,
                 launches=4 if filtered else 1,
                 wide_loads=(load_logits,),
             )  # fmt: skip

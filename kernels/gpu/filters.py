@@ -30,6 +30,7 @@ from .tile import (
     Models,
     arrive,
     boundary,
+    divided,
     launch_options,
     load_logits,
     mix,
@@ -209,7 +210,7 @@ def _bracket(
     bests = tl.load(place, mask=splits < rows.splits, other=float("-inf"))
     winners = tl.load(place + field, mask=splits < rows.splits, other=2147483647.0).to(tl.int64)
     best = tl.max(bests)
-    highest = best / temperature
+    highest = divided(best, temperature)
     record = rows.records + index * RECORD
     tl.store(record, highest)
     tl.store(record + 4, tl.min(tl.where(bests == best, winners, 2147483647)).to(tl.float32))
@@ -290,7 +291,7 @@ def _survey(
                 if tl.load(models.delta_weights + sequence * models.weight_stride + model) != 0.0:
                     _mass_of_model(models, search, rows, model, sequence, row, index, split, ids)
         if TOP_K or TOP_P:
-            level = tl.reshape(_level(mixed / temperature, temperature), (COLUMNS,))
+            level = tl.reshape(_level(divided(mixed, temperature), temperature), (COLUMNS,))
             inside = tl.reshape(ids < rows.vocab_size, (COLUMNS,))
             counts = tl.histogram(level, _LEVELS, mask=inside)
             levels = index * _LEVELS + tl.arange(0, _LEVELS)
@@ -443,7 +444,7 @@ def _gather(
         highest = tl.where(highest == float("-inf"), 0.0, highest)
         tile = sequence + tl.zeros((1, 1), tl.int64)
         mixed, ids = _mixed(models, rows, tile, row, split, tile >= 0, LAW, CONSERVATIVE, COLUMNS)
-        scaled = mixed / temperature
+        scaled = divided(mixed, temperature)
         inside = ids < rows.vocab_size
         mass = _mass(scaled, highest, inside)
         bracket = search.brackets + index * 8
@@ -492,7 +493,7 @@ def _beyond(
         mass = tl.zeros(lower.shape, tl.int64)
         for split in range(rows.splits):
             mixed, ids = _mixed(models, rows, sequence, row, split, valid, LAW, CONSERVATIVE, COLUMNS)
-            scaled = mixed / temperature
+            scaled = divided(mixed, temperature)
             wanted = (scaled >= lower) & (scaled < upper) & (ids < rows.vocab_size)
             count += tl.sum(wanted.to(tl.int64), axis=1, keep_dims=True)
             mass += tl.sum(_mass(scaled, highest, wanted), axis=1, keep_dims=True)
@@ -513,7 +514,7 @@ def _ties_below(
         count = bound * 0
         for split in range(rows.splits):
             mixed, ids = _mixed(models, rows, sequence, row, split, valid, LAW, CONSERVATIVE, COLUMNS)
-            equal = (mixed / temperature == cut) & (ids < bound) & (ids < rows.vocab_size)
+            equal = (divided(mixed, temperature) == cut) & (ids < bound) & (ids < rows.vocab_size)
             count += tl.sum(equal.to(tl.int64), axis=1, keep_dims=True)
     return count
 
@@ -557,8 +558,8 @@ def _cut(
             winner = tl.where(top > best, first, winner)
             best = tl.maximum(best, top)
             if ONE_SPLIT:
-                held = mixed / temperature
-        highest = best / temperature
+                held = divided(mixed, temperature)
+        highest = divided(best, temperature)
         # A row of only -inf has no law, and no difference below may be of infinities.
         safe = tl.where(highest == float("-inf"), 0.0, highest)
         first_key = tl.full((SEQUENCES, 1), _LOWEST, tl.int64)
@@ -630,7 +631,7 @@ def _cut(
         mass = low * 0
         for split in range(rows.splits):
             mixed, ids = _mixed(models, rows, sequence, row, split, valid, LAW, CONSERVATIVE, COLUMNS)
-            scaled = mixed / temperature
+            scaled = divided(mixed, temperature)
             kept = boundary(scaled, ids, cut, cut_id) & (ids < rows.vocab_size)
             mass += tl.sum(_mass(scaled, safe, kept), axis=1, keep_dims=True)
         index = sequence * rows.count + row

@@ -136,6 +136,7 @@ def _centre(
             seen = tl.load(count + sequence).to(tl.int32)
             before = tl.load(block + sequence * rows + all_rows, mask=written, other=0)
             tl.store(tokens + sequence * slots + (seen + all_rows) % slots, before, mask=written)
+            tl.debug_barrier()
             tl.store(count + sequence, seen + kept_rows, mask=live)
 
 

@@ -31,6 +31,7 @@ class Specialisation:
         launches: how many launches the operation takes with this variant, all its kernels together.
         wide_loads: functions made by `triton.jit` whose loads from global memory must be 16 bytes or wider;
             empty where none can be, as for a vocabulary that is a multiple of nothing.
+        programmatic: whether launches overlap where a target can, which its constant PROGRAMMATIC says.
     """
 
     operation: str
@@ -44,6 +45,7 @@ class Specialisation:
     registers: int | None = None
     launches: int = 1
     wide_loads: tuple[Any, ...] = ()
+    programmatic: bool = False
 
 
 def models_signature(dtype: str, models: int, corrected: bool) -> Models:

@@ -17,12 +17,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import cuda
 
 __all__ = [
     "INTERPRETED",
@@ -31,9 +33,11 @@ __all__ = [
     "Models",
     "Shape",
     "arrive",
+    "begin_programmatic",
     "best_split",
     "boundary",
     "cut_law",
+    "divided",
     "gather_logits",
     "launch_options",
     "load_logits",
@@ -42,11 +46,15 @@ __all__ = [
     "mix_both",
     "mix_laws",
     "mix_target",
+    "nearest",
     "pack",
     "power_of_two",
+    "product_of_tiles",
+    "programmatic_options",
     "scratch_kept",
     "store_record",
     "tile_shape",
+    "wait_programmatic",
     "zeros_kept",
 ]  # fmt: skip
 
@@ -57,11 +65,12 @@ LARGEST_SPLIT = 4096
 REGISTERS = 128
 """What a thread may have, where NVIDIA's assembler, left to itself, spills a few at far fewer."""
 RECORD = tl.constexpr(8)
+_INTERPRETED = tl.constexpr(INTERPRETED)
 
 # The interpreter takes milliseconds a program, however large its tile is.
 _MOST_SEQUENCES = 8_192 if INTERPRETED else 32
 
-_kept: dict[tuple[str, torch.dtype, torch.device, int], list[Tensor]] = {}
+_kept: dict[tuple[str, torch.dtype, torch.device], list[Tensor]] = {}
 
 
 class Models(NamedTuple):
@@ -103,6 +112,20 @@ def launch_options(warps: int, registers: int | None = None) -> dict[str, int]:
     return {"num_warps": warps} | limit
 
 
+@cache
+def _is_programmatic(device: torch.device) -> bool:
+    """Whether launches on `device` may overlap by programmatic dependent launch."""
+    if INTERPRETED or device.type != "cuda" or torch.version.hip:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def programmatic_options(device: torch.device) -> dict[str, Any]:
+    """What a launch passes for it."""
+    usable = _is_programmatic(device)
+    return {"PROGRAMMATIC": usable} | ({"launch_pdl": True} if usable else {})
+
+
 def power_of_two(count: int) -> int:
     """The next power of two, at least 1."""
     return 1 << max(count - 1, 0).bit_length()
@@ -136,7 +159,8 @@ def pack(logits: Sequence[Tensor], target_weights: Tensor, draft_weights: Tensor
 def zeros_kept(purpose: str, device: torch.device, count: int) -> Tensor:
     """Zeros, int32, at least `count`, which kernels leave as zeros: always the same for a purpose.
 
-    Launches on one stream follow each other, so they may share them.
+    All launches on a device that are not to run side by side may share them; a captured launch runs on the
+    stream that replays it, whatever the stream of its capture was.
     """
     return _storage_kept(purpose, torch.int32, device, count)
 
@@ -147,8 +171,7 @@ def scratch_kept(purpose: str, device: torch.device, count: int) -> Tensor:
 
 
 def _storage_kept(purpose: str, dtype: torch.dtype, device: torch.device, count: int) -> Tensor:
-    stream = torch.cuda.current_stream(device).stream_id if device.type == "cuda" else 0
-    kept = _kept.setdefault((purpose, dtype, device, stream), [])
+    kept = _kept.setdefault((purpose, dtype, device), [])
     if not kept or kept[-1].shape[0] < count:
         # Smaller ones stay: a captured graph may have their address.
         kept.append(torch.zeros(max(power_of_two(count), 1024), dtype=dtype, device=device))
@@ -164,6 +187,54 @@ def arrive(counters, tile, programs):
         tl.store(counters + tile, 0)
     tl.debug_barrier()
     return last
+
+
+@triton.jit
+def begin_programmatic(PROGRAMMATIC: tl.constexpr):
+    """Let the next launch start."""
+    if PROGRAMMATIC:
+        cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait_programmatic(PROGRAMMATIC: tl.constexpr):
+    """Wait until the launch before is over and what it wrote can be read."""
+    if PROGRAMMATIC:
+        cuda.gdc_wait()
+
+
+@triton.jit
+def nearest(numbers, dtype: tl.constexpr):
+    """Float32 rounded to the nearest of `dtype`."""
+    if _INTERPRETED and dtype == tl.bfloat16:
+        # The interpreter would cut off.
+        bits = numbers.to(tl.uint32, bitcast=True)
+        numbers = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return numbers.to(dtype)
+
+
+@triton.jit
+def product_of_tiles(left, right, total):
+    """`total` and the product of two tiles, in float32."""
+    if _INTERPRETED:
+        # The interpreter would multiply the bits of bfloat16.
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    return tl.dot(left, right, total, input_precision="ieee")
+
+
+@triton.jit
+def divided(logits, temperature):
+    """Logits over temperatures, which broadcast, rounded to the nearest as torch does.
+
+    What compilers make of a division is off by two units in the last place, a thousandth at logits of 10,000.
+    """
+    quotient = logits / temperature
+    if _INTERPRETED:
+        return quotient
+    inverse, _ = tl.broadcast(1.0 / temperature, quotient)
+    temperature, _ = tl.broadcast(temperature, quotient)
+    rest = tl.fma(-quotient, temperature, logits)
+    return tl.where(tl.abs(quotient) <= 3.4028234663852886e38, tl.fma(rest, inverse, quotient), quotient)
 
 
 @triton.jit

@@ -32,6 +32,7 @@ from .tile import (
     arrive,
     best_split,
     cut_law,
+    divided,
     launch_options,
     load_logits,
     load_record,
@@ -139,10 +140,12 @@ def _chosen_log_laws(
     rows = draft.drafted + 1
     target, drafted = mix_laws(models, sequence, row, token, inside, draft_inside, rows, True, CONSERVATIVE)
     index = sequence * rows + row
-    log_target = cut_law(target / temperature, token, load_record(draft.records, index, inside), FILTERED)
+    log_target = cut_law(
+        divided(target, temperature), token, load_record(draft.records, index, inside), FILTERED
+    )
     records = draft.records + draft.batch.to(tl.int64) * rows * RECORD
     log_draft = cut_law(
-        drafted / draft_temperature, token, load_record(records, index, draft_inside), FILTERED
+        divided(drafted, draft_temperature), token, load_record(records, index, draft_inside), FILTERED
     )
     return log_target, log_draft
 
@@ -163,7 +166,7 @@ def _chosen_log_target(
     rows = draft.drafted + 1
     target = mix_target(models, sequence, row, token, inside, rows, True, CONSERVATIVE)
     record = load_record(draft.records, sequence * rows + row, inside)
-    return cut_law(target / temperature, token, record, FILTERED)
+    return cut_law(divided(target, temperature), token, record, FILTERED)
 
 
 @triton.jit
@@ -230,6 +233,8 @@ def _accept(
     log_target = _chosen_log_target(
         models, draft, sequence, accepted, winner, decided, FILTERED, CONSERVATIVE
     )
+    # Another thread may have stored the drafted token's there.
+    tl.debug_barrier()
     tl.store(outcome.log_probs + sequence * rows + accepted, log_target, mask=decided)
 
 
@@ -334,7 +339,7 @@ def _score(
             CONSERVATIVE,
         )  # fmt: skip
         temperature, greedy, _ = _temperature(draft.temperature, sequence)
-        scaled = target / temperature
+        scaled = divided(target, temperature)
         score = target
         if FILTERED:
             record = load_record(draft.records, sequence * rows + row, valid)
@@ -353,7 +358,7 @@ def _score(
             tl.store(place + 2 * field, highest, mask=is_used)
             tl.store(place + 3 * field, _mass(scaled, highest), mask=is_used)
             draft_temperature, _, _ = _temperature(draft.draft_temperature, sequence)
-            scaled = draft_logits / draft_temperature
+            scaled = divided(draft_logits, draft_temperature)
             highest = tl.max(scaled, axis=1, keep_dims=True)
             tl.store(place + 4 * field, highest, mask=is_used)
             tl.store(place + 5 * field, _mass(scaled, highest), mask=is_used)
@@ -490,9 +495,13 @@ def _laws(
     target, drafted = mix_laws(models, sequence, row, ids, inside, draft_inside, rows, False, CONSERVATIVE)
     index = sequence * rows + row
     everywhere = sequence >= 0
-    log_target = cut_law(target / temperature, ids, load_record(draft.records, index, everywhere), FILTERED)
+    log_target = cut_law(
+        divided(target, temperature), ids, load_record(draft.records, index, everywhere), FILTERED
+    )
     records = draft.records + draft.batch.to(tl.int64) * rows * RECORD
-    log_draft = cut_law(drafted / draft_temperature, ids, load_record(records, index, everywhere), FILTERED)
+    log_draft = cut_law(
+        divided(drafted, draft_temperature), ids, load_record(records, index, everywhere), FILTERED
+    )
     return (
         tl.where(inside, tl.exp(log_target), 0.0),
         tl.where(draft_inside, tl.exp(log_draft), 0.0),

@@ -151,7 +151,7 @@ class _Uncaptured(CapturedFunctions):
 
 def test_windows_of_captured_rounds_one_ahead_of_the_host() -> None:
     start = tiny_start(3, 40)
-    plain, captured = (engine._decoders(start.models, [3]) for _ in range(2))
+    plain, captured = (engine._decoders(start.models, [3], 3) for _ in range(2))
     for name, decoder in captured.items():
         assert isinstance(decoder, EFTDecoder | SingleModelDecoder)
         graphs = _Uncaptured(CPU, 1)

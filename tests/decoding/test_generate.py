@@ -24,7 +24,8 @@ def perturbed(model: PreTrainedModel, seed: int, scale: float) -> PreTrainedMode
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(scale * noise.to(parameter.device))
     return model
 
 

@@ -121,7 +121,7 @@ def test_joint_law(
     )
     assert isinstance(output, torch.Tensor)
     width = ids.shape[1]
-    tokens = output[:, width:].numpy()
+    tokens = output[:, width:].cpu().numpy()
     results = []
     for index, prompt in enumerate(PROMPTS):
         seen = [0] * (width - len(prompt)) + prompt if sees_padding else prompt
@@ -158,6 +158,6 @@ def test_processors_that_do_not_see_the_draft_are_found_out(
         ids, mask, seed=8, do_sample=True, top_k=0, max_new_tokens=LENGTH, **options
     )
     assert isinstance(output, torch.Tensor)
-    counts = count_windows(output[:, ids.shape[1] :].numpy(), VOCAB)
+    counts = count_windows(output[:, ids.shape[1] :].cpu().numpy(), VOCAB)
     seen = padding + prompt if sees_padding else prompt
     assert not chi_square(counts, enumerated(tables, process, prompt, seen, 1.0)).accepts

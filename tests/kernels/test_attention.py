@@ -207,12 +207,12 @@ def test_append(count: int, heads: int, dim: int, dtype: torch.dtype) -> None:
     append(keys, values, cached_keys, cached_values, torch.tensor(lengths))
     for new, old, cached in zip((keys, values), before, (cached_keys, cached_values), strict=True):
         for b, length in enumerate(lengths):
-            # What lies beyond the capacity ends up in the last position, one of it or another.
+            # What lies beyond the capacity ends up in the last position, of each number one or another.
             end = min(length + count, capacity - 1)
             old[b, :, length:end] = new[b, : end - length].transpose(0, 1)
             if length + count >= capacity:
                 last = cached[b, :, capacity - 1]
-                assert any(torch.equal(last, vector) for vector in new[b, end - length :])
+                assert (last == new[b, end - length :]).any(dim=0).all()
                 old[b, :, capacity - 1] = last
         assert torch.equal(cached, old)
 

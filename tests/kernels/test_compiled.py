@@ -217,7 +217,9 @@ FILTERED_CASES = [
 
 
 def filtered(case: Case, name: str, conservative: bool) -> Case:
-    sampling = dataclasses.replace(case.sampling, **FILTERS.get(name, {}))
+    # Made where tests are collected, before tensors are placed.
+    values = {key: value.to(test_device()) for key, value in FILTERS.get(name, {}).items()}
+    sampling = dataclasses.replace(case.sampling, **values)
     if sampling.top_k is not None:
         sampling = dataclasses.replace(sampling, top_k=sampling.top_k.clamp(max=case.vocab_size))
     case.sampling = sampling
@@ -290,7 +292,8 @@ def test_exponential_noise_has_the_references_bits(vocab_size: int, both: Any) -
     counters = torch.tensor([[0, 2**32 - 1]] * 4)
     arguments = (seeds, counters, torch.tensor([2, 5]), Stream.RESIDUAL, vocab_size)
     expected, drawn = both(lambda: exponential_noise(*arguments), "triton")
-    torch.testing.assert_close(drawn, expected, rtol=4e-7, atol=0)
+    # On a GPU a division is off by up to two units in the last place, a logarithm by one, as torch's own is.
+    torch.testing.assert_close(drawn, expected, rtol=6e-7 if drawn.is_cuda else 4e-7, atol=0)
 
 
 @pytest.fixture

@@ -1,0 +1,471 @@
+"""Parts of a decoder layer over few rows, in Triton: products with what surrounds them, and rotation.
+
+A step of one sequence reads each weight once, and its products are over before a device has started as many
+programs as it can hold. So there are few launches, and they overlap: on a device that knows programmatic
+dependent launch (from sm_90 on) a program may start while the launch before it still runs. It loads the
+weights, which no launch writes, and only then waits.
+
+* `_slab` takes up to four rows. A program holds whole rows of a weight in registers, all of which it asks
+  for before it waits.
+* `_tile` takes up to 64 rows, of 16 bits, with tensor cores. Where a weight has too few rows to fill a
+  device, programs share its columns, and the last of them to arrive adds their sums, in the order of the
+  splits.
+* `_rotate` rotates queries and keys and writes keys and values to the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .specialisation import Specialisation
+from .tile import (
+    arrive,
+    begin_programmatic,
+    launch_options,
+    nearest,
+    power_of_two,
+    product_of_tiles,
+    programmatic_options,
+    scratch_kept,
+    wait_programmatic,
+    zeros_kept,
+)
+
+__all__ = ["MOST_ROWS", "projections", "rotate_and_append", "specialisations", "takes"]
+
+MOST_ROWS = 64
+_SLAB_ROWS = 4
+_SLAB = 16_384
+"""Numbers of 16 bits that a program of `_slab` holds."""
+_HEADS = 16
+"""Vectors that a program of `_rotate` rotates."""
+
+
+@triton.jit
+def load_weights(pointer, offsets, mask):
+    """Neighbouring weights, which are used once."""
+    return tl.load(pointer + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _silu(numbers):
+    return numbers / (1.0 + tl.exp(-numbers))
+
+
+@triton.jit
+def _chosen(tile, weights, biases, sizes, tiles, columns):
+    """The weight that a tile is of, its bias, its rows, its first column in the output, the tile's place."""
+    weight, bias, size = weights[0], biases[0], sizes[0] + tile * 0
+    column, place = columns[0] + tile * 0, tile
+    for part in tl.static_range(1, len(sizes)):
+        if tile >= tiles[part]:
+            weight = weights[part]
+            bias = biases[part]
+            size = sizes[part] + tile * 0
+            column = columns[part] + tile * 0
+            place = tile - tiles[part]
+    return weight, bias, size, column, place
+
+
+@triton.jit(do_not_specialize=["width"])
+def _slab(
+    inputs,
+    norm,
+    weights,
+    biases,
+    residual,
+    out,
+    sizes,
+    tiles,
+    columns,
+    width,
+    eps,
+    INSIDE: tl.constexpr,
+    DEPTH: tl.constexpr,
+    SLAB: tl.constexpr,
+    ROWS: tl.constexpr,
+    NORMED: tl.constexpr,
+    BIASED: tl.constexpr,
+    ADDED: tl.constexpr,
+    GATED: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
+):
+    begin_programmatic(PROGRAMMATIC)
+    weight, bias, size, column, place = _chosen(tl.program_id(0), weights, biases, sizes, tiles, columns)
+    row = place * SLAB + tl.arange(0, SLAB)
+    number = tl.arange(0, DEPTH)
+    is_row, is_number = row < size, number < INSIDE
+    offsets = row.to(tl.int64)[:, None] * INSIDE + number[None, :]
+    inside = is_row[:, None] & is_number[None, :]
+    slab = load_weights(weight, offsets, inside)
+    if GATED:
+        second = load_weights(weights[1], offsets, inside)
+    if BIASED:
+        shift = tl.load(bias + row, mask=is_row, other=0.0).to(tl.float32)
+    if NORMED:
+        scale = tl.load(norm + number, mask=is_number, other=0.0).to(tl.float32)
+    wait_programmatic(PROGRAMMATIC)
+    for index in tl.static_range(ROWS):
+        vector = tl.load(inputs + index * INSIDE + number, mask=is_number, other=0.0).to(tl.float32)
+        if NORMED:
+            size_of = tl.rsqrt(tl.sum(vector * vector, axis=0) / INSIDE + eps)
+            vector = nearest(vector * size_of * scale, out.dtype.element_ty).to(tl.float32)
+        total = tl.sum(slab.to(tl.float32) * vector[None, :], axis=1)
+        if BIASED:
+            total += shift
+        if GATED:
+            # As two products of the models' dtype would be.
+            total = nearest(total, out.dtype.element_ty).to(tl.float32)
+            other = tl.sum(second.to(tl.float32) * vector[None, :], axis=1)
+            total = _silu(total) * nearest(other, out.dtype.element_ty).to(tl.float32)
+        places = index * width + column + row
+        if ADDED:
+            total += tl.load(residual + places, mask=is_row, other=0.0).to(tl.float32)
+        tl.store(out + places, nearest(total, out.dtype.element_ty), mask=is_row)
+
+
+@triton.jit(do_not_specialize=["rows", "width"])
+def _tile(
+    inputs,
+    weights,
+    biases,
+    residual,
+    out,
+    partials,
+    arrivals,
+    sizes,
+    tiles,
+    columns,
+    rows,
+    width,
+    INSIDE: tl.constexpr,
+    DEPTH: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SLAB: tl.constexpr,
+    ROWS: tl.constexpr,
+    BIASED: tl.constexpr,
+    ADDED: tl.constexpr,
+    GATED: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
+):
+    begin_programmatic(PROGRAMMATIC)
+    tile, split = tl.program_id(0), tl.program_id(1)
+    weight, bias, size, column, place = _chosen(tile, weights, biases, sizes, tiles, columns)
+    row = place * SLAB + tl.arange(0, SLAB)
+    step = tl.arange(0, ROWS)
+    number = tl.arange(0, DEPTH)
+    is_row, is_step = row < size, step < rows
+    SPAN: tl.constexpr = (INSIDE + SPLITS * DEPTH - 1) // (SPLITS * DEPTH) * DEPTH
+    wait_programmatic(PROGRAMMATIC)
+    total = tl.zeros((SLAB, ROWS), tl.float32)
+    other = tl.zeros((SLAB, ROWS), tl.float32)
+    for begin in range(split * SPAN, tl.minimum(split * SPAN + SPAN, INSIDE), DEPTH):
+        at = begin + number
+        is_number = at < INSIDE
+        offsets = row.to(tl.int64)[:, None] * INSIDE + at[None, :]
+        inside = is_row[:, None] & is_number[None, :]
+        vectors = tl.load(
+            inputs + step[None, :] * INSIDE + at[:, None],
+            mask=is_step[None, :] & is_number[:, None],
+            other=0.0,
+        )
+        total = product_of_tiles(load_weights(weight, offsets, inside), vectors, total)
+        if GATED:
+            other = product_of_tiles(load_weights(weights[1], offsets, inside), vectors, other)
+    if SPLITS > 1:
+        own = tl.arange(0, SLAB)[:, None] + tl.arange(0, ROWS)[None, :] * SLAB
+        parts = partials + tile * (SPLITS * SLAB * ROWS) + own
+        tl.store(parts + split * (SLAB * ROWS), total)
+        if arrive(arrivals, tile, SPLITS):
+            total = tl.zeros((SLAB, ROWS), tl.float32)
+            for part in tl.static_range(SPLITS):
+                total += tl.load(parts + part * (SLAB * ROWS))
+            _finish(
+                total,
+                other,
+                bias,
+                residual,
+                out,
+                row,
+                step,
+                column,
+                width,
+                is_row,
+                is_step,
+                BIASED,
+                ADDED,
+                GATED,
+            )
+    else:
+        _finish(
+            total, other, bias, residual, out, row, step, column, width, is_row, is_step, BIASED, ADDED, GATED
+        )
+
+
+@triton.jit
+def _finish(
+    total,
+    other,
+    bias,
+    residual,
+    out,
+    row,
+    step,
+    column,
+    width,
+    is_row,
+    is_step,
+    BIASED: tl.constexpr,
+    ADDED: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    """Write a tile's products with what comes after them."""
+    if BIASED:
+        total += tl.load(bias + row, mask=is_row, other=0.0).to(tl.float32)[:, None]
+    if GATED:
+        # As two products of the models' dtype would be.
+        total = nearest(total, out.dtype.element_ty).to(tl.float32)
+        total = _silu(total) * nearest(other, out.dtype.element_ty).to(tl.float32)
+    places = step[None, :] * width + column + row[:, None]
+    inside = is_row[:, None] & is_step[None, :]
+    if ADDED:
+        total += tl.load(residual + places, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + places, nearest(total, out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["steps", "heads", "kv_heads", "capacity"])
+def _rotate(
+    query,
+    key,
+    value,
+    rotations,
+    lengths,
+    out,
+    cached_keys,
+    cached_values,
+    query_strides,
+    key_strides,
+    value_strides,
+    cached_key_strides,
+    cached_value_strides,
+    steps,
+    heads,
+    kv_heads,
+    capacity,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HEADS: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
+):
+    begin_programmatic(PROGRAMMATIC)
+    sequence = (tl.program_id(0) // steps).to(tl.int64)
+    step = (tl.program_id(0) % steps).to(tl.int64)
+    vector = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    number = tl.arange(0, WIDTH)[None, :]
+    opposite = tl.where(number < DIM // 2, number + DIM // 2, number - DIM // 2)
+    is_number = number < DIM
+    is_query = (vector < heads) & is_number
+    is_key = (vector >= heads) & (vector < heads + kv_heads) & is_number
+    is_value = (vector >= heads + kv_heads) & (vector < heads + 2 * kv_heads) & is_number
+    wait_programmatic(PROGRAMMATIC)
+    position = tl.minimum(tl.load(lengths + sequence) + step, capacity - 1)
+    turn = rotations + position * (2 * DIM) + number
+    cosine = tl.load(turn, mask=is_number, other=0.0).to(tl.float32)
+    sine = tl.load(turn + DIM, mask=is_number, other=0.0).to(tl.float32)
+    kind = out.dtype.element_ty
+
+    own = query + sequence * query_strides[0] + step * query_strides[1] + vector * query_strides[2]
+    plain = tl.load(own + number, mask=is_query, other=0.0).to(tl.float32)
+    turned = tl.load(own + opposite, mask=is_query, other=0.0).to(tl.float32)
+    places = out + ((sequence * steps + step) * heads + vector) * DIM + number
+    tl.store(places, nearest(plain * cosine + turned * sine, kind), mask=is_query)
+
+    head = vector - heads
+    own = key + sequence * key_strides[0] + step * key_strides[1] + head * key_strides[2]
+    plain = tl.load(own + number, mask=is_key, other=0.0).to(tl.float32)
+    turned = tl.load(own + opposite, mask=is_key, other=0.0).to(tl.float32)
+    places = cached_keys + sequence * cached_key_strides[0] + head * cached_key_strides[1]
+    places += position * cached_key_strides[2] + number
+    tl.store(places, nearest(plain * cosine + turned * sine, kind), mask=is_key)
+
+    head -= kv_heads
+    own = value + sequence * value_strides[0] + step * value_strides[1] + head * value_strides[2]
+    places = cached_values + sequence * cached_value_strides[0] + head * cached_value_strides[1]
+    places += position * cached_value_strides[2] + number
+    tl.store(places, tl.load(own + number, mask=is_value, other=0.0), mask=is_value)
+
+
+def takes(inputs: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether `projections` has a kernel for so many rows of this dtype."""
+    rows = inputs.shape[0]
+    if any(weight.dtype != inputs.dtype or not weight.is_contiguous() for weight in weights):
+        return False
+    return 0 < rows <= (MOST_ROWS if inputs.element_size() == 2 else _SLAB_ROWS)
+
+
+def projections(
+    inputs: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    norm: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    gated: bool,
+) -> Tensor:
+    """The products of `inputs` [rows, inside] with `weights` [outside, inside], side by side: [rows, sum].
+
+    `norm` is the weight of an RMS norm of the inputs. With `gated` there are two weights, and the result is
+    silu(first) * second; `residual` is added. Biases are all given or all None.
+    """
+    rows, inside = inputs.shape
+    inputs = inputs.contiguous()
+    sizes = [weight.shape[0] for weight in weights]
+    width = sizes[0] if gated else sum(sizes)
+    out = torch.empty(rows, width, dtype=inputs.dtype, device=inputs.device)
+    used = sizes[:1] if gated else sizes
+    columns = [sum(used[:index]) for index in range(len(used))]
+    biased = biases[0] is not None
+    own_biases = tuple(weight if bias is None else bias for weight, bias in zip(weights, biases, strict=True))
+    options = programmatic_options(inputs.device)
+    flags: dict[str, Any] = {"BIASED": biased, "ADDED": residual is not None, "GATED": gated} | options
+    added = inputs if residual is None else residual.contiguous()
+
+    def numbered(slab: int) -> tuple[tuple[tuple[int, ...], ...], int]:
+        """Of each weight its rows, its first tile and its first column, and the tiles of all."""
+        counts = [-(-size // slab) for size in used]
+        firsts = [sum(counts[:index]) for index in range(len(counts))]
+        return (tuple(used), tuple(firsts), tuple(columns)), sum(counts)
+
+    if rows <= _SLAB_ROWS:
+        depth = power_of_two(inside)
+        slab = max(_held(inputs.element_size(), gated) // depth, 1)
+        numbers, tiles = numbered(slab)
+        _slab[(tiles,)](
+            inputs, inputs if norm is None else norm, tuple(weights), own_biases, added, out, *numbers, width,
+            eps, INSIDE=inside, DEPTH=depth, SLAB=slab, ROWS=rows, NORMED=norm is not None, **flags,
+            **launch_options(4),
+        )  # fmt: skip
+        return out
+    if norm is not None:
+        inputs = torch.nn.functional.rms_norm(inputs, (inside,), norm, eps)
+    slab = 32 if gated else 64
+    numbers, tiles = numbered(slab)
+    padded = max(power_of_two(rows), 16)
+    depth, splits, stages = _division(tiles, padded, gated)
+    partials = scratch_kept("products", inputs.device, tiles * splits * slab * padded if splits > 1 else 0)
+    _tile[(tiles, splits)](
+        inputs, tuple(weights), own_biases, added, out, partials,
+        zeros_kept("arrivals", inputs.device, tiles), *numbers, rows, width, INSIDE=inside, DEPTH=depth,
+        SPLITS=splits, SLAB=slab, ROWS=padded, **flags, **launch_options(4), num_stages=stages,
+    )  # fmt: skip
+    return out
+
+
+def _held(itemsize: int, gated: bool) -> int:
+    """Numbers that a program of `_slab` holds of a weight."""
+    return _SLAB * 2 // itemsize // (2 if gated else 1)
+
+
+def _division(tiles: int, rows: int, gated: bool) -> tuple[int, int, int]:
+    """Columns read at once, programs that share a tile, and stages of the loop; timed on an H200."""
+    stages = 4 if rows == 16 else 3
+    if tiles >= 128 or gated:
+        return 128, 1, stages
+    if tiles < 64:
+        return 128, 4, stages
+    return (256, 2, 3) if rows == 16 else (128, 2, 3)
+
+
+def rotate_and_append(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rotations: Tensor,
+    cached_keys: Tensor,
+    cached_values: Tensor,
+    lengths: Tensor,
+) -> Tensor:
+    """`kernels.rotate_and_append`."""
+    batch, steps, heads, dim = query.shape
+    kv_heads = key.shape[2]
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    strides = [part.stride()[:3] for part in (query, key, value, cached_keys, cached_values)]
+    _rotate[(batch * steps, -(-(heads + 2 * kv_heads) // _HEADS))](
+        query, key, value, rotations, lengths, out, cached_keys, cached_values, *strides, steps, heads,
+        kv_heads, cached_keys.shape[2], DIM=dim, WIDTH=power_of_two(dim), HEADS=_HEADS,
+        **programmatic_options(query.device), **launch_options(4),
+    )  # fmt: skip
+    return out
+
+
+def specialisations() -> Iterator[Specialisation]:
+    """Products and rotations of layers like those of Llama-3.2-1B and Llama-3.1-8B, and of other dtypes."""
+    cases: list[tuple[str, int, tuple[str, ...]]] = [
+        ("three normed", 2048, ("NORMED",)), ("three normed, biased", 1536, ("NORMED", "BIASED")),
+        ("added", 2048, ("ADDED",)), ("added", 8192, ("ADDED",)), ("added", 14_336, ("ADDED",)),
+        ("gated", 2048, ("NORMED", "GATED")), ("gated", 4096, ("NORMED", "GATED")),
+    ]  # fmt: skip
+    for dtype, itemsize in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
+        for case, inside, flags in cases if dtype == "bf16" else cases[:1]:
+            used = 3 if "three" in case else 1
+            weights = 2 if "GATED" in flags else used
+            signature: dict[str, Any] = {
+                **dict.fromkeys(("inputs", "norm", "residual", "out"), f"*{dtype}"),
+                **dict.fromkeys(("weights", "biases"), (f"*{dtype}",) * weights),
+                **dict.fromkeys(("sizes", "tiles", "columns"), ("i32",) * used),
+                "partials": "*fp32", "arrivals": "*i32", "width": "i32", "rows": "i32", "eps": "fp32",
+            }  # fmt: skip
+            depth = power_of_two(inside)
+            held = _held(itemsize, "GATED" in flags)
+            own = {name: name in flags for name in ("BIASED", "ADDED", "GATED")} | {"INSIDE": inside}
+            slab = {"DEPTH": depth, "SLAB": max(held // depth, 1), "NORMED": "NORMED" in flags}
+            kernels: list[tuple[Any, str, dict[str, Any], int]] = [
+                (_slab, f"of {rows}", {**own, **slab, "ROWS": rows}, 3) for rows in (1, 4)
+            ]
+            if itemsize == 2:
+                # As for weights of many rows, and of few.
+                for tiles, rows in ((128, 16), (64, 64)):
+                    columns, splits, stages = _division(tiles, rows, "GATED" in flags)
+                    tile = {"DEPTH": columns, "SPLITS": splits, "SLAB": 32 if "GATED" in flags else 64}
+                    kernels.append((_tile, f"of up to {rows}", {**own, **tile, "ROWS": rows}, stages))
+            for kernel, rows_named, constants, stages in kernels:
+                constants = constants | {"PROGRAMMATIC": False}
+                present = {
+                    name: kind
+                    for name, kind in signature.items()
+                    if name in kernel.arg_names and name not in constants
+                }
+                yield Specialisation(
+                    operation="layers",
+                    name=f"{kernel.__name__[1:]} {case} {inside} {rows_named} {dtype}",
+                    kernel=kernel,
+                    signature=present,
+                    constants=constants,
+                    divisible=frozenset({*present} - {"eps", "rows", "width", "tiles"}),
+                    num_stages=stages,
+                    # Loads of a pipelined loop have another line to some compilers.
+                    wide_loads=(load_weights,) if kernel is _slab else (),
+                    programmatic=True,
+                )
+    vectors = ("query", "key", "value", "rotations", "out", "cached_keys", "cached_values")
+    strides = [f"{name}_strides" for name in ("query", "key", "value", "cached_key", "cached_value")]
+    for dtype, dim in (("bf16", 64), ("bf16", 128), ("fp32", 128)):
+        yield Specialisation(
+            operation="layers",
+            name=f"rotate {dtype} heads of {dim}",
+            kernel=_rotate,
+            signature={
+                **dict.fromkeys(vectors, f"*{dtype}"),
+                "lengths": "*i64", **dict.fromkeys(strides, ("i32",) * 3),
+                **dict.fromkeys(("steps", "heads", "kv_heads", "capacity"), "i32"),
+            },
+            constants={"DIM": dim, "WIDTH": dim, "HEADS": _HEADS, "PROGRAMMATIC": False},
+            divisible=frozenset({*vectors, *strides}),
+            programmatic=True,
+        )  # fmt: skip

@@ -1,0 +1,104 @@
+"""Parts of a decoder layer over few rows: products with what surrounds them, and rotation into a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .attention import append
+from .backend import backend
+
+__all__ = ["projections", "rotate_and_append", "takes_projections"]
+
+
+def takes_projections(inputs: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether `projections` runs in a launch of its own for so many rows of this dtype and these weights."""
+    if backend(inputs.device) != "triton":
+        return False
+    from .gpu.layers import takes
+
+    return takes(inputs, weights)
+
+
+def projections(
+    inputs: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    residual: Tensor | None = None,
+    gated: bool = False,
+) -> Tensor:
+    """The products of few `inputs` with some weights, side by side, with what comes before and after them.
+
+    Products are summed in float32. What is added to them is added before they are rounded to the inputs'
+    dtype; with `gated` both are rounded first, as two products would be.
+
+    Args:
+        inputs: [rows, inside], float32, bfloat16 or float16.
+        weights: contiguous [outside, inside] each, of the inputs' dtype.
+        biases: [outside] of each weight, all given or all None.
+        norm: [inside], the weight of an RMS norm with `eps` (Zhang and Sennrich, arXiv 1910.07467) that the
+            inputs go through first; None for none.
+        residual: [rows, sum of outside], added to the result.
+        gated: whether the result is silu(first) * second of two weights (Shazeer, arXiv 2002.05202), without
+            biases.
+
+    Returns:
+        [rows, sum of outside] of the inputs' dtype; with `gated` [rows, outside].
+    """
+    biases = [None] * len(weights) if biases is None else biases
+    if takes_projections(inputs, weights):
+        from .gpu.layers import projections as compiled
+
+        return compiled(inputs, weights, biases, norm, eps, residual, gated)
+    if norm is not None:
+        inputs = F.rms_norm(inputs, norm.shape, norm, eps)
+    parts = [F.linear(inputs, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    if gated:
+        return F.silu(parts[0]) * parts[1]
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    return whole if residual is None else residual + whole
+
+
+def rotate_and_append(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rotations: Tensor,
+    cached_keys: Tensor,
+    cached_values: Tensor,
+    lengths: Tensor,
+) -> Tensor:
+    """Rotate queries and keys by their positions, and write keys and values to a cache as `append` does.
+
+    Row j of sequence b stands at position lengths[b] + j, or at the cache's last one if that lies beyond.
+    A vector x is rotated by its halves (Su et al., arXiv 2104.09864, as Llama pairs them):
+
+        x * cos + (x's second half, x's first half) * sin, where the sines' first half has changed its sign.
+
+    Args:
+        query, key, value: [batch, q, heads or kv_heads, dim], contiguous in `dim`.
+        rotations: contiguous [capacity, 2 * dim], for each position cosines and sines.
+        cached_keys, cached_values: [slots, kv_heads, capacity, dim] with slots >= batch, written in place.
+        lengths: int64 [batch].
+
+    Returns:
+        The rotated query, contiguous [batch, q, heads, dim].
+    """
+    if backend(query.device) == "triton":
+        from .gpu.layers import rotate_and_append as compiled
+
+        return compiled(query, key, value, rotations, cached_keys, cached_values, lengths)
+    steps = torch.arange(query.shape[1], device=lengths.device)
+    position = (lengths[:, None] + steps).clamp(max=cached_keys.shape[2] - 1)
+    cos, sin = rotations[position].unsqueeze(2).float().chunk(2, dim=-1)
+    query, key = (
+        (part.float() * cos + part.float().roll(part.shape[-1] // 2, -1) * sin).to(part.dtype)
+        for part in (query, key)
+    )
+    append(key, value, cached_keys, cached_values, lengths)
+    return query

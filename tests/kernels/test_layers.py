@@ -1,0 +1,102 @@
+"""Products and rotations of decoder layers: the Triton kernels against their references."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from speculative_eft.kernels import projections, rotate_and_append, takes_projections
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+TOLERANCES = {FP32: 1e-5, FP16: 2e-3, BF16: 1.6e-2}
+"""Of the results' largest: a unit in the last place of the dtype, or two."""
+
+
+@pytest.fixture
+def both(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Tensor]], tuple[Tensor, Tensor]]:
+    """The results of the reference and of Triton's kernels."""
+
+    def run(operation: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+        results = []
+        for backend in ("torch", "triton"):
+            monkeypatch.setenv("SPECULATIVE_EFT_BACKEND", backend)
+            results.append(operation())
+        return results[0], results[1]
+
+    return run
+
+
+def random(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+# A weight's rows and columns that fill no tile, more than one split, and what models have.
+SIZES = [((48, 24, 24), 40), ((96, 16, 16), 64), ((7,), 100), ((320,), 1536), ((64, 64), 640)]
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+@pytest.mark.parametrize("rows", [1, 3, 4, 5, 9, 17])
+@pytest.mark.parametrize(("outside", "inside"), SIZES)
+@pytest.mark.parametrize("case", ["plain", "all", "gated"])
+def test_projections(
+    case: str, outside: tuple[int, ...], inside: int, rows: int, dtype: torch.dtype, both: Any
+) -> None:
+    gated = case == "gated"
+    if gated:
+        outside = (outside[0], outside[0])
+    weights = [random(size, inside, dtype=dtype, seed=size) / inside**0.5 for size in outside]
+    options: dict[str, Any] = {"gated": gated}
+    if case != "plain":
+        options |= {"norm": 1 + 0.1 * random(inside, dtype=dtype, seed=1), "eps": 1e-5}
+    if case == "all":
+        options["biases"] = [random(size, dtype=dtype, seed=size + 1) for size in outside]
+        options["residual"] = random(rows, sum(outside), dtype=dtype, seed=3)
+    inputs = random(rows, inside, dtype=dtype, seed=2)
+    expected, found = both(lambda: projections(inputs, weights, **options))
+    assert found.shape == expected.shape == (rows, outside[0] if gated else sum(outside))
+    assert found.dtype == dtype
+    error = (found.float() - expected.float()).abs().max() / expected.float().abs().max()
+    assert error < TOLERANCES[dtype]
+
+
+def test_the_kernels_take_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECULATIVE_EFT_BACKEND", "triton")
+    for dtype, most in ((FP32, 4), (BF16, 64)):
+        weight = torch.zeros(8, 16, dtype=dtype)
+        assert takes_projections(torch.zeros(most, 16, dtype=dtype), [weight])
+        assert not takes_projections(torch.zeros(most + 1, 16, dtype=dtype), [weight])
+    assert not takes_projections(torch.zeros(1, 16), [weight])
+    assert not takes_projections(torch.zeros(1, 8, dtype=BF16), [torch.zeros(8, 16, dtype=BF16).T])
+    monkeypatch.setenv("SPECULATIVE_EFT_BACKEND", "torch")
+    assert not takes_projections(torch.zeros(1, 16, dtype=BF16), [weight])
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize(
+    ("steps", "heads", "kv_heads", "dim"), [(1, 4, 2, 16), (3, 6, 1, 80), (2, 20, 20, 8)]
+)
+def test_rotation(steps: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, both: Any) -> None:
+    batch, capacity, lengths = 2, 64, torch.tensor([5, 62])
+    fused = random(batch, steps, heads + 2 * kv_heads, dim, dtype=dtype, seed=0)
+    query, key, value = fused.split([heads, kv_heads, kv_heads], dim=2)
+    rotations = random(capacity, 2 * dim, dtype=dtype, seed=1)
+    stored = []
+
+    def run() -> Tensor:
+        # One slot more than sequences.
+        keys, values = (random(3, kv_heads, capacity, dim, dtype=dtype, seed=seed) for seed in (2, 3))
+        rotated = rotate_and_append(query, key, value, rotations, keys, values, lengths)
+        # Of what lies beyond the capacity any may end up in the last position.
+        stored.append([part[..., : capacity - 1, :] for part in (keys, values)])
+        return rotated
+
+    expected, found = both(run)
+    torch.testing.assert_close(found, expected, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])
+    for own, other in zip(*stored, strict=True):
+        torch.testing.assert_close(other, own, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])
