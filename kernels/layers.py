@@ -15,7 +15,7 @@ __all__ = ["projections", "rotate_and_append", "takes_projections"]
 
 
 def takes_projections(inputs: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Whether `projections` runs in a launch of its own for so many rows of this dtype and these weights."""
+    """Whether `projections` runs in launches of its own for inputs and weights of these dtypes."""
     if backend(inputs.device) != "triton":
         return False
     from .gpu.layers import takes
@@ -31,8 +31,8 @@ def projections(
     eps: float = 0.0,
     residual: Tensor | None = None,
     gated: bool = False,
-) -> Tensor:
-    """The products of few `inputs` with some weights, side by side, with what comes before and after them.
+) -> list[Tensor]:
+    """The products of few `inputs` with some weights, with what comes before and after them.
 
     Products are summed in float32. What is added to them is added before they are rounded to the inputs'
     dtype; with `gated` both are rounded first, as two products would be.
@@ -43,12 +43,12 @@ def projections(
         biases: [outside] of each weight, all given or all None.
         norm: [inside], the weight of an RMS norm with `eps` (Zhang and Sennrich, arXiv 1910.07467) that the
             inputs go through first; None for none.
-        residual: [rows, sum of outside], added to the result.
+        residual: [rows, outside], added to the product of a single weight.
         gated: whether the result is silu(first) * second of two weights (Shazeer, arXiv 2002.05202), without
             biases.
 
     Returns:
-        [rows, sum of outside] of the inputs' dtype; with `gated` [rows, outside].
+        [rows, outside] of the inputs' dtype for each weight, or one with `gated`; they may share rows.
     """
     biases = [None] * len(weights) if biases is None else biases
     if takes_projections(inputs, weights):
@@ -59,9 +59,8 @@ def projections(
         inputs = F.rms_norm(inputs, norm.shape, norm, eps)
     parts = [F.linear(inputs, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
     if gated:
-        return F.silu(parts[0]) * parts[1]
-    whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-    return whole if residual is None else residual + whole
+        return [F.silu(parts[0]) * parts[1]]
+    return parts if residual is None else [residual + parts[0]]
 
 
 def rotate_and_append(

@@ -182,31 +182,30 @@ class LlamaBody:
         return self._norm(hidden, self.decoder.norm.weight).view(batch, length, -1)
 
     def _is_fused(self, hidden: Tensor) -> bool:
-        """Whether there are kernels that do several parts of a layer at once, for so many rows."""
+        """Whether there are kernels that do several parts of a layer at once."""
         layer = self.layers[0]
         weights = [part.weight for part in layer.linears]
         return self.is_plain and takes_projections(hidden, weights)
 
     def _fused(self, hidden: Tensor, cache: SlotCache, lengths: Tensor, batch: int, length: int) -> Tensor:
-        """The layers of `__call__` in six launches each, or eight for more rows, instead of twenty."""
+        """The layers of `__call__` in six launches each, or nine for more than a row, instead of twenty."""
         count, dim = batch * length, self.dim
-        sizes = [self.heads * dim, self.kv_heads * dim, self.kv_heads * dim]
         for index, layer in enumerate(self.layers):
             parts = (layer.query, layer.key, layer.value)
             weights, biases = [part.weight for part in parts], [part.bias for part in parts]
             both = projections(hidden, weights, biases, layer.attention_norm, self.eps)
-            query, key, value = (part.view(batch, length, -1, dim) for part in torch.split(both, sizes, dim=1))
+            query, key, value = (part.view(batch, length, -1, dim) for part in both)
             if layer.query_norm is not None and layer.key_norm is not None:
                 query, key = self._norm(query, layer.query_norm), self._norm(key, layer.key_norm)
             query, keys, values = cache.write_rotated(index, query, key, value, self.rotations)
             mixed = attend_ragged(
                 "triton", query, keys, values, lengths, window=self.windows[layer.kind]
             ).view(count, self.heads * dim)
-            hidden = projections(mixed, [layer.output.weight], [layer.output.bias], residual=hidden)
-            inner = projections(
+            (hidden,) = projections(mixed, [layer.output.weight], [layer.output.bias], residual=hidden)
+            (inner,) = projections(
                 hidden, [layer.gate.weight, layer.up.weight], None, layer.mlp_norm, self.eps, gated=True
             )
-            hidden = projections(inner, [layer.down.weight], [layer.down.bias], residual=hidden)
+            (hidden,) = projections(inner, [layer.down.weight], [layer.down.bias], residual=hidden)
         return self._norm(hidden, self.decoder.norm.weight).view(batch, length, -1)
 
     def _norm(self, hidden: Tensor, weight: Tensor) -> Tensor:

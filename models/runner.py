@@ -7,17 +7,27 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from speculative_eft.kernels import Coefficients, DraftMemory, EarlyStop, NoiseKey, Sampling, Stream, backend
+from speculative_eft.kernels import (
+    Coefficients,
+    DraftMemory,
+    EarlyStop,
+    NoiseKey,
+    Sampling,
+    Stream,
+    backend,
+    projections,
+    takes_projections,
+)
 
 from .adapters import AdapterSwitch, is_adapter_layer, is_low_rank
 from .attention import Attention, choose_attention
 from .bodies import Block, Body, FalconAlibiBody, TransformersBody
 from .configs import TESTED_FAMILIES, position_limit, text_config
 from .describe import cache_bytes_per_token, vocabulary_rows
-from .llama import LlamaBody
+from .llama import LlamaBody, is_plain
 from .placement import home_device
 from .protocol import DraftStart
 from .slot_cache import SlotCache, round_up
@@ -65,6 +75,9 @@ class ModelRunner:
         self._body = _choose_body(model, self.attention, adapters)
         head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
         self._head = head.base_layer if not adapters and is_low_rank(head, adapters) else head
+        self._head_is_fused = (
+            self.attention == "triton" and type(self._head) is nn.Linear and is_plain(self._head)
+        )
         # Read one by one, weights need no switch; a captured graph keeps what was on at its capture.
         self._adapted: Callable[[], AbstractContextManager[None]] = nullcontext
         if adapters is not None and (not isinstance(self._body, LlamaBody) or is_adapter_layer(self._head)):
@@ -150,12 +163,19 @@ class ModelRunner:
     @torch.inference_mode()
     def _forward(self, tokens: Tensor, span: int) -> Tensor:
         with self._adapted():
-            logits = cast(Tensor, self._head(self._run(tokens, span)))
+            logits = self._project(self._run(tokens, span))
         if self._scale != 1.0:
             logits = logits * self._scale
         if self._softcap is not None:
             logits = torch.tanh(logits / self._softcap) * self._softcap
         return logits.to(self.device)
+
+    def _project(self, hidden: Tensor) -> Tensor:
+        """The head's logits of `hidden` [batch, q, inside]."""
+        if self._head_is_fused and takes_projections(hidden[0], [self._head.weight]):
+            (logits,) = projections(hidden.flatten(0, 1), [self._head.weight], [self._head.bias])
+            return logits.view(*hidden.shape[:2], -1)
+        return cast(Tensor, self._head(hidden))
 
     @property
     def ends_drafts(self) -> bool:

@@ -46,7 +46,7 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 _APPENDED_ROWS = 16
 """Vectors that a program appends."""
 
-_BUNDLE = 8
+_BUNDLE = 16
 """Splits that are merged by one program before what is left of all of them is."""
 
 _STAGES = 2

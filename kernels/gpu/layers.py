@@ -5,11 +5,12 @@ programs as it can hold. So there are few launches, and they overlap: on a devic
 dependent launch (from sm_90 on) a program may start while the launch before it still runs. It loads the
 weights, which no launch writes, and only then waits.
 
-* `_slab` takes up to four rows. A program holds whole rows of a weight in registers, all of which it asks
-  for before it waits.
-* `_tile` takes up to 64 rows, of 16 bits, with tensor cores. Where a weight has too few rows to fill a
+* `_slab` takes one row, or a few of float32. A program holds whole rows of a weight in registers, all of
+  which it asks for before it waits.
+* `_tile` takes up to 16 rows, of 16 bits, with tensor cores. Where a weight has too few rows to fill a
   device, programs share its columns, and the last of them to arrive adds their sums, in the order of the
-  splits.
+  splits. More rows are cuBLAS's.
+* `_norm` and `_gate` are what comes before and after products of more than one row.
 * `_rotate` rotates queries and keys and writes keys and values to the cache.
 """
 
@@ -22,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
 from .specialisation import Specialisation
 from .tile import (
@@ -37,12 +39,18 @@ from .tile import (
     zeros_kept,
 )
 
-__all__ = ["MOST_ROWS", "projections", "rotate_and_append", "specialisations", "takes"]
+__all__ = ["projections", "rotate_and_append", "specialisations", "takes"]
 
-MOST_ROWS = 64
-_SLAB_ROWS = 4
+_MOST_ROWS = 16
+"""Of `_tile`."""
+_SMALL = 2**22
+"""Float32 numbers of weights whose products are over sooner than they are launched: more are cuBLAS's."""
 _SLAB = 16_384
 """Numbers of 16 bits that a program of `_slab` holds."""
+_TILE = 64
+"""Rows of a weight that a program of `_tile` multiplies: the fewest of Hopper's tensor cores."""
+_COLUMNS = 1024
+"""Numbers that a program of `_gate` makes."""
 _HEADS = 16
 """Vectors that a program of `_rotate` rotates."""
 
@@ -73,7 +81,7 @@ def _chosen(tile, weights, biases, sizes, tiles, columns):
     return weight, bias, size, column, place
 
 
-@triton.jit(do_not_specialize=["width"])
+@triton.jit(do_not_specialize=["rows", "width"])
 def _slab(
     inputs,
     norm,
@@ -84,12 +92,13 @@ def _slab(
     sizes,
     tiles,
     columns,
+    rows,
     width,
     eps,
     INSIDE: tl.constexpr,
     DEPTH: tl.constexpr,
     SLAB: tl.constexpr,
-    ROWS: tl.constexpr,
+    SINGLE: tl.constexpr,
     NORMED: tl.constexpr,
     BIASED: tl.constexpr,
     ADDED: tl.constexpr,
@@ -111,7 +120,8 @@ def _slab(
     if NORMED:
         scale = tl.load(norm + number, mask=is_number, other=0.0).to(tl.float32)
     wait_programmatic(PROGRAMMATIC)
-    for index in tl.static_range(ROWS):
+    # Of 16 bits several rows would have the slab held in float32.
+    for index in range(1 if SINGLE else rows):
         vector = tl.load(inputs + index * INSIDE + number, mask=is_number, other=0.0).to(tl.float32)
         if NORMED:
             size_of = tl.rsqrt(tl.sum(vector * vector, axis=0) / INSIDE + eps)
@@ -151,7 +161,6 @@ def _tile(
     ROWS: tl.constexpr,
     BIASED: tl.constexpr,
     ADDED: tl.constexpr,
-    GATED: tl.constexpr,
     PROGRAMMATIC: tl.constexpr,
 ):
     begin_programmatic(PROGRAMMATIC)
@@ -164,7 +173,6 @@ def _tile(
     SPAN: tl.constexpr = (INSIDE + SPLITS * DEPTH - 1) // (SPLITS * DEPTH) * DEPTH
     wait_programmatic(PROGRAMMATIC)
     total = tl.zeros((SLAB, ROWS), tl.float32)
-    other = tl.zeros((SLAB, ROWS), tl.float32)
     for begin in range(split * SPAN, tl.minimum(split * SPAN + SPAN, INSIDE), DEPTH):
         at = begin + number
         is_number = at < INSIDE
@@ -176,8 +184,6 @@ def _tile(
             other=0.0,
         )
         total = product_of_tiles(load_weights(weight, offsets, inside), vectors, total)
-        if GATED:
-            other = product_of_tiles(load_weights(weights[1], offsets, inside), vectors, other)
     if SPLITS > 1:
         own = tl.arange(0, SLAB)[:, None] + tl.arange(0, ROWS)[None, :] * SLAB
         parts = partials + tile * (SPLITS * SLAB * ROWS) + own
@@ -186,32 +192,14 @@ def _tile(
             total = tl.zeros((SLAB, ROWS), tl.float32)
             for part in tl.static_range(SPLITS):
                 total += tl.load(parts + part * (SLAB * ROWS))
-            _finish(
-                total,
-                other,
-                bias,
-                residual,
-                out,
-                row,
-                step,
-                column,
-                width,
-                is_row,
-                is_step,
-                BIASED,
-                ADDED,
-                GATED,
-            )
+            _finish(total, bias, residual, out, row, step, column, width, is_row, is_step, BIASED, ADDED)
     else:
-        _finish(
-            total, other, bias, residual, out, row, step, column, width, is_row, is_step, BIASED, ADDED, GATED
-        )
+        _finish(total, bias, residual, out, row, step, column, width, is_row, is_step, BIASED, ADDED)
 
 
 @triton.jit
 def _finish(
     total,
-    other,
     bias,
     residual,
     out,
@@ -223,20 +211,48 @@ def _finish(
     is_step,
     BIASED: tl.constexpr,
     ADDED: tl.constexpr,
-    GATED: tl.constexpr,
 ):
     """Write a tile's products with what comes after them."""
     if BIASED:
         total += tl.load(bias + row, mask=is_row, other=0.0).to(tl.float32)[:, None]
-    if GATED:
-        # As two products of the models' dtype would be.
-        total = nearest(total, out.dtype.element_ty).to(tl.float32)
-        total = _silu(total) * nearest(other, out.dtype.element_ty).to(tl.float32)
     places = step[None, :] * width + column + row[:, None]
     inside = is_row[:, None] & is_step[None, :]
     if ADDED:
         total += tl.load(residual + places, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + places, nearest(total, out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _norm(
+    inputs,
+    weight,
+    out,
+    eps,
+    INSIDE: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
+):
+    begin_programmatic(PROGRAMMATIC)
+    number = tl.arange(0, DEPTH)
+    inside = number < INSIDE
+    scale = tl.load(weight + number, mask=inside, other=0.0).to(tl.float32)
+    places = tl.program_id(0).to(tl.int64) * INSIDE + number
+    wait_programmatic(PROGRAMMATIC)
+    vector = tl.load(inputs + places, mask=inside, other=0.0).to(tl.float32)
+    size = tl.rsqrt(tl.sum(vector * vector, axis=0) / INSIDE + eps)
+    tl.store(out + places, nearest(vector * size * scale, out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["size"])
+def _gate(first, second, out, stride, size, COLUMNS: tl.constexpr, PROGRAMMATIC: tl.constexpr):
+    begin_programmatic(PROGRAMMATIC)
+    row = tl.program_id(0).to(tl.int64)
+    number = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = number < size
+    wait_programmatic(PROGRAMMATIC)
+    gate = tl.load(first + row * stride + number, mask=inside, other=0.0).to(tl.float32)
+    other = tl.load(second + row * stride + number, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * size + number, nearest(_silu(gate) * other, out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["steps", "heads", "kv_heads", "capacity"])
@@ -302,11 +318,10 @@ def _rotate(
 
 
 def takes(inputs: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Whether `projections` has a kernel for so many rows of this dtype."""
-    rows = inputs.shape[0]
-    if any(weight.dtype != inputs.dtype or not weight.is_contiguous() for weight in weights):
-        return False
-    return 0 < rows <= (MOST_ROWS if inputs.element_size() == 2 else _SLAB_ROWS)
+    """Whether `projections` can take these."""
+    return inputs.shape[0] > 0 and all(
+        weight.dtype == inputs.dtype and weight.is_contiguous() for weight in weights
+    )
 
 
 def projections(
@@ -317,52 +332,101 @@ def projections(
     eps: float,
     residual: Tensor | None,
     gated: bool,
-) -> Tensor:
-    """The products of `inputs` [rows, inside] with `weights` [outside, inside], side by side: [rows, sum].
-
-    `norm` is the weight of an RMS norm of the inputs. With `gated` there are two weights, and the result is
-    silu(first) * second; `residual` is added. Biases are all given or all None.
-    """
-    rows, inside = inputs.shape
+) -> list[Tensor]:
+    """`kernels.projections`."""
+    rows = inputs.shape[0]
     inputs = inputs.contiguous()
-    sizes = [weight.shape[0] for weight in weights]
-    width = sizes[0] if gated else sum(sizes)
-    out = torch.empty(rows, width, dtype=inputs.dtype, device=inputs.device)
-    used = sizes[:1] if gated else sizes
-    columns = [sum(used[:index]) for index in range(len(used))]
-    biased = biases[0] is not None
-    own_biases = tuple(weight if bias is None else bias for weight, bias in zip(weights, biases, strict=True))
-    options = programmatic_options(inputs.device)
-    flags: dict[str, Any] = {"BIASED": biased, "ADDED": residual is not None, "GATED": gated} | options
-    added = inputs if residual is None else residual.contiguous()
-
-    def numbered(slab: int) -> tuple[tuple[tuple[int, ...], ...], int]:
-        """Of each weight its rows, its first tile and its first column, and the tiles of all."""
-        counts = [-(-size // slab) for size in used]
-        firsts = [sum(counts[:index]) for index in range(len(counts))]
-        return (tuple(used), tuple(firsts), tuple(columns)), sum(counts)
-
-    if rows <= _SLAB_ROWS:
-        depth = power_of_two(inside)
-        slab = max(_held(inputs.element_size(), gated) // depth, 1)
-        numbers, tiles = numbered(slab)
-        _slab[(tiles,)](
-            inputs, inputs if norm is None else norm, tuple(weights), own_biases, added, out, *numbers, width,
-            eps, INSIDE=inside, DEPTH=depth, SLAB=slab, ROWS=rows, NORMED=norm is not None, **flags,
-            **launch_options(4),
-        )  # fmt: skip
-        return out
+    if rows == 1 or (inputs.element_size() == 4 and rows <= _MOST_ROWS and _numbers(weights) <= _SMALL):
+        return _whole(inputs, weights, biases, norm, eps, residual, gated)
     if norm is not None:
-        inputs = torch.nn.functional.rms_norm(inputs, (inside,), norm, eps)
-    slab = 32 if gated else 64
-    numbers, tiles = numbered(slab)
-    padded = max(power_of_two(rows), 16)
-    depth, splits, stages = _division(tiles, padded, gated)
-    partials = scratch_kept("products", inputs.device, tiles * splits * slab * padded if splits > 1 else 0)
+        inputs = _normed(inputs, norm, eps)
+    if rows <= _MOST_ROWS and inputs.element_size() == 2:
+        parts = _tiled(inputs, weights, biases, residual)
+    else:
+        parts = [F.linear(inputs, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+        if residual is not None:
+            parts = [parts[0] + residual]
+    return [_gated(*parts)] if gated else parts
+
+
+def _numbers(weights: Sequence[Tensor]) -> int:
+    return sum(weight.numel() for weight in weights)
+
+
+def _places(weights: Sequence[Tensor], slab: int) -> tuple[list[tuple[int, ...]], int]:
+    """Of each weight its rows, its first tile of `slab` rows, and its first column; the tiles of all."""
+    sizes = [weight.shape[0] for weight in weights]
+    counts = [-(-size // slab) for size in sizes]
+    firsts, columns = (tuple(sum(part[:index]) for index in range(len(part))) for part in (counts, sizes))
+    return [tuple(sizes), firsts, columns], sum(counts)
+
+
+def _present(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """Biases, or anything where there are none."""
+    return tuple(weight if bias is None else bias for weight, bias in zip(weights, biases, strict=True))
+
+
+def _whole(
+    inputs: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    norm: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    gated: bool,
+) -> list[Tensor]:
+    rows, inside = inputs.shape
+    depth = power_of_two(inside)
+    slab = max(_held(inputs.element_size(), gated) // depth, 1)
+    used = weights[:1] if gated else weights
+    numbers, tiles = _places(used, slab)
+    width = sum(weight.shape[0] for weight in used)
+    out = torch.empty(rows, width, dtype=inputs.dtype, device=inputs.device)
+    _slab[(tiles,)](
+        inputs, inputs if norm is None else norm, tuple(weights), _present(weights, biases),
+        inputs if residual is None else residual.contiguous(), out, *numbers, rows, width, eps, INSIDE=inside,
+        DEPTH=depth, SLAB=slab, SINGLE=rows == 1, NORMED=norm is not None, ADDED=residual is not None,
+        BIASED=biases[0] is not None, GATED=gated, **programmatic_options(inputs.device), **launch_options(4),
+    )  # fmt: skip
+    return list(out.split([weight.shape[0] for weight in used], dim=1))
+
+
+def _tiled(
+    inputs: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], residual: Tensor | None
+) -> list[Tensor]:
+    rows, inside = inputs.shape
+    numbers, tiles = _places(weights, _TILE)
+    sizes = [weight.shape[0] for weight in weights]
+    out = torch.empty(rows, sum(sizes), dtype=inputs.dtype, device=inputs.device)
+    depth, splits, stages = _division(tiles)
+    held = tiles * splits * _TILE * _MOST_ROWS if splits > 1 else 0
     _tile[(tiles, splits)](
-        inputs, tuple(weights), own_biases, added, out, partials,
-        zeros_kept("arrivals", inputs.device, tiles), *numbers, rows, width, INSIDE=inside, DEPTH=depth,
-        SPLITS=splits, SLAB=slab, ROWS=padded, **flags, **launch_options(4), num_stages=stages,
+        inputs, tuple(weights), _present(weights, biases),
+        inputs if residual is None else residual.contiguous(), out,
+        scratch_kept("products", inputs.device, held), zeros_kept("arrivals", inputs.device, tiles), *numbers,
+        rows, sum(sizes), INSIDE=inside, DEPTH=depth, SPLITS=splits, SLAB=_TILE, ROWS=_MOST_ROWS,
+        ADDED=residual is not None, BIASED=biases[0] is not None, **programmatic_options(inputs.device),
+        **launch_options(4), num_stages=stages,
+    )  # fmt: skip
+    return list(out.split(sizes, dim=1))
+
+
+def _normed(inputs: Tensor, norm: Tensor, eps: float) -> Tensor:
+    rows, inside = inputs.shape
+    out = torch.empty_like(inputs)
+    _norm[(rows,)](
+        inputs, norm, out, eps, INSIDE=inside, DEPTH=power_of_two(inside),
+        **programmatic_options(inputs.device), **launch_options(8),
+    )  # fmt: skip
+    return out
+
+
+def _gated(first: Tensor, second: Tensor) -> Tensor:
+    rows, size = first.shape
+    out = torch.empty(rows, size, dtype=first.dtype, device=first.device)
+    _gate[(rows, -(-size // _COLUMNS))](
+        first, second, out, first.stride(0), size, COLUMNS=_COLUMNS,
+        **programmatic_options(first.device), **launch_options(4),
     )  # fmt: skip
     return out
 
@@ -372,14 +436,13 @@ def _held(itemsize: int, gated: bool) -> int:
     return _SLAB * 2 // itemsize // (2 if gated else 1)
 
 
-def _division(tiles: int, rows: int, gated: bool) -> tuple[int, int, int]:
+def _division(tiles: int) -> tuple[int, int, int]:
     """Columns read at once, programs that share a tile, and stages of the loop; timed on an H200."""
-    stages = 4 if rows == 16 else 3
-    if tiles >= 128 or gated:
-        return 128, 1, stages
-    if tiles < 64:
-        return 128, 4, stages
-    return (256, 2, 3) if rows == 16 else (128, 2, 3)
+    if tiles >= 128:
+        return 128, 1, 4
+    if tiles > 64:
+        return 64, 2, 6
+    return (256, 2, 3) if tiles == 64 else (128, 4, 4)
 
 
 def rotate_and_append(
@@ -414,27 +477,31 @@ def specialisations() -> Iterator[Specialisation]:
     for dtype, itemsize in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
         for case, inside, flags in cases if dtype == "bf16" else cases[:1]:
             used = 3 if "three" in case else 1
-            weights = 2 if "GATED" in flags else used
+            gated = "GATED" in flags
             signature: dict[str, Any] = {
                 **dict.fromkeys(("inputs", "norm", "residual", "out"), f"*{dtype}"),
-                **dict.fromkeys(("weights", "biases"), (f"*{dtype}",) * weights),
+                **dict.fromkeys(("weights", "biases"), (f"*{dtype}",) * (2 if gated else used)),
                 **dict.fromkeys(("sizes", "tiles", "columns"), ("i32",) * used),
                 "partials": "*fp32", "arrivals": "*i32", "width": "i32", "rows": "i32", "eps": "fp32",
             }  # fmt: skip
             depth = power_of_two(inside)
-            held = _held(itemsize, "GATED" in flags)
-            own = {name: name in flags for name in ("BIASED", "ADDED", "GATED")} | {"INSIDE": inside}
-            slab = {"DEPTH": depth, "SLAB": max(held // depth, 1), "NORMED": "NORMED" in flags}
+            own = {name: name in flags for name in ("BIASED", "ADDED")} | {"INSIDE": inside}
+            slab = {
+                "DEPTH": depth,
+                "SLAB": max(_held(itemsize, gated) // depth, 1),
+                "GATED": gated,
+                "SINGLE": itemsize == 2,
+            }
             kernels: list[tuple[Any, str, dict[str, Any], int]] = [
-                (_slab, f"of {rows}", {**own, **slab, "ROWS": rows}, 3) for rows in (1, 4)
+                (_slab, "", {**own, **slab, "NORMED": "NORMED" in flags}, 3)
             ]
-            if itemsize == 2:
+            if itemsize == 2 and not gated:
                 # As for weights of many rows, and of few.
-                for tiles, rows in ((128, 16), (64, 64)):
-                    columns, splits, stages = _division(tiles, rows, "GATED" in flags)
-                    tile = {"DEPTH": columns, "SPLITS": splits, "SLAB": 32 if "GATED" in flags else 64}
-                    kernels.append((_tile, f"of up to {rows}", {**own, **tile, "ROWS": rows}, stages))
-            for kernel, rows_named, constants, stages in kernels:
+                for tiles in (128, 96, 64, 32):
+                    columns, splits, stages = _division(tiles)
+                    tile = {"DEPTH": columns, "SPLITS": splits, "SLAB": _TILE, "ROWS": _MOST_ROWS}
+                    kernels.append((_tile, f" of {tiles} tiles", {**own, **tile}, stages))
+            for kernel, tiles_named, constants, stages in kernels:
                 constants = constants | {"PROGRAMMATIC": False}
                 present = {
                     name: kind
@@ -443,7 +510,7 @@ def specialisations() -> Iterator[Specialisation]:
                 }
                 yield Specialisation(
                     operation="layers",
-                    name=f"{kernel.__name__[1:]} {case} {inside} {rows_named} {dtype}",
+                    name=f"{kernel.__name__[1:]} {case} {inside}{tiles_named} {dtype}",
                     kernel=kernel,
                     signature=present,
                     constants=constants,
@@ -453,6 +520,25 @@ def specialisations() -> Iterator[Specialisation]:
                     wide_loads=(load_weights,) if kernel is _slab else (),
                     programmatic=True,
                 )
+    for dtype in ("bf16", "fp32"):
+        for kernel, named, constants in (
+            (_norm, ("inputs", "weight", "out"), {"INSIDE": 4096, "DEPTH": 4096}),
+            (_gate, ("first", "second", "out"), {"COLUMNS": _COLUMNS}),
+        ):
+            numbers = {"eps": "fp32", "stride": "i32", "size": "i32"}
+            yield Specialisation(
+                operation="layers",
+                name=f"{kernel.__name__[1:]} {dtype}",
+                kernel=kernel,
+                signature={
+                    **dict.fromkeys(named, f"*{dtype}"),
+                    **{name: kind for name, kind in numbers.items() if name in kernel.arg_names},
+                },
+                constants={**constants, "PROGRAMMATIC": False},
+                divisible=frozenset(named),
+                num_warps=8 if kernel is _norm else 4,
+                programmatic=True,
+            )
     vectors = ("query", "key", "value", "rotations", "out", "cached_keys", "cached_values")
     strides = [f"{name}_strides" for name in ("query", "key", "value", "cached_key", "cached_value")]
     for dtype, dim in (("bf16", 64), ("bf16", 128), ("fp32", 128)):
