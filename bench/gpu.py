@@ -119,6 +119,7 @@ STAGES = (
     Stage("compile", _compile, 600),
     _tests("tests/kernels", 600),
     _tests("tests/models/test_attention.py", 300),
+    _tests("tests/decoding/test_device.py", 120),
     _tests("tests/exactness", 1200),
 )
 

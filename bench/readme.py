@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from . import round_time
 from .analysis import losses, noise_sentence
@@ -14,13 +17,14 @@ from .report import Table, against_baselines, break_even_sentences, machine_line
 
 __all__ = [
     "BEGIN", "END", "FIGURES", "RESULT", "ROUNDS", "measurements_markdown", "source_digest",
-    "with_measurements", "with_round_times",
+    "with_gpu", "with_measurements", "with_round_times",
 ]  # fmt: skip
 
 BEGIN, END = "<!-- measurements: begin -->", "<!-- measurements: end -->"
 RESULT = "bench-cpu.json"
 ROUNDS_BEGIN, ROUNDS_END = "<!-- round times: begin -->", "<!-- round times: end -->"
 ROUNDS = "round-time-cpu.json"
+GPU_BEGIN, GPU_END = "<!-- gpu: begin -->", "<!-- gpu: end -->"
 FIGURES = {
     "draft-length": ("bench-cpu-draft-length.svg", "Speed against the draft length, with the cost model's"),
     "phases": ("bench-cpu-phases.svg", "Milliseconds a token by phase"),
@@ -106,6 +110,54 @@ def with_round_times(page: str, path: Path) -> str:
     return _with_part(page, ROUNDS_BEGIN, ROUNDS_END, "\n".join(lines))
 
 
+def with_gpu(page: str, paths: Iterable[Path]) -> str:
+    """A page with the whole rounds that `make gpu` timed, a table for each card, made anew."""
+    lines: list[str] = []
+    for path in sorted(paths):
+        result = json.loads(path.read_text(encoding="utf-8"))["stages"]["engine"]["result"]
+        lines += [*_gpu_lines(result), ""]
+    return _with_part(page, GPU_BEGIN, GPU_END, "\n".join(lines[:-1]))
+
+
+def _gpu_lines(result: dict[str, Any]) -> list[str]:
+    machine = result["environment"]
+    heads = [
+        "trio, context, batch", "decoder", "acceptance", "tokens a round", "ms a round", "times its bytes",
+        "tokens/s", "times naive EFT", "times large alone", "host us",
+    ]  # fmt: skip
+    rows: list[list[str]] = []
+    for row in result["rows"]:
+        if "round_milliseconds" not in row:
+            continue
+        times = row.get("times", {})
+        rows.append([
+            f"{row['trio'].split(',')[0]}, {row['context']}, {row['batch']}",
+            row["decoder"],
+            "-" if row["acceptance"] is None else str(row["acceptance"]),
+            f"{row['tokens_per_round']:.2f}",
+            f"{row['round_milliseconds']['median']:.2f}",
+            f"{row['times_roofline']:.2f}",
+            f"{row['tokens_per_second']['median']:.0f}",
+            *(_spread(times.get(other)) for other in ("naive EFT", "large model alone")),
+            f"{row['host_microseconds']:.0f}",
+        ])  # fmt: skip
+    return [
+        f"{machine['device']}; torch {machine['torch']}, Triton {machine['triton']}, transformers "
+        f"{machine['transformers']}, CUDA {machine['cuda']}; commit {machine['commit'][:12]}; a copy moves "
+        f"{result['copy_bytes_per_second'] / 1e12:.2f} TB/s, read and written. Medians over windows, "
+        "quartiles of ratios in brackets. Llama's and Qwen's rows are simulated: random weights in bfloat16 "
+        "at the true shapes, each drafted token accepted with the stated chance.",
+        "",
+        *_markdown((heads, rows)),
+    ]
+
+
+def _spread(spread: dict[str, float] | None) -> str:
+    if spread is None:
+        return "-"
+    return f"{spread['median']:.2f} [{spread['lower_quartile']:.2f}, {spread['upper_quartile']:.2f}]"
+
+
 def main() -> None:
     """Rewrite README.md, its figures and docs/gpu.md from bench/results in the current folder."""
     folder = Path("bench") / "results"
@@ -115,9 +167,12 @@ def main() -> None:
     for name, (file, _) in FIGURES.items():
         (folder / file).write_text(svg(drawn[name][1], source_digest(source)), encoding="utf-8")
     page = Path("docs") / "gpu.md"
-    page.write_text(with_round_times(page.read_text(encoding="utf-8"), folder / ROUNDS), encoding="utf-8")
+    gpus = list(folder.glob("gpu-*.json"))
+    text = with_round_times(page.read_text(encoding="utf-8"), folder / ROUNDS)
+    page.write_text(with_gpu(text, gpus), encoding="utf-8")
     readme = Path("README.md")
-    readme.write_text(with_measurements(readme.read_text(encoding="utf-8"), report), encoding="utf-8")
+    text = with_measurements(readme.read_text(encoding="utf-8"), report)
+    readme.write_text(with_gpu(text, gpus), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from speculative_eft.bench.readme import (
     RESULT,
     ROUNDS,
     source_digest,
+    with_gpu,
     with_measurements,
     with_round_times,
 )
@@ -29,6 +30,12 @@ def test_measurements_are_those_of_the_committed_json() -> None:
 def test_what_a_round_spends_is_what_the_committed_json_says() -> None:
     page = (ROOT / "docs" / "gpu.md").read_text()
     assert with_round_times(page, RESULTS / ROUNDS) == page
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/gpu.md"])
+def test_rounds_on_a_gpu_are_those_of_the_committed_json(page: str) -> None:
+    text = (ROOT / page).read_text()
+    assert with_gpu(text, RESULTS.glob("gpu-*.json")) == text
 
 
 def test_figures_are_made_of_the_committed_json() -> None:

@@ -96,6 +96,11 @@ def _words(labels: dict[str, Any]) -> str:
 
 def measured_markdown(results: Sequence[dict[str, Any]]) -> str:
     """The kernels' times on each card, from the JSON of `make gpu`."""
+    results = [
+        result
+        for result in results
+        if any(name.startswith("kernels.") and report["result"] for name, report in result["stages"].items())
+    ]
     if not results:
         return (
             "No GPU has measured these kernels yet. On a machine with one `make gpu` writes the figures to\n"

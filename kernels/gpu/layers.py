@@ -334,9 +334,11 @@ def projections(
     gated: bool,
 ) -> list[Tensor]:
     """`kernels.projections`."""
-    rows = inputs.shape[0]
+    rows, inside = inputs.shape
     inputs = inputs.contiguous()
-    if rows == 1 or (inputs.element_size() == 4 and rows <= _MOST_ROWS and _numbers(weights) <= _SMALL):
+    is_small = inputs.element_size() == 4 and rows <= _MOST_ROWS and _numbers(weights) <= _SMALL
+    # Registers hold no longer row.
+    if (rows == 1 or is_small) and power_of_two(inside) <= _held(inputs.element_size(), gated):
         return _whole(inputs, weights, biases, norm, eps, residual, gated)
     if norm is not None:
         inputs = _normed(inputs, norm, eps)
@@ -377,7 +379,7 @@ def _whole(
 ) -> list[Tensor]:
     rows, inside = inputs.shape
     depth = power_of_two(inside)
-    slab = max(_held(inputs.element_size(), gated) // depth, 1)
+    slab = _held(inputs.element_size(), gated) // depth
     used = weights[:1] if gated else weights
     numbers, tiles = _places(used, slab)
     width = sum(weight.shape[0] for weight in used)
@@ -488,7 +490,7 @@ def specialisations() -> Iterator[Specialisation]:
             own = {name: name in flags for name in ("BIASED", "ADDED")} | {"INSIDE": inside}
             slab = {
                 "DEPTH": depth,
-                "SLAB": max(_held(itemsize, gated) // depth, 1),
+                "SLAB": _held(itemsize, gated) // depth,
                 "GATED": gated,
                 "SINGLE": itemsize == 2,
             }

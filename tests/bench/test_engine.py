@@ -190,11 +190,11 @@ def test_what_does_not_fit_fails_or_comes_too_late_is_a_row(
     assert row_of(raising(KeyError("x")))["failed"] == "KeyError: 'x'"
     sweep = dataclasses.replace(engine._SMOKE, trios=(QWEN,))
     monkeypatch.setattr(engine, "free_bytes", lambda device: 10 * 2**30)
-    trio = row_of(lambda: engine._measure_trio(script, sweep, QWEN))
+    trio = row_of(lambda: engine._measure_trio(script, sweep, QWEN, 2))
     assert trio["left_out"] == "its weights of 66.8 GiB do not fit the 10.0 GiB free"
     monkeypatch.setattr(engine, "free_bytes", lambda device: None)
     monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
-    engine._measure_trio(script, engine._SMOKE, TINY)
+    engine._measure_trio(script, engine._SMOKE, TINY, 2)
     assert "2 sequences of" in script.content["rows"][-1]["left_out"]
     monkeypatch.setattr(memory, "free_bytes", lambda device: None)
     models = random_trio(TINY, torch.bfloat16, CPU)

@@ -146,6 +146,19 @@ def test_tuned_model_with_its_own_prompt() -> None:
     assert not torch.equal(NaiveEFTDecoder(models).generate(ids, max_new_tokens=12), naive)
 
 
+@pytest.mark.parametrize("lagging", [False, True])
+def test_drafts_go_on_after_a_first_round_of_own_prompts(lagging: bool) -> None:
+    decoder = EFTDecoder(tiny_trio("llama"), EFTConfig(draft_tokens=4))
+    decoder.lagging = lagging
+    output = decoder.generate(
+        torch.tensor([[5, 6, 7]]), tuned_input_ids=torch.tensor([[9, 5, 6, 8]]), max_new_tokens=24,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    assert output.stats.rounds < 24
+    # The last round has fewer tokens left to draft.
+    assert output.stats.drafted_tokens >= 4 * (output.stats.rounds - 3)
+
+
 def test_target_is_the_three_models_mix() -> None:
     """Greedy output against plain transformers forwards of the three models."""
     models = tiny_trio("qwen2")

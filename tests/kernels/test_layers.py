@@ -68,6 +68,13 @@ def test_projections(
         assert error < TOLERANCES[dtype]
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_a_row_that_registers_do_not_hold(dtype: torch.dtype, both: Any) -> None:
+    weight, inputs = random(24, 16_400, dtype=dtype, seed=0), random(1, 16_400, dtype=dtype, seed=1)
+    (expected,), (found,) = both(lambda: projections(inputs, [weight]))
+    assert (found - expected).abs().max() < TOLERANCES[dtype] * expected.abs().max()
+
+
 def test_the_kernels_take_weights_of_the_inputs_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPECULATIVE_EFT_BACKEND", "triton")
     inputs, weight = torch.zeros(1, 16, dtype=BF16), torch.zeros(16, 16, dtype=BF16)
