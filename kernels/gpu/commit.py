@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .specialisation import Specialisation
-from .tile import INTERPRETED, launch_options, power_of_two
+from .tile import INTERPRETED, MORE_REGISTERS, launch_options, power_of_two
 
 if TYPE_CHECKING:
     from ..commit import DraftLengthRule, RoundState
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 __all__ = ["commit", "specialisations"]
 
 _SEQUENCES = 8_192 if INTERPRETED else 32
-_REGISTERS = 168  # As `REGISTERS`, which is too few here.
 
 
 class State(NamedTuple):
@@ -201,7 +200,7 @@ def commit(
         state.output.shape[1], drafted, eos_token_ids.shape[0], lengths,
         STEPPED=tuple(stepped for _, stepped in caches), ADAPTS=rule is not None,
         COUNTS=expected_acceptance is not None, SEQUENCES=_SEQUENCES, COLUMNS=power_of_two(drafted + 1),
-        LENGTHS=power_of_two(lengths), **launch_options(4, _REGISTERS),
+        LENGTHS=power_of_two(lengths), **launch_options(4, MORE_REGISTERS),
     )  # fmt: skip
     return report
 
@@ -227,5 +226,5 @@ def specialisations() -> Iterator[Specialisation]:
                 "COLUMNS": 16, "LENGTHS": 16,
             },
             num_warps=4,
-            registers=_REGISTERS,
+            registers=MORE_REGISTERS,
         )  # fmt: skip

@@ -15,6 +15,7 @@ from .filters import draft_records
 from .noise import exponential_tile
 from .specialisation import Specialisation, models_signature
 from .tile import (
+    MORE_REGISTERS,
     arrive,
     best_split,
     boundary,
@@ -31,7 +32,6 @@ from .tile import (
 
 __all__ = ["draft", "specialisations"]
 
-_REGISTERS = 160  # As `REGISTERS`, which is too few where the law is measured.
 _FIELDS = 6
 """Partial results of a split: best score, its id and scaled logit, the largest, the mass, and its mean
 logit."""
@@ -199,7 +199,7 @@ def draft(
     _draft[(tiles, shape.splits)](
         models, step, drawn, row, batch, shape.splits, STREAM=stream, FILTERED=records is not None,
         MEASURED=measures is not None, SEQUENCES=shape.sequences, COLUMNS=shape.columns,
-        SPLITS=power_of_two(shape.splits), **launch_options(shape.warps, _REGISTERS),
+        SPLITS=power_of_two(shape.splits), **launch_options(shape.warps, MORE_REGISTERS),
     )  # fmt: skip
     return tokens
 
@@ -229,7 +229,7 @@ def specialisations() -> Iterator[Specialisation]:
                 },
                 divisible=frozenset({"models.logits", "models.strides", "step.vocab_size"}),
                 num_warps=8,
-                registers=_REGISTERS,
+                registers=MORE_REGISTERS,
                 launches=4 if filtered else 1,
                 wide_loads=(load_logits,),
             )  # fmt: skip

@@ -25,6 +25,7 @@ from torch import Tensor
 from ..filters import Sampling
 from .specialisation import Specialisation, models_signature
 from .tile import (
+    MORE_REGISTERS,
     RECORD,
     REGISTERS,
     Models,
@@ -696,7 +697,7 @@ def _describe(
     )  # fmt: skip
     _gather[grid](
         models, rows, search, batch, count, lens_offset, **used, MIN_P=min_p, COLUMNS=shape.columns,
-        **launch, **launch_options(shape.warps, None if top_k or top_p else REGISTERS),
+        **launch, **launch_options(shape.warps, MORE_REGISTERS),
     )  # fmt: skip
     if top_k or top_p:
         rows = rows._replace(splits=-(-vocab_size // _REREAD_COLUMNS))
@@ -772,6 +773,11 @@ def specialisations() -> Iterator[Specialisation]:
         again = {"SEQUENCES": 1, "COLUMNS": _REREAD_COLUMNS, "ONE_SPLIT": False}
         small = {"SEQUENCES": 4, "COLUMNS": 32, "ONE_SPLIT": True}
         launches = 2 + (used[0] or used[1])
+        limits = {
+            _survey: None,
+            _gather: MORE_REGISTERS if used[0] or used[1] else REGISTERS,
+            _cut: REGISTERS,
+        }
         for kernel, title, tile, own in (
             (_survey, "survey", {"COLUMNS": 4096}, {"SPLITS": 32}),
             (_gather, "gather", {"COLUMNS": 4096}, minimum),
@@ -795,7 +801,7 @@ def specialisations() -> Iterator[Specialisation]:
                     "models.logits", "models.strides", *(() if tile is small else ("rows.vocab_size",)),
                 }),
                 num_warps=_REREAD_WARPS if tile is again else 8,
-                registers=REGISTERS if kernel is _cut or (kernel is _gather and names == ["min-p"]) else None,
+                registers=limits[kernel],
                 launches=1 if tile in (one, small) else launches,
                 wide_loads=() if tile is small else (load_logits,),
             )  # fmt: skip

@@ -28,6 +28,7 @@ from triton.language.extra import cuda
 
 __all__ = [
     "INTERPRETED",
+    "MORE_REGISTERS",
     "RECORD",
     "REGISTERS",
     "Models",
@@ -62,7 +63,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether kernels run in Triton's interpreter, on a CPU; as Triton itself reads it."""
 
 LARGEST_SPLIT = 4096
-REGISTERS = 128
+REGISTERS, MORE_REGISTERS = 128, 200
 """What a thread may have, where NVIDIA's assembler, left to itself, spills a few at far fewer."""
 RECORD = tl.constexpr(8)
 _INTERPRETED = tl.constexpr(INTERPRETED)

@@ -27,6 +27,7 @@ from .filters import conservative_sets, law_records
 from .noise import exponential_tile, uniform
 from .specialisation import Specialisation, models_signature
 from .tile import (
+    MORE_REGISTERS,
     RECORD,
     REGISTERS,
     arrive,
@@ -658,9 +659,11 @@ def verify(
     accepting = {"ACCEPT": accept, "ROWS": power_of_two(rows)}
     races, block = rule == "shared_seed", rule == "block"
     splits = shape.splits if races or not filtered else 1
+    # As the assembler likes, but where it would spill.
+    limit = MORE_REGISTERS if races else REGISTERS if shape.splits == 1 else None
     _score[(tiles * rows if races or not filtered else tiles, splits)](
         models, draft, outcome, batch, drafted, splits, RULE=RULES[rule], SHARED=shared, **accepting,
-        **common, **launch_options(shape.warps, REGISTERS if races or shape.splits == 1 else None),
+        **common, **launch_options(shape.warps, limit),
     )  # fmt: skip
     draws = not sampling.all_greedy
     if drafted and draws and (statistics or block):
@@ -711,7 +714,11 @@ def specialisations() -> Iterator[Specialisation]:
             constants = base | own | changes
             # With filters only the race reads rows there.
             reads = kernel is not _score or not constants["FILTERED"] or case == "shared_seed"
-            is_unlimited = kernel is _score and case != "shared_seed" and constants["SPLITS"] > 1
+            limit: int | None = REGISTERS
+            if kernel is _score and case == "shared_seed":
+                limit = MORE_REGISTERS
+            elif kernel is _score and constants["SPLITS"] > 1:
+                limit = None
             yield Specialisation(
                 operation="verify",
                 name=f"{kernel.__name__[1:]} {case} {name}",
@@ -723,7 +730,7 @@ def specialisations() -> Iterator[Specialisation]:
                     "outcome",
                 }),
                 num_warps=8,
-                registers=None if is_unlimited else REGISTERS,
+                registers=limit,
                 launches=launches + cuts,
                 wide_loads=(load_logits,) if reads and "vocabulary" not in rest else (),
             )  # fmt: skip

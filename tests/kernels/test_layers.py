@@ -37,11 +37,12 @@ def random(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
 
 
 # Weights' rows and columns that fill no tile, that take more than one split, and what models have.
-SIZES = [((48, 24, 24), 40), ((96, 16, 16), 64), ((7,), 100), ((320,), 1536), ((4096, 100), 130)]
+SIZES = [((48, 24, 24), 40), ((7,), 100), ((320,), 1536), ((96, 100), 130)]
+# One row, as many as share a launch, and more.
+ROWS = [*((FP32, rows) for rows in (1, 3, 17)), *((BF16, rows) for rows in (1, 16, 17)), (FP16, 1), (FP16, 3)]
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
-@pytest.mark.parametrize("rows", [1, 3, 16, 17])
+@pytest.mark.parametrize(("dtype", "rows"), ROWS)
 @pytest.mark.parametrize(("outside", "inside"), SIZES)
 @pytest.mark.parametrize("case", ["plain", "normed", "added", "gated"])
 def test_projections(
@@ -66,6 +67,17 @@ def test_projections(
         assert other.dtype == dtype
         error = (other.float() - own.float()).abs().max() / own.float().abs().max()
         assert error < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("tiles", [128, 96, 64, 32])
+def test_weights_of_many_tiles_and_of_few(tiles: int, both: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from speculative_eft.kernels.gpu import layers
+
+    division = layers._division(tiles)
+    monkeypatch.setattr(layers, "_division", lambda _: division)
+    weight, inputs = random(100, 700, dtype=BF16, seed=0) / 26, random(9, 700, dtype=BF16, seed=1)
+    (expected,), (found,) = both(lambda: projections(inputs, [weight]))
+    assert (found - expected).abs().max() < TOLERANCES[BF16] * expected.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
