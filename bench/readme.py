@@ -114,8 +114,9 @@ def with_gpu(page: str, paths: Iterable[Path]) -> str:
     """A page with the whole rounds that `make gpu` timed, a table for each card, made anew."""
     lines: list[str] = []
     for path in sorted(paths):
-        result = json.loads(path.read_text(encoding="utf-8"))["stages"]["engine"]["result"]
-        lines += [*_gpu_lines(result), ""]
+        stages = json.loads(path.read_text(encoding="utf-8"))["stages"]
+        if stages.get("engine", {}).get("result"):
+            lines += [*_gpu_lines(stages["engine"]["result"]), ""]
     return _with_part(page, GPU_BEGIN, GPU_END, "\n".join(lines[:-1]))
 
 

@@ -74,7 +74,7 @@ class Layer:
         return [self.query, self.key, self.value, self.output, self.gate, self.up, self.down]
 
     @property
-    def is_plain(self) -> bool:
+    def is_fusable(self) -> bool:
         """Whether `projections` can do what the layer does: no adapters, a SiLU, no odd biases."""
         linears = self.linears
         return (
@@ -123,14 +123,14 @@ class LlamaBody:
         uniform = list(self.windows) * config.num_hidden_layers
         self.kinds = config.layer_types if len(self.windows) > 1 else uniform
         self.layers: list[Layer] = []
-        self.is_plain = False
+        self.is_fusable = False
         self.rotations = torch.empty(0)
 
     def prepare(self, cache: SlotCache) -> None:
         """Find the weights again and make a rotation for every position of `cache`."""
         layers = zip(self.decoder.layers, self.kinds, strict=True)
         self.layers = [_read(layer, kind, self.adapters) for layer, kind in layers]
-        self.is_plain = all(layer.is_plain for layer in self.layers)
+        self.is_fusable = all(layer.is_fusable for layer in self.layers)
         if self.rotations.shape[0] == cache.capacity:
             return
         # The sines' first half changes sign: rotating halves is then a roll, times these.
@@ -185,7 +185,7 @@ class LlamaBody:
         """Whether there are kernels that do several parts of a layer at once."""
         layer = self.layers[0]
         weights = [part.weight for part in layer.linears]
-        return self.is_plain and takes_projections(hidden, weights)
+        return self.is_fusable and takes_projections(hidden, weights)
 
     def _fused(self, hidden: Tensor, cache: SlotCache, lengths: Tensor, batch: int, length: int) -> Tensor:
         """The layers of `__call__` in six launches each, or nine for more than a row, instead of twenty."""
