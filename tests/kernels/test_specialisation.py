@@ -28,8 +28,10 @@ from speculative_eft.kernels import (
     draft_step,
     exponential_noise,
     new_draft_memory,
+    projections,
     recall,
     remember,
+    rotate_and_append,
     verify,
 )
 
@@ -108,6 +110,7 @@ def run_every_kernel(batch: int, drafted: int) -> None:
         remember_rows(batch, drafted, vocab_size)
     commit_round(batch, drafted)
     attend(batch, drafted)
+    run_layer(batch, drafted)
 
 
 def sample(batch: int, drafted: int, vocab_size: int, filters: bool) -> None:
@@ -171,6 +174,20 @@ def attend(batch: int, drafted: int) -> None:
     lengths = torch.zeros(batch, dtype=torch.int64)
     append(new, new, cache, cache, lengths)
     attention(query, cache, cache, lengths)
+
+
+def run_layer(batch: int, drafted: int) -> None:
+    """Products of one row and of a few, which are other kernels, and a rotation."""
+    weights = [torch.empty(64, 32, dtype=torch.bfloat16) for _ in range(2)]
+    norm = torch.empty(32, dtype=torch.bfloat16)
+    for rows in (1, 2 + batch % 15):
+        inputs = torch.empty(rows, 32, dtype=torch.bfloat16)
+        projections(inputs, weights, norm=norm, eps=1e-5, gated=True)
+    new = torch.empty(batch, drafted, 2, 64)
+    cache = torch.empty(64, 2, 512, 64)
+    rotate_and_append(
+        new, new, new, torch.empty(512, 128), cache, cache, torch.zeros(batch, dtype=torch.int64)
+    )
 
 
 def test_nothing_is_compiled_anew_for_a_batch_or_a_draft_length(launches: list[Launch]) -> None:
