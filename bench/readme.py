@@ -11,20 +11,19 @@ from typing import Any
 from . import round_time
 from .analysis import losses, noise_sentence
 from .benchmark import Report
+from .comparison import Spread
+from .markdown import markdown_table, with_part
 from .plan import TUNED
 from .plots import figures, svg
-from .report import Table, against_baselines, break_even_sentences, machine_line, main_table, spread_text
+from .report import against_baselines, break_even_sentences, machine_line, main_table, spread_text
 
 __all__ = [
-    "BEGIN", "END", "FIGURES", "RESULT", "ROUNDS", "measurements_markdown", "source_digest",
+    "FIGURES", "RESULT", "ROUNDS", "measurements_markdown", "source_digest",
     "with_gpu", "with_measurements", "with_round_times",
 ]  # fmt: skip
 
-BEGIN, END = "<!-- measurements: begin -->", "<!-- measurements: end -->"
 RESULT = "bench-cpu.json"
-ROUNDS_BEGIN, ROUNDS_END = "<!-- round times: begin -->", "<!-- round times: end -->"
 ROUNDS = "round-time-cpu.json"
-GPU_BEGIN, GPU_END = "<!-- gpu: begin -->", "<!-- gpu: end -->"
 FIGURES = {
     "draft-length": ("bench-cpu-draft-length.svg", "Speed against the draft length, with the cost model's"),
     "phases": ("bench-cpu-phases.svg", "Milliseconds a token by phase"),
@@ -46,7 +45,7 @@ def measurements_markdown(report: Report) -> str:
         "",
         f"**{chosen} over each baseline**, ratio of tokens a second:",
         "",
-        *_markdown(against_baselines(report)),
+        *markdown_table(*against_baselines(report)),
         "",
         "The tuned model alone and the large model alone, speculating or not, sample from other laws; they "
         "are here for their speed.",
@@ -59,7 +58,7 @@ def measurements_markdown(report: Report) -> str:
             shown = [name for name in (row[0] for row in rows) if "K=" not in name or "K=auto" in name]
             kept = [[row[column] for column in _COLUMNS] for row in rows if row[0] in shown]
             title = f"**{result.setting.label}**, {result.comparison.runs} runs of each:"
-            lines += ["", title, "", *_markdown(([heads[column] for column in _COLUMNS], kept))]
+            lines += ["", title, "", *markdown_table([heads[column] for column in _COLUMNS], kept)]
     for file, title in FIGURES.values():
         lines += ["", f"![{title}](bench/results/{file})"]
     return "\n".join(lines)
@@ -81,33 +80,21 @@ def _loss_lines(report: Report) -> list[str]:
     return [*lines, "", "</details>"]
 
 
-def _markdown(table: Table) -> list[str]:
-    heads, rows = table
-    return [f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows)]
-
-
 def source_digest(source: str) -> str:
     """What the figures say they were made of: the SHA-256 of the JSON's text."""
     return hashlib.sha256(source.encode()).hexdigest()
 
 
-def _with_part(page: str, begin: str, end: str, part: str) -> str:
-    """A page with what stands between two markers made anew."""
-    before, rest = page.split(begin)
-    _, after = rest.split(end)
-    return f"{before}{begin}\n{part}\n{end}{after}"
-
-
 def with_measurements(readme: str, report: Report) -> str:
     """The README with the part between the markers made anew."""
-    return _with_part(readme, BEGIN, END, measurements_markdown(report))
+    return with_part(readme, "measurements", measurements_markdown(report))
 
 
 def with_round_times(page: str, path: Path) -> str:
     """docs/gpu.md with what a round spends on a CPU made anew from the JSON of `round_time`."""
     machine, times = round_time.load(path)
-    lines = [f"{machine}:", "", *_markdown(round_time.table(times))]
-    return _with_part(page, ROUNDS_BEGIN, ROUNDS_END, "\n".join(lines))
+    lines = [f"{machine}:", "", *markdown_table(*round_time.table(times))]
+    return with_part(page, "round times", "\n".join(lines))
 
 
 def with_gpu(page: str, paths: Iterable[Path]) -> str:
@@ -117,7 +104,7 @@ def with_gpu(page: str, paths: Iterable[Path]) -> str:
         stages = json.loads(path.read_text(encoding="utf-8"))["stages"]
         if stages.get("engine", {}).get("result"):
             lines += [*_gpu_lines(stages["engine"]["result"]), ""]
-    return _with_part(page, GPU_BEGIN, GPU_END, "\n".join(lines[:-1]))
+    return with_part(page, "gpu", "\n".join(lines[:-1]))
 
 
 def _gpu_lines(result: dict[str, Any]) -> list[str]:
@@ -139,7 +126,10 @@ def _gpu_lines(result: dict[str, Any]) -> list[str]:
             f"{row['round_milliseconds']['median']:.2f}",
             f"{row['times_roofline']:.2f}",
             f"{row['tokens_per_second']['median']:.0f}",
-            *(_spread(times.get(other)) for other in ("naive EFT", "large model alone")),
+            *(
+                spread_text(Spread(**times[other])) if other in times else "-"
+                for other in ("naive EFT", "large model alone")
+            ),
             f"{row['host_microseconds']:.0f}",
         ])  # fmt: skip
     return [
@@ -149,14 +139,8 @@ def _gpu_lines(result: dict[str, Any]) -> list[str]:
         "quartiles of ratios in brackets. Llama's and Qwen's rows are simulated: random weights in bfloat16 "
         "at the true shapes, each drafted token accepted with the stated chance.",
         "",
-        *_markdown((heads, rows)),
+        *markdown_table(heads, rows),
     ]
-
-
-def _spread(spread: dict[str, float] | None) -> str:
-    if spread is None:
-        return "-"
-    return f"{spread['median']:.2f} [{spread['lower_quartile']:.2f}, {spread['upper_quartile']:.2f}]"
 
 
 def main() -> None:

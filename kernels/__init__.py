@@ -6,7 +6,7 @@ from .commit import DraftLengthRule, RoundState, commit, committed_tokens
 from .draft import draft_step
 from .early_stop import EarlyStop, end_drafts, learn, new_early_stop
 from .filters import Sampling, warp
-from .layers import projections, rotate_and_append, takes_projections
+from .layers import projections, rotate_and_append
 from .memory import DraftMemory, new_draft_memory, recall, remember
 from .mix import Coefficients, draft_logits, target_logits
 from .noise import NoiseKey, Stream, derive_seeds, exponential_noise, gumbel_noise, uniform_noise
@@ -45,7 +45,6 @@ __all__ = [
     "recall",
     "remember",
     "rotate_and_append",
-    "takes_projections",
     "target_logits",
     "uniform_noise",
     "verify",

@@ -11,16 +11,7 @@ from torch.nn import functional as F
 from .attention import append
 from .backend import backend
 
-__all__ = ["projections", "rotate_and_append", "takes_projections"]
-
-
-def takes_projections(inputs: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Whether `projections` runs in launches of its own for inputs and weights of these dtypes."""
-    if backend(inputs.device) != "triton":
-        return False
-    from .gpu.layers import takes
-
-    return takes(inputs, weights)
+__all__ = ["projections", "rotate_and_append"]
 
 
 def projections(
@@ -39,7 +30,7 @@ def projections(
 
     Args:
         inputs: [rows, inside], float32, bfloat16 or float16.
-        weights: contiguous [outside, inside] each, of the inputs' dtype.
+        weights: [outside, inside] each; others than contiguous ones of the inputs' dtype are left to torch.
         biases: [outside] of each weight, all given or all None.
         norm: [inside], the weight of an RMS norm with `eps` (Zhang and Sennrich, arXiv 1910.07467) that the
             inputs go through first; None for none.
@@ -51,10 +42,12 @@ def projections(
         [rows, outside] of the inputs' dtype for each weight, or one with `gated`; they may share rows.
     """
     biases = [None] * len(weights) if biases is None else biases
-    if takes_projections(inputs, weights):
+    if backend(inputs.device) == "triton":
         from .gpu.layers import projections as compiled
+        from .gpu.layers import takes
 
-        return compiled(inputs, weights, biases, norm, eps, residual, gated)
+        if takes(inputs, weights):
+            return compiled(inputs, weights, biases, norm, eps, residual, gated)
     if norm is not None:
         inputs = F.rms_norm(inputs, norm.shape, norm, eps)
     parts = [F.linear(inputs, weight, bias) for weight, bias in zip(weights, biases, strict=True)]

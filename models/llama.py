@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from speculative_eft.kernels import projections, takes_projections
+from speculative_eft.kernels import projections
 
 from .adapters import LowRank, is_adapter_layer, is_low_rank, low_ranks
 from .attention import Attention, attend, attend_ragged, attention_for, ragged_bias, visible_lengths
@@ -69,14 +69,9 @@ class Layer:
     activation: Callable[[Tensor], Tensor]
 
     @property
-    def linears(self) -> list[Linear]:
-        """All of the layer."""
-        return [self.query, self.key, self.value, self.output, self.gate, self.up, self.down]
-
-    @property
     def is_fusable(self) -> bool:
         """Whether `projections` can do what the layer does: no adapters, a SiLU, no odd biases."""
-        linears = self.linears
+        linears = (self.query, self.key, self.value, self.output, self.gate, self.up, self.down)
         return (
             self.activation is F.silu
             and not any(linear.low_ranks for linear in linears)
@@ -153,7 +148,7 @@ class LlamaBody:
             }
         else:
             lengths = visible_lengths(attention, cache.lengths, length, block.columns.shape[0])
-            if attention == "triton" and self._is_fused(hidden):
+            if attention == "triton" and self.is_fusable:
                 return self._fused(hidden, cache, lengths, batch, length)
         rotation = self.rotations.index_select(0, block.positions.view(-1)).unsqueeze(1)
         cos, sin = rotation[..., :dim], rotation[..., dim:]
@@ -180,12 +175,6 @@ class LlamaBody:
             hidden = hidden + layer.down(gated)
 
         return self._norm(hidden, self.decoder.norm.weight).view(batch, length, -1)
-
-    def _is_fused(self, hidden: Tensor) -> bool:
-        """Whether there are kernels that do several parts of a layer at once."""
-        layer = self.layers[0]
-        weights = [part.weight for part in layer.linears]
-        return self.is_fusable and takes_projections(hidden, weights)
 
     def _fused(self, hidden: Tensor, cache: SlotCache, lengths: Tensor, batch: int, length: int) -> Tensor:
         """The layers of `__call__` in six launches each, or nine for more than a row, instead of twenty."""

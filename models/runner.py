@@ -19,7 +19,6 @@ from speculative_eft.kernels import (
     Stream,
     backend,
     projections,
-    takes_projections,
 )
 
 from .adapters import AdapterSwitch, is_adapter_layer, is_low_rank
@@ -172,7 +171,7 @@ class ModelRunner:
 
     def _project(self, hidden: Tensor) -> Tensor:
         """The head's logits of `hidden` [batch, q, inside]."""
-        if self._head_is_fused and takes_projections(hidden[0], [self._head.weight]):
+        if self._head_is_fused:
             (logits,) = projections(hidden.flatten(0, 1), [self._head.weight], [self._head.bias])
             return logits.view(*hidden.shape[:2], -1)
         return cast(Tensor, self._head(hidden))

@@ -14,6 +14,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ..markdown import markdown_table, with_part
+
 __all__ = ["COMPILED", "compiled_markdown", "measured_markdown", "results_in", "with_tables"]
 
 COMPILED = "kernels-compiled.json"
@@ -22,10 +24,6 @@ _FIGURES = {
     "implementation", "microseconds", "lower_quartile", "upper_quartile", "bytes_moved", "share_of_copy",
     "gigabytes_per_second", "replays", "cold", "method", "left_out", "failed",
 }  # fmt: skip
-
-
-def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (titles, ["---"] * len(titles), *rows)]
 
 
 def _kernel(report: dict[str, Any]) -> str:
@@ -56,7 +54,7 @@ def compiled_markdown(compiled: dict[str, Any]) -> str:
         for (name, target), group in groups.items()
     ]
     titles = ("kernel", "target", "variants", "registers", "spills", "shared bytes", "load bytes", "launches")
-    return "\n".join([f"Compiled by Triton {compiled['triton']}.", "", *_table(titles, rows)])
+    return "\n".join([f"Compiled by Triton {compiled['triton']}.", "", *markdown_table(titles, rows)])
 
 
 def _measured_rows(name: str, result: dict[str, Any]) -> list[list[str]]:
@@ -132,9 +130,9 @@ def measured_markdown(results: Sequence[dict[str, Any]]) -> str:
             "torch.compile",
             "probabilities",
         )
-        lines += [*_table(titles, rows), ""]
+        lines += [*markdown_table(titles, rows), ""]
         bars = [(name, bar) for name, stage in stages.items() for bar in stage["bars"]]
-        lines += _table(
+        lines += markdown_table(
             ("kernel", "bar", "measured", "met"),
             [
                 [
@@ -151,10 +149,7 @@ def measured_markdown(results: Sequence[dict[str, Any]]) -> str:
 def with_tables(page: str, compiled: dict[str, Any], measured: Sequence[dict[str, Any]]) -> str:
     """The page with the parts between its markers made anew."""
     for name, text in (("compiled", compiled_markdown(compiled)), ("measured", measured_markdown(measured))):
-        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-        before, rest = page.split(begin)
-        _, after = rest.split(end)
-        page = f"{before}{begin}\n{text}\n{end}{after}"
+        page = with_part(page, name, text)
     return page
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from speculative_eft.kernels import projections, rotate_and_append, takes_projections
+from speculative_eft.kernels import projections, rotate_and_append
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -87,14 +87,21 @@ def test_a_row_that_registers_do_not_hold(dtype: torch.dtype, both: Any) -> None
     assert (found - expected).abs().max() < TOLERANCES[dtype] * expected.abs().max()
 
 
-def test_the_kernels_take_weights_of_the_inputs_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SPECULATIVE_EFT_BACKEND", "triton")
+def test_the_kernels_take_weights_of_the_inputs_dtype() -> None:
+    from speculative_eft.kernels.gpu.layers import takes
+
     inputs, weight = torch.zeros(1, 16, dtype=BF16), torch.zeros(16, 16, dtype=BF16)
-    assert takes_projections(inputs, [weight])
-    assert not takes_projections(inputs.float(), [weight])
-    assert not takes_projections(inputs, [weight, weight[:8].T.contiguous().T])
-    monkeypatch.setenv("SPECULATIVE_EFT_BACKEND", "torch")
-    assert not takes_projections(inputs, [weight])
+    assert takes(inputs, [weight])
+    assert not takes(inputs.float(), [weight])
+    assert not takes(inputs, [weight, weight[:8].T.contiguous().T])
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_other_weights_are_torchs(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECULATIVE_EFT_BACKEND", backend)
+    inputs, weight = random(2, 16, dtype=FP32, seed=0), random(16, 8, dtype=FP32, seed=1).T
+    (found,) = projections(inputs, [weight])
+    assert torch.equal(found, torch.nn.functional.linear(inputs, weight))
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
