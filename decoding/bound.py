@@ -105,16 +105,19 @@ def bind_round(
     # What a sequence does not draft is read, though it plays no part.
     block = torch.zeros(batch, drafted + 1, dtype=torch.int64)
     counts = torch.zeros(batch, dtype=torch.int64)
-    large_logits, tuned_logits, base_logits = (
+    large_logits, base_logits, by_step = (
         room.take(name, batch, drafted + 1, runner.vocab_size)
-        for name, runner in (("large", runners.large), ("tuned", tuned), ("base", runners.base))
+        for name, runner in (("large", runners.large), ("base", runners.base), ("tuned", tuned))
     )
+    # The draft is made step by step, and each step's logits lie together.
+    by_step = by_step.view(drafted + 1, batch, -1)
+    tuned_logits = by_step.transpose(0, 1)
     corrected = 0 if state.memory is None else drafted
     correction = room.take("correction", batch, corrected, vocab_size)
     draft = tuned.bind_draft(
         DraftStart(state.last_token, state.draft_lens, state.done), block, counts, plan.coefficients,
         plan.draft_sampling, state.noise, Stream.SHARED if plan.acceptance == "shared_seed" else Stream.DRAFT,
-        state.memory, state.early_stop, tuned_logits, correction,
+        state.memory, state.early_stop, by_step, correction,
     )  # fmt: skip
     if draft is None:
         return None

@@ -144,7 +144,7 @@ def bind_plain_draft(
         start, torch.zeros(batch, drafted + 1, dtype=torch.int64), counts,
         Coefficients(ones[:, None], ones, ones[:, None], None), Sampling(temperature * ones),
         NoiseKey(zeros, zeros, zeros), Stream.DRAFT, None, None,
-        torch.empty(batch, drafted + 1, runner.vocab_size), torch.empty(batch, 0, runner.vocab_size),
+        torch.empty(drafted + 1, batch, runner.vocab_size), torch.empty(batch, 0, runner.vocab_size),
     )  # fmt: skip
 
 

@@ -161,7 +161,7 @@ class CompiledLlama:
             coefficients, sampling: of the draft law, in which this is the only tuned model.
             memory: what the draft law is corrected by.
             early_stop: ends drafts early.
-            logits: float32 [batch, drafted + 1, vocab_size], written.
+            logits: float32 [drafted + 1, batch, vocab_size], written.
             correction: float32 [batch, drafted, vocabulary], written; [batch, 0, vocabulary] without memory.
         """
         shared = stream is Stream.SHARED
@@ -562,15 +562,14 @@ def _draft(
     correction: Any,
     correction_address: int,
 ) -> None:
-    batch, steps, columns = logits.shape
+    steps, batch, columns = logits.shape
     vocab_size = correction.shape[2]
-    rows = np.empty((batch, columns), FLOAT)
     current = np.empty((batch, 1), np.int64)
     drawn = last_token.copy()
     counter = counters.copy()
     # Of the large base, this model, the small base and the correction; what has weight 0 is not read.
     table = np.zeros((4 if correction.shape[1] else 3, 3), np.int64)
-    table[1, 0], table[1, 1], table[1, 2] = address, steps * columns, columns
+    table[1, 0], table[1, 1] = address, columns
     if correction.shape[1]:
         table[3, 0], table[3, 1] = correction_address, correction.shape[1] * vocab_size
     takes_part = np.empty(batch, np.int64)
@@ -586,12 +585,11 @@ def _draft(
             current[sequence, 0] = drawn[sequence]
             takes_part[sequence] = step < counts[sequence]
         _forward(
-            current, takes_part, lengths, sizes, eps, windows, ends, weights, stores, rotation, rows, threads
+            current, takes_part, lengths, sizes, eps, windows, ends, weights, stores, rotation, logits[step],
+            threads,
         )  # fmt: skip
         for sequence in range(batch):
             lengths[sequence] += 1
-            for column in range(columns if takes_part[sequence] else 0):
-                logits[sequence, step, column] = rows[sequence, column]
         if step < steps - 1:
             for sequence in range(batch):
                 takes_part[sequence] = step + 1 < counts[sequence]
@@ -604,7 +602,7 @@ def _draft(
                 table, law_weights, temperature, top_k, top_p, min_p, seeds, counter, 0 if shared else step,
                 stream, vocab_size, takes_part, drawn, chances,
             )  # fmt: skip
-            table[1, 0] += 4 * columns
+            table[1, 0] += 4 * batch * columns
             if correction.shape[1]:
                 table[3, 0] += 4 * vocab_size
             longest = 0

@@ -112,7 +112,7 @@ class Runner(Protocol):
             coefficients, sampling: of the draft law, in which this is the only tuned model.
             memory: what the draft law is corrected by.
             early_stop: ends drafts early.
-            logits: float32 [batch, drafted + 1, vocab_size], written.
+            logits: float32 [drafted + 1, batch, vocab_size], written.
             correction: float32 [batch, drafted, vocabulary], written; [batch, 0, vocabulary] without memory.
         """
 

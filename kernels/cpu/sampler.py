@@ -123,17 +123,24 @@ def verify(
 def _mix(table: Any, weights: Any, sequence: int, row: int, out: Any) -> None:
     """Sum of weight times logits of one row; -inf where a model that is consulted has no finite logit."""
     size = out.shape[0]
+    last = -1
+    for model in range(table.shape[0]):
+        last = model if weights[model] != FLOAT(0) else last
     for token in range(size):
         out[token] = FLOAT(0)
-    for model in range(table.shape[0]):
+    for model in range(last + 1):
         weight = weights[model]
         if weight != FLOAT(0):
             offset = sequence * table[model, 1] + row * table[model, 2]
             logits = array_at(table[model, 0] + 4 * offset, (size,))
-            for token in range(size):
-                out[token] += weight * logits[token]
-    for token in range(size):
-        out[token] = out[token] if abs(out[token]) <= FLOAT(3.4028235e38) else FLOAT(-np.inf)
+            if model < last:
+                for token in range(size):
+                    out[token] += weight * logits[token]
+            else:
+                # In a loop of its own the choice would take longer than all the sums.
+                for token in range(size):
+                    total = out[token] + weight * logits[token]
+                    out[token] = total if abs(total) <= FLOAT(3.4028235e38) else FLOAT(-np.inf)
 
 
 @compiled(f"float32({VECTOR}, float32, {VECTOR})")
@@ -143,8 +150,9 @@ def _normalise(logits: Any, temperature: float, law: Any) -> Any:
     A row of only -inf, which is no law, becomes the point mass on id 0.
     """
     size = logits.shape[0]
-    for token in range(size):
-        logits[token] /= temperature
+    if temperature != FLOAT(1):
+        for token in range(size):
+            logits[token] /= temperature
     highest = largest(logits)
     if highest == FLOAT(-np.inf):
         logits[0] = highest = FLOAT(0)
