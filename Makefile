@@ -29,9 +29,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/speculative-eft demo
 
-# Each of the first three is one process at a time.
+# Each of the first three is one process at a time. Triton takes ten minutes for every variant and target.
 test: setup
-	$(MAKE) --jobs=2 compile lint types
+	$(MAKE) --jobs=2 compile lint types COMPILE_OPTIONS=--sparsely
 	$(BIN)/pytest -n 2
 
 # Kept in .benchmarks/, by machine; without an earlier run there is nothing to compare with.
@@ -61,7 +61,7 @@ compile: setup
 		$(BIN)/python -c 'import speculative_eft.models.llama_cpu, speculative_eft.kernels.cpu.settle'; \
 	else echo "Numba is not installed: nothing was compiled for CPUs"; fi
 	@if $(BIN)/python -c 'import triton' 2> /dev/null; then \
-		env -u TRITON_INTERPRET $(BIN)/python -m speculative_eft.kernels.compile; \
+		env -u TRITON_INTERPRET $(BIN)/python -m speculative_eft.kernels.compile $(COMPILE_OPTIONS); \
 	else echo "Triton is not installed: no kernel was compiled"; fi
 
 # Installs nothing: torch, triton, transformers and pytest must be there. GPU_OPTIONS="--quick --only STAGE".

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
-from speculative_eft.decoding import EFTConfig, EFTDecoder, EFTOutput, EFTStats, Streamer
+from speculative_eft.decoding import EFTConfig, EFTDecoder, EFTOutput, EFTStats, Streamer, TokenCallback
 from speculative_eft.decoding.bound import BoundRound, Room, bind_pass, can_bind
+from speculative_eft.decoding.call import begin_stream, end_stream, stream
 from speculative_eft.decoding.request import read_options, read_prompts, read_seeds
 from speculative_eft.decoding.round import PhaseTimer, RoundPlan, new_round_state
 from speculative_eft.decoding.running import CapturedBatch, RunningBatch, rounded_span
@@ -163,7 +164,7 @@ class SingleModelDecoder:
         generation_config: GenerationConfig | None = None,
         *,
         seed: int | Sequence[int] | None = None,
-        streamer: Streamer | None = None,
+        streamer: Streamer | TokenCallback | None = None,
         trace: bool = False,
         **generation_kwargs: Any,
     ) -> Tensor | EFTOutput:
@@ -205,8 +206,7 @@ class SingleModelDecoder:
         if self.captured is not None:
             state, plan, _ = self.captured.take((state, plan, None), self.runners)
         timer.mark("prefill")
-        if streamer is not None:
-            streamer.put(input_ids.cpu())
+        begin_stream(streamer, input_ids)
         ends = [prompts.longest + options.max_new_tokens] * batch
         running = SingleModelRounds(
             self.runners, state, plan, None, [prompts.longest] * batch, ends, self.captured
@@ -218,7 +218,9 @@ class SingleModelDecoder:
             if report is None:
                 continue
             if streamer is not None:
-                streamer.put(torch.tensor(report[0][2:]))
+                for index, (count, _, *tokens) in report.items():
+                    if count:
+                        stream(streamer, index, tokens[:count])
             following = max(row[1] for row in report.values())
             if following >= 0:
                 running.compact([index for index, row in report.items() if row[1] < 0])
@@ -227,8 +229,7 @@ class SingleModelDecoder:
         new = int(state.generated.max())
         sequences = torch.cat([input_ids, state.output[:, :new].to(input_ids)], dim=1)
         timer.mark("other")
-        if streamer is not None:
-            streamer.end()
+        end_stream(streamer)
         if not options.return_dict_in_generate:
             return sequences
         timer.seconds[self._phase] = timer.seconds.pop("step", 0.0)
@@ -344,7 +345,7 @@ class TransformersLoop:
         attention_mask: Tensor | None = None,
         *,
         seed: int | None = None,
-        streamer: Streamer | None = None,
+        streamer: Streamer | TokenCallback | None = None,
         trace: bool = False,
         max_new_tokens: int,
         do_sample: bool = False,
@@ -371,8 +372,7 @@ class TransformersLoop:
         caches = [DynamicCache(config=model.config) for model, _ in self._networks]
         phases = ["large", *["draft"] * (len(self._networks) - 2), "base"]
         timer = PhaseTimer()
-        if streamer is not None:
-            streamer.put(input_ids.cpu())
+        begin_stream(streamer, input_ids)
         output: list[Tensor] = []
         for step in range(max_new_tokens):
             mixed: Tensor | None = None
@@ -402,15 +402,15 @@ class TransformersLoop:
             timer.mark("verify")
             output.append(tokens)
             if streamer is not None:
-                streamer.put(tokens[0].cpu())
+                for index, token in enumerate(tokens.tolist()):
+                    stream(streamer, index, token)
             positions = positions[:, -1:] + 1
             if attention_mask is not None:
                 mask = torch.cat([mask, mask.new_ones(batch, 1)], dim=1)
             timer.mark("other")
         sequences = torch.cat([input_ids, torch.cat(output, dim=1).to(input_ids)], dim=1)
         timer.mark("other")
-        if streamer is not None:
-            streamer.end()
+        end_stream(streamer)
         if not return_dict_in_generate:
             return sequences
         emitted = batch * max_new_tokens
@@ -461,18 +461,21 @@ class AssistedDecoder:
         device = self._large.device
         large, small = _PassTimer(), _PassTimer()
         start = perf_counter()
-        with ExitStack() as stack:
+
+        def enter(stack: ExitStack) -> None:
             for in_its_role in self._in_their_roles:
                 stack.enter_context(in_its_role())
-            stack.enter_context(_without_ends(self._large, self._small))
             stack.enter_context(large.on(self._large))
             stack.enter_context(small.on(self._small))
+
+        with _without_ends(self._large, self._small), ExitStack() as stack:
+            enter(stack)
             generate: Any = self._large.generate
             sequences = generate(
                 input_ids.to(device),
                 attention_mask=torch.ones_like(input_ids).to(device),
                 assistant_model=self._small,
-                streamer=streamer,
+                streamer=None if streamer is None else _Aside(streamer, stack, enter),
                 max_new_tokens=max_new_tokens,
                 **sampling,
             )
@@ -486,6 +489,21 @@ class AssistedDecoder:
             sequences,
             _plain_stats(large.passes, large.passes, sequences.shape[1] - input_ids.shape[1], split),
         )
+
+
+class _Aside:
+    """A streamer whose receiver may run the same networks, in roles of their own, before it gives back."""
+
+    def __init__(self, streamer: Streamer, stack: ExitStack, enter: Callable[[ExitStack], None]) -> None:
+        self._streamer, self._stack, self._enter = streamer, stack, enter
+
+    def put(self, value: Tensor) -> None:
+        self._stack.close()
+        self._streamer.put(value)
+        self._enter(self._stack)
+
+    def end(self) -> None:
+        self._streamer.end()
 
 
 class _PassTimer:

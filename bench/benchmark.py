@@ -18,11 +18,18 @@ from .cost_model import Projection
 from .machine import Environment, environment, memory_bandwidth, source_commit
 from .plan import NAIVE, Plan, Setting, build_decoders, decoder_names
 from .prompts import prompt_batches, with_context
+from .turns import can_pause
 
 __all__ = ["FORMAT", "Report", "Result", "check_contexts", "new_report", "run_benchmark", "total_runs"]
 
-FORMAT = 2
+FORMAT = 3
 """Of the JSON; grows when a reader of the old one would go wrong."""
+
+_TURN_SECONDS = 0.04
+"""Of a run before others' turns come: long enough that what they leave in the caches plays no part."""
+
+_MOST_TO_PAUSE = 2**30
+"""Bytes of models whose runs pause. Rounds of larger ones last long, and so would a cache a decoder."""
 
 
 @dataclass(frozen=True)
@@ -190,6 +197,9 @@ def run_benchmark(
         on_result: called when the report has another result.
     """
     plan = report.plan
+    device = models.runners().large.device
+    weights = sum(row["bytes"] for row in report.models)
+    pausing = can_pause() and device.type == "cpu" and weights <= _MOST_TO_PAUSE
     for setting in _missing(report):
         on_setting(setting)
         ids = prompts if setting.context is None else with_context(prompts, setting.context)
@@ -197,12 +207,12 @@ def run_benchmark(
         if setting.temperature > 0:
             sampling = {"do_sample": True, "temperature": setting.temperature}
         comparison = compare(
-            build_decoders(plan, setting, models, report.simulated_acceptance),
+            build_decoders(plan, setting, models, report.simulated_acceptance, own_caches=pausing),
             prompt_batches(ids, setting.batch, plan.runs(setting, len(prompts))),
             reference=NAIVE,
             seed=plan.seed,
-            tries=plan.tries,
-            device=models.runners().large.device,
+            turn_seconds=_TURN_SECONDS if pausing else None,
+            device=device,
             on_run=lambda _: on_run(),
             max_new_tokens=setting.new_tokens,
             top_k=0,

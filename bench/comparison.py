@@ -1,18 +1,18 @@
 """Decoders measured against each other in interleaved pairs, so that a machine's moods hit all of them.
 
-Every decoder answers a batch of prompts before the next batch's turn comes: A B C, B C A, ... Within a turn
-they may do so several times, A B C A B C, of which the one of median time counts: the work is the same each
-time. The reference then also runs in between, since its noise is that of every ratio. A pair is one decoder's
-run and the reference's run of the same turn, and ratios of speed are taken within pairs.
+Every decoder answers a batch of prompts before the next batch's turn comes: A B C, B C A, ... Where runs can
+pause, they do so every few milliseconds for the others of the turn, and a decoder that is faster than the
+reference answers again until the reference has, so that all meet the same moods. A pair is one decoder's time
+and the reference's in the same turn, and ratios of speed are taken within pairs.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
-from time import perf_counter
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,17 +23,9 @@ from speculative_eft.decoding import EFTStats
 
 from .machine import peak_memory
 from .prompts import PromptBatch
+from .turns import Watch, take_turns
 
 __all__ = ["PHASES", "Comparison", "Decoder", "Measurement", "Percentiles", "Spread", "compare"]
-
-_LONGEST_TO_REPEAT = 0.5
-"""Seconds of a decoder in a turn beyond which it does not run again: one long run has little noise."""
-
-_REFERENCE_EVERY = 4
-"""Decoders between two runs of the reference."""
-
-_LONGEST_OF_REFERENCE = 5.0
-"""Seconds of the reference in a turn beyond which it does not run again."""
 
 PHASES = ("draft", "large", "base", "verify", "other")
 """Phases of a round in `EFTStats.seconds`."""
@@ -84,19 +76,18 @@ class Percentiles:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One decoder's runs; counts and shares are over all of them.
+    """One decoder's runs, one a turn; counts and shares are over all of them.
 
     Attributes:
         name: as given to `compare`.
         run_tokens: new tokens of each run, all sequences together, in the order of the runs.
-        run_seconds: wall-clock seconds of each run, prefill included.
+        run_seconds: wall-clock seconds of each run, prefill included; the mean where a turn repeated it.
         same_output: runs whose tokens are those of the reference's run of the pair.
         tokens_per_second: over runs.
         ratio: this decoder's tokens a second over the reference's, over pairs.
-        seconds_to_first_token: over runs. For one sequence, when its first tokens came; for a batch, its
-            prefill and one mean round.
-        milliseconds_per_token: what a sequence waits for a token after its first. For one sequence over
-            tokens, those of one round sharing its time; for a batch over runs, one mean a run.
+        seconds_to_first_token: until a sequence's first tokens came, the mean of a batch, over runs.
+        milliseconds_per_token: what a sequence waits for a token after its first, over tokens, those of one
+            round sharing its time.
         rounds: rounds of the batch; plain decoding has one a token.
         tokens_per_round: new tokens a sequence gains a round.
         drafted_per_round: tokens drafted a sequence and round.
@@ -163,7 +154,7 @@ class Comparison:
         reference: the decoder that ratios refer to.
         batch: sequences decoded together.
         runs: of each decoder.
-        tries: how often each run was made, the median counting; fewer of decoders that took half a second.
+        turn_seconds: after which a run gave way to the others'; None where runs were whole.
         seed: that of the first turn; turn i has seed + i.
         generation_options: as given to `generate`.
         measurements: in the order of the decoders.
@@ -172,7 +163,7 @@ class Comparison:
     reference: str
     batch: int
     runs: int
-    tries: int
+    turn_seconds: float | None
     seed: int
     generation_options: dict[str, Any]
     measurements: tuple[Measurement, ...]
@@ -202,19 +193,23 @@ class Comparison:
 
 
 class _Arrivals:
-    """A streamer that notes when tokens come and how many."""
+    """A streamer, for one sequence or several, that notes when tokens come, how many, and lets others run."""
 
-    def __init__(self) -> None:
-        self.times: list[float] = []
-        self.counts: list[int] = []
+    def __init__(self, watch: Watch, sequences: int) -> None:
+        self._watch = watch
         self._prompt_is_next = True
+        self.tokens: list[list[tuple[float, int]]] = [[] for _ in range(sequences)]
+        """For each sequence, when tokens came, and how many."""
 
     def put(self, value: Tensor) -> None:
         if self._prompt_is_next:
             self._prompt_is_next = False
-            return
-        self.times.append(perf_counter())
-        self.counts.append(value.numel())
+        else:
+            self.note(0, value)
+
+    def note(self, index: int, tokens: Tensor) -> None:
+        self.tokens[index].append((self._watch.now(), tokens.numel()))
+        self._watch.pause()
 
     def end(self) -> None:
         pass
@@ -235,7 +230,7 @@ def compare(
     *,
     reference: str,
     seed: int = 0,
-    tries: int = 1,
+    turn_seconds: float | None = None,
     device: torch.device | None = None,
     on_run: Callable[[str], None] | None = None,
     **generation_kwargs: Any,
@@ -247,9 +242,10 @@ def compare(
         batches: of one size; one turn each.
         reference: the decoder that ratios refer to.
         seed: turn i has seed + i, so that every run of a decoder draws anew and a pair shares a seed.
-        tries: how often each run is made, of which the one of median time counts; the reference's more often.
+        turn_seconds: after which a run gives way to the others', which takes greenlet and decoders with
+            caches of their own; longer for decoders that take longer than the reference. None for whole runs.
         device: where the decoders run and memory is looked at; the CPU unless given.
-        on_run: called with the decoder's name after each run and its first try, warm-ups included.
+        on_run: called with the decoder's name after its warm-up and its first run of each turn.
         **generation_kwargs: options of `generate`.
 
     Raises:
@@ -261,122 +257,131 @@ def compare(
     if len(sizes) != 1:
         raise ValueError("batches must hold at least one batch, and all the same number of prompts")
     names = list(decoders)
-    runs: dict[str, list[_Run]] = {name: [] for name in names}
+    turns: dict[str, list[list[_Run]]] = {name: [] for name in names}
+    watches: dict[str, Watch] = {}
     memory: dict[str, int | None] = {}
 
-    def run(name: str, batch: PromptBatch, turn: int, is_first: bool) -> _Run:
-        done = _run(decoders[name], batch, seed + turn, generation_kwargs)
-        if on_run is not None and is_first:
+    def run(name: str, turn: int, done: list[_Run]) -> None:
+        done.append(_run(decoders[name], batches[turn], seed + turn, watches[name], generation_kwargs))
+        if on_run is not None and len(done) == 1:
             on_run(name)
-        return done
 
-    def spent(done: list[_Run]) -> float:
-        return sum(one.seconds for one in done)
+    def warm_up(name: str) -> float:
+        watches[name] = Watch()
+        done: list[_Run] = []
+        memory[name] = peak_memory(device or torch.device("cpu"), lambda: run(name, 0, done))
+        return done[0].seconds
 
-    for name in names:
+    def repeated(name: str, turn: int, done: dict[str, list[_Run]]) -> Iterator[None]:
+        watches[name].begin()
+        while not done[name] or (warm[name] < warm[reference] and not done[reference]):
+            run(name, turn, done[name])
+            yield
 
-        def warm_up(name: str = name) -> object:
-            return run(name, batches[0], 0, True)
-
-        memory[name] = peak_memory(device or torch.device("cpu"), warm_up)
-    for turn, batch in enumerate(batches):
-        first = turn % len(names)
-        order = names[first:] + names[:first]
-        tried: dict[str, list[_Run]] = {name: [] for name in order}
-        for attempt in range(tries):
-            for place, name in enumerate(order):
-                # All ratios rest on the reference, so it has its share of every part of the turn.
-                if (
-                    tries > 1
-                    and place % _REFERENCE_EVERY == 0
-                    and spent(tried[reference]) < _LONGEST_OF_REFERENCE
-                ):
-                    tried[reference].append(run(reference, batch, turn, False))
-                longest = _LONGEST_OF_REFERENCE if name == reference else _LONGEST_TO_REPEAT
-                if attempt == 0 or spent(tried[name]) < longest:
-                    tried[name].append(run(name, batch, turn, attempt == 0))
-        for name, done in tried.items():
-            runs[name].append(sorted(done, key=lambda one: one.seconds)[(len(done) - 1) // 2])
+    # Whether gradients are wanted is the thread's own state, and jobs that take turns leave it in any order.
+    with torch.inference_mode():
+        warm = {name: warm_up(name) for name in names}
+        if turn_seconds is not None:
+            # Who takes longer than the reference has longer turns, so that all end together.
+            watches = {
+                name: Watch(turn_seconds * max(1.0, seconds / max(warm[reference], turn_seconds)))
+                for name, seconds in warm.items()
+            }
+        for turn in range(len(batches)):
+            first = turn % len(names)
+            done: dict[str, list[_Run]] = {name: [] for name in names[first:] + names[:first]}
+            take_turns([repeated(name, turn, done) for name in done], turn_seconds is not None)
+            for name, own in done.items():
+                turns[name].append(own)
     return Comparison(
         reference=reference,
         batch=sizes.pop(),
         runs=len(batches),
-        tries=tries,
+        turn_seconds=turn_seconds,
         seed=seed,
         generation_options=generation_kwargs,
         measurements=tuple(
-            _measurement(name, own, runs[reference], memory[name]) for name, own in runs.items()
+            _measurement(name, own, turns[reference], memory[name]) for name, own in turns.items()
         ),
     )
 
 
-def _run(decoder: Decoder, batch: PromptBatch, seed: int, generation_kwargs: dict[str, Any]) -> _Run:
+def _run(
+    decoder: Decoder, batch: PromptBatch, seed: int, watch: Watch, generation_kwargs: dict[str, Any]
+) -> _Run:
     sequences, width = batch.input_ids.shape
-    arrivals = _Arrivals()
-    start = perf_counter()
+    arrivals = _Arrivals(watch, sequences)
+    start, away = watch.now(), watch.away
     output = decoder.generate(
         batch.input_ids,
         batch.attention_mask,
         seed=seed,
         return_dict_in_generate=True,
         trace=False,
-        streamer=arrivals if sequences == 1 else None,
+        streamer=arrivals if sequences == 1 else arrivals.note,
         **generation_kwargs,
     )
     tokens = output.sequences[:, width:].tolist()
-    seconds = perf_counter() - start
+    seconds = watch.now() - start
     stats: EFTStats = output.stats
-    if sequences == 1:
-        times, counts = arrivals.times, arrivals.counts
-        first = times[0] - start
-        gaps = [now - before for before, now in pairwise(times)]
-        waits = [
-            1000 * gap / count for gap, count in zip(gaps, counts[1:], strict=True) for _ in range(count)
-        ]
-    else:
-        prefill = stats.seconds.get("prefill", 0.0)
-        first = prefill + (seconds - prefill) / stats.rounds
-        later = len(tokens[0]) - 1
-        waits = [1000 * (seconds - first) / later] if later else []
-    return _Run(tokens, seconds, first, waits or [1000 * first], stats)
+    # Tokens are handed out in the phase "other".
+    spent = stats.seconds | {"other": stats.seconds.get("other", 0.0) - (watch.away - away)}
+    waits = [
+        1000 * (then - before) / count
+        for own in arrivals.tokens
+        for (before, _), (then, count) in pairwise(own)
+        for _ in range(count)
+    ]
+    first = statistics.fmean(own[0][0] for own in arrivals.tokens) - start
+    return _Run(tokens, seconds, first, waits or [1000 * first], dataclasses.replace(stats, seconds=spent))
 
 
-def _measurement(name: str, runs: list[_Run], reference: list[_Run], memory: int | None) -> Measurement:
-    all_stats = [run.stats for run in runs]
-    emitted = sum(stats.emitted_tokens for stats in all_stats)
-    rounds = sum(stats.rounds for stats in all_stats)
-    sequence_rounds = sum(stats.sequence_rounds for stats in all_stats)
-    tested = sum(stats.tested_tokens for stats in all_stats)
-    accepted = sum(stats.accepted_tokens for stats in all_stats)
-    expected = sum(stats.expected_acceptance * stats.tested_tokens for stats in all_stats)
-    run_tokens = tuple(stats.emitted_tokens for stats in all_stats)
-    run_seconds = tuple(run.seconds for run in runs)
-    own = [tokens / seconds for tokens, seconds in zip(run_tokens, run_seconds, strict=True)]
+def _measurement(
+    name: str, turns: list[list[_Run]], reference: list[list[_Run]], memory: int | None
+) -> Measurement:
+    # What a turn repeats is the same work: it is counted once, and every time is looked at.
+    runs, every = [own[0] for own in turns], [run for own in turns for run in own]
+    counted, timed = [run.stats for run in runs], [run.stats for run in every]
+    emitted = sum(stats.emitted_tokens for stats in counted)
+    sequence_rounds = sum(stats.sequence_rounds for stats in counted)
+    tested = sum(stats.tested_tokens for stats in counted)
+    accepted = sum(stats.accepted_tokens for stats in counted)
+    expected = sum(stats.expected_acceptance * stats.tested_tokens for stats in counted)
+    own, other = _speeds(turns), _speeds(reference)
     return Measurement(
         name=name,
-        run_tokens=run_tokens,
-        run_seconds=run_seconds,
-        same_output=sum(run.tokens == other.tokens for run, other in zip(runs, reference, strict=True)),
+        run_tokens=tuple(stats.emitted_tokens for stats in counted),
+        run_seconds=tuple(_seconds(turn) for turn in turns),
+        same_output=sum(run.tokens == other[0].tokens for run, other in zip(runs, reference, strict=True)),
         tokens_per_second=Spread.of(own),
-        ratio=_ratio(own, [run.stats.emitted_tokens / run.seconds for run in reference]),
-        seconds_to_first_token=Spread.of([run.first_token for run in runs]),
-        milliseconds_per_token=Percentiles.of([wait for run in runs for wait in run.token_milliseconds]),
-        rounds=rounds,
+        ratio=_ratio(own, other),
+        seconds_to_first_token=Spread.of([run.first_token for run in every]),
+        milliseconds_per_token=Percentiles.of([wait for run in every for wait in run.token_milliseconds]),
+        rounds=sum(stats.rounds for stats in counted),
         tokens_per_round=emitted / sequence_rounds,
-        drafted_per_round=sum(stats.drafted_tokens for stats in all_stats) / sequence_rounds,
+        drafted_per_round=sum(stats.drafted_tokens for stats in counted) / sequence_rounds,
         tested_tokens=tested,
         acceptance_rate=accepted / tested if tested else None,
         expected_acceptance=expected / tested if tested else None,
-        accepted_by_position=_by_position(all_stats),
+        accepted_by_position=_by_position(counted),
         large_calls_per_token=sequence_rounds / emitted,
         milliseconds_per_round={
-            phase: 1000 * sum(stats.seconds.get(phase, 0.0) for stats in all_stats) / rounds
+            phase: 1000
+            * sum(stats.seconds.get(phase, 0.0) for stats in timed)
+            / sum(stats.rounds for stats in timed)
             for phase in PHASES
         },
-        prefill_milliseconds=1000
-        * statistics.fmean(stats.seconds.get("prefill", 0.0) for stats in all_stats),
+        prefill_milliseconds=1000 * statistics.fmean(stats.seconds.get("prefill", 0.0) for stats in timed),
         peak_memory_bytes=memory,
     )
+
+
+def _seconds(turn: list[_Run]) -> float:
+    return statistics.fmean(run.seconds for run in turn)
+
+
+def _speeds(turns: list[list[_Run]]) -> list[float]:
+    return [turn[0].stats.emitted_tokens / _seconds(turn) for turn in turns]
 
 
 def _by_position(all_stats: Sequence[EFTStats]) -> tuple[float, ...]:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from speculative_eft.decoding import EFTConfig, EFTDecoder, NaiveEFTDecoder
 from speculative_eft.kernels import AcceptanceRule
-from speculative_eft.models import EFTModels, StepCosts
+from speculative_eft.models import EFTModels, EFTRunners, StepCosts
 
 from .baselines import AssistedDecoder, SingleModelDecoder, TransformersLoop, ordinary_speculation
 from .comparison import Decoder
@@ -92,7 +92,6 @@ class Plan:
 
     Attributes:
         repeats: runs on each batch of prompts in the grid.
-        tries: how often each run is made, of which the one of median time counts.
         least_runs: of each decoder in any setting; in a sweep also the most.
         seed: of the first turn of each setting.
     """
@@ -107,7 +106,6 @@ class Plan:
     rules: tuple[AcceptanceRule, ...]
     draft_tokens: tuple[DraftTokens, ...]
     repeats: int
-    tries: int
     least_runs: int
     seed: int
 
@@ -203,14 +201,17 @@ def decoder_names(plan: Plan, setting: Setting, simulated: bool) -> list[str]:
 
 
 def build_decoders(
-    plan: Plan, setting: Setting, models: EFTModels, simulated_acceptance: float | None
+    plan: Plan,
+    setting: Setting,
+    models: EFTModels,
+    simulated_acceptance: float | None,
+    own_caches: bool = False,
 ) -> dict[str, Decoder]:
-    """The decoders of `decoder_names`."""
+    """The decoders of `decoder_names`; with caches of their own, several can be in the middle of a run."""
     sizes = [
         sum(parameter.numel() for parameter in model.parameters())
         for model in (models.large_base, *models.small_tuned, models.small_base)
     ]
-    runners = models.runners()
     shared: dict[str, Any] = {
         "alpha": setting.alpha,
         "beta": setting.beta,
@@ -218,26 +219,29 @@ def build_decoders(
     }
     if simulated_acceptance is not None:
         # Random logits have nothing to remember, and bare runners do not know their sizes.
-        runners = forced_runners(runners, simulated_acceptance)
         costs = StepCosts(sum(sizes[1:-1]) / sizes[0], 0.0)
         shared |= {"remembered": 0, "cost_ratio": costs.cost_ratio}
     else:
         costs = models.step_costs(pair=False, batch=setting.batch)
         shared |= {"expected_batch": setting.batch}
-    subject = models if simulated_acceptance is None else runners
     speculative = _speculative(plan, setting)
 
     def build(name: str) -> Decoder:
-        if name == NAIVE:
-            return NaiveEFTDecoder(subject, EFTConfig(**shared))
         if name == LOOP:
             return TransformersLoop(models, setting.alpha, setting.beta)
-        if name in (LARGE, TUNED):
-            return SingleModelDecoder(subject, "large_base" if name == LARGE else "small_tuned")
         if name == ASSISTED:
             return AssistedDecoder(models)
+        own = models.with_own_caches() if own_caches else models
+        subject: EFTModels | EFTRunners = own
+        if simulated_acceptance is not None:
+            subject = forced_runners(own.runners(), simulated_acceptance)
+        if name == NAIVE:
+            return NaiveEFTDecoder(subject, EFTConfig(**shared))
+        if name in (LARGE, TUNED):
+            return SingleModelDecoder(subject, "large_base" if name == LARGE else "small_tuned")
         if name.startswith(SPECULATION):
             _, _, count = name.partition("K=")
+            runners = subject.runners() if isinstance(subject, EFTModels) else subject
             return ordinary_speculation(runners, int(count) if count else "auto", costs)
         rule, draft_tokens = speculative[name.removesuffix(AGAIN)]
         return EFTDecoder(subject, EFTConfig(acceptance=rule, draft_tokens=draft_tokens, **shared))

@@ -53,11 +53,11 @@ code { background: #f4f4f4; padding: .1rem .3rem }
 _TERMS = {
     "tokens/s": "new tokens of all sequences over the wall-clock time of the call, prefill included",
     "ratio": "taken within pairs: two decoders on the same prompts in the same turn, with the same seed",
-    "run": "the median of a few tries of the same work; one alone for decoders that take half a second",
-    "first token": "milliseconds until the first new token; for a batch, its prefill and one mean round",
+    "run": "the answer to one batch of prompts; where runs pause for each other, who is faster than the "
+    "reference answers again until the reference has, and the mean counts",
+    "first token": "milliseconds until the first new tokens of a sequence",
     "per token": "milliseconds a sequence waits for a token after its first; tokens of one round share its "
-    "time. "
-    "For one sequence over all tokens; for a batch over runs, one mean each",
+    "time",
     "tokens a round": "new tokens a sequence gains with each call of the large model",
     "acceptance": "share of the tested drafted tokens that were accepted; a round tests up to the first it "
     "rejects",

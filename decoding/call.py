@@ -18,7 +18,9 @@ from .processors import PrefixFunction, Processing, build_processing
 from .request import GenerationOptions, Prompts, read_options, read_prompts, read_seeds
 from .stopping import build_criteria
 
-__all__ = ["Arguments", "Call", "Streamer", "TokenCallback", "read_call"]
+__all__ = [
+    "Arguments", "Call", "Streamer", "TokenCallback", "begin_stream", "end_stream", "read_call", "stream",
+]  # fmt: skip
 
 
 class Streamer(Protocol):
@@ -200,3 +202,23 @@ def _check_streamer(streamer: Any, batch: int) -> None:
             f"streamer takes one sequence, got a batch of {batch}; give a function of a sequence's index and "
             "tokens instead"
         )
+
+
+def begin_stream(streamer: Streamer | TokenCallback | None, input_ids: Tensor) -> None:
+    """Hand out the prompt, to who takes it."""
+    if streamer is not None and hasattr(streamer, "put"):
+        streamer.put(input_ids.cpu())
+
+
+def stream(streamer: Streamer | TokenCallback, index: int, tokens: Sequence[int]) -> None:
+    """Hand out what the sequence at `index` has gained in a round."""
+    if hasattr(streamer, "put"):
+        streamer.put(torch.tensor(tokens))
+    else:
+        streamer(index, torch.tensor(tokens))
+
+
+def end_stream(streamer: Streamer | TokenCallback | None) -> None:
+    """Say that the output is complete, to who wants to know."""
+    if streamer is not None and hasattr(streamer, "end"):
+        streamer.end()

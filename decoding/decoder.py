@@ -31,7 +31,16 @@ from speculative_eft.models import (
 )
 
 from .adapter import continue_for_transformers
-from .call import Arguments, Call, Streamer, TokenCallback, read_call
+from .call import (
+    Arguments,
+    Call,
+    Streamer,
+    TokenCallback,
+    begin_stream,
+    end_stream,
+    read_call,
+    stream,
+)
 from .chat import Chat, PlainChat
 from .config import EFTConfig
 from .draft_length import DraftLengthPolicy
@@ -319,8 +328,7 @@ class EFTDecoder:
         if call.criteria:
             watch = StopWatch(call.criteria, call.input_ids, options.max_new_tokens, options.pad_token_id)
         timer.mark("prefill")
-        if streamer is not None and hasattr(streamer, "put"):
-            streamer.put(call.input_ids.cpu())
+        begin_stream(streamer, call.input_ids)
         first = first_round_of_own_prompts(self.runners, state, call.prompts, call.tuned_prompts)
         longest = max(call.prompts.longest, call.tuned_prompts.longest)
         if call.processing is None:
@@ -332,8 +340,7 @@ class EFTDecoder:
             rounds = self._run_general(state, plan, call, longest, timer, trace, buffers, watch, first)
         if watch is not None:
             cut(state, trace, watch.stopped, options.pad_token_id)
-        if streamer is not None and hasattr(streamer, "end"):
-            streamer.end()
+        end_stream(streamer)
         return self._output(call, state, rounds, timer, trace, buffers)
 
     def _kept(self, call: Call) -> tuple[Tensor, Tensor] | None:
@@ -538,7 +545,7 @@ class EFTDecoder:
             if streamer is not None:
                 for index, (count, _, *tokens) in enumerate(rows):
                     if count:
-                        _stream(streamer, index, tokens[:count])
+                        stream(streamer, index, tokens[:count])
             drafted = max(row[1] for row in rows)
             if first is not None:
                 drafted = first.finish(state, drafted)
@@ -579,7 +586,7 @@ class EFTDecoder:
             for index, (count, _, *tokens) in enumerate(rows):
                 totals[index] += count
                 if call.streamer is not None and count:
-                    _stream(call.streamer, index, tokens[:count])
+                    stream(call.streamer, index, tokens[:count])
             drafted = max(row[1] for row in rows)
             if first is not None:
                 drafted = first.finish(state, drafted)
@@ -663,13 +670,6 @@ def _end(state: RoundState, ended: Sequence[int]) -> None:
         rows = torch.tensor(ended, device=state.done.device)
         state.done[rows] = True
         state.draft_lens[rows] = 0
-
-
-def _stream(streamer: Streamer | TokenCallback, index: int, tokens: Sequence[int]) -> None:
-    if hasattr(streamer, "put"):
-        streamer.put(torch.tensor(tokens))
-    else:
-        streamer(index, torch.tensor(tokens))
 
 
 class NaiveEFTDecoder(EFTDecoder):

@@ -247,17 +247,21 @@ def main(
     target: Annotated[list[str] | None, typer.Option(help="Compile for this target; repeatable.")] = None,
     operation: Annotated[list[str] | None, typer.Option(help="Compile this operation; repeatable.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the table there as JSON.")] = None,
+    sparsely: Annotated[
+        bool, typer.Option("--sparsely", help="Each variant for one target, the targets in turn.")
+    ] = False,
 ) -> None:
     """Compile every kernel for every target, and fail if one spills or loads narrowly."""
     for given, known, name in ((target, tuple(TARGETS), "--target"), (operation, MODULES, "--operation")):
         for value in given or ():
             if value not in known:
                 raise typer.BadParameter(f"{value!r} is none of {', '.join(known)}", param_hint=name)
+    targets = target or list(TARGETS)
     work = [
         (module, index, one)
         for module in operation or MODULES
         for index in range(len(_specialisations(module)))
-        for one in target or TARGETS
+        for one in ([targets[index % len(targets)]] if sparsely else targets)
     ]
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
         results = list(pool.map(_report_on_index, work))

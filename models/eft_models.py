@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -216,6 +217,12 @@ class EFTModels:
             )
             self._runners = EFTRunners(large, list(tuned), base)
         return self._runners
+
+    def with_own_caches(self) -> EFTModels:
+        """The same networks with runners, and so with caches, of their own."""
+        other = copy.copy(self)
+        other._runners = None
+        return other
 
     def forward_passes(self) -> list[tuple[PreTrainedModel, Callable[[], AbstractContextManager[None]]]]:
         """Each model and a context in which its own forward pass is that of its role, in `describe`'s order.

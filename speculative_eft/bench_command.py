@@ -83,7 +83,6 @@ _FULL: dict[str, Any] = {
     "acceptance": ["block", "token", "shared_seed"],
     "draft_tokens": [1, 2, 3, 4, 5, 6, 8, "auto"],
     "prompts": 16,
-    "tries": 3,
     "least_runs": 8,
 }
 _QUICK: dict[str, Any] = {
@@ -96,8 +95,7 @@ _QUICK: dict[str, Any] = {
     "conservative_top_p": [],
     "acceptance": ["block"],
     "draft_tokens": [2, 4, 8, "auto"],
-    "prompts": 6,
-    "tries": 2,
+    "prompts": 8,
     "least_runs": 4,
 }
 
@@ -187,16 +185,6 @@ def bench(
         ),
     ] = None,
     repeats: Annotated[int, option("Runs on each batch of prompts.", "N", SAMPLING, min=1)] = 1,
-    tries: Annotated[
-        int | None,
-        option(
-            "Tries of each run, of which the median counts.",
-            "N",
-            SAMPLING,
-            min=1,
-            show_default="3, with --quick 2",
-        ),
-    ] = None,
     seed: Annotated[int, option("Of the first turn.", "N", SAMPLING, callback=seed_value)] = 0,
     simulate_acceptance: Annotated[
         float | None,
@@ -290,7 +278,6 @@ def bench(
     plan = Plan(
         **plan_values,
         repeats=repeats,
-        tries=tries or defaults["tries"],
         least_runs=defaults["least_runs"],
         seed=seed,
     )

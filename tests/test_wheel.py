@@ -39,7 +39,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_installed(installed: Path, *arguments: str) -> str:
     # -P and the path put the unpacked wheel before the editable installation.
-    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    # Compiling what Numba's cache does not have there would take a minute and a half.
+    environment = {**os.environ, "PYTHONPATH": str(installed), "SPECULATIVE_EFT_BACKEND": "torch"}
     done = subprocess.run(
         [sys.executable, "-P", *arguments],
         cwd=installed.parent,

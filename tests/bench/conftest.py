@@ -27,7 +27,6 @@ PLAN = Plan(
     rules=("block", "token"),
     draft_tokens=(1, 2, "auto"),
     repeats=1,
-    tries=1,
     least_runs=2,
     seed=0,
 )

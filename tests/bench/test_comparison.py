@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from speculative_eft.bench import comparison
+from speculative_eft.bench import comparison, turns
 from speculative_eft.bench.comparison import PHASES, Comparison, Percentiles, Spread, compare
 from speculative_eft.bench.machine import environment, peak_memory
 from speculative_eft.bench.prompts import PromptBatch
@@ -42,16 +42,18 @@ class FakeDecoder:
     ) -> EFTOutput:
         assert generation_kwargs == {"return_dict_in_generate": True, "trace": False, "max_new_tokens": 9}
         self.log.append((self.name, int(input_ids[0, 0]), seed))
-        batch, seconds = input_ids.shape[0], next(self.seconds)
-        # A quarter of the time and the tokens for the first round, the rest for the second.
-        if streamer is not None:
+        batch, seconds, begun = input_ids.shape[0], next(self.seconds), self.clock.now
+        if batch == 1:
             streamer.put(input_ids)
-            for share in (1, 3):
-                self.clock.now += share * seconds / 4
-                streamer.put(torch.full((share * self.tokens // 4,), 7))
-            streamer.end()
-        else:
-            self.clock.now += seconds
+        # A quarter of the time and the tokens for the first round, the rest for the second.
+        for share in (1, 3):
+            self.clock.now += share * seconds / 4
+            tokens = torch.full((share * self.tokens // 4,), 7)
+            for index in range(batch):
+                if batch == 1:
+                    streamer.put(tokens)
+                else:
+                    streamer(index, tokens)
         stats = EFTStats(
             rounds=2,
             sequence_rounds=2 * batch,
@@ -61,7 +63,7 @@ class FakeDecoder:
             emitted_tokens=self.tokens * batch,
             accepted_by_position=(1.0, 0.5),
             expected_acceptance=0.5,
-            seconds={"prefill": 0.5, "draft": 0.002, "large": 0.004},
+            seconds={"prefill": 0.5, "draft": 0.002, "large": 0.004, "other": self.clock.now - begun},
         )
         return EFTOutput(
             sequences=torch.cat([input_ids, torch.full((batch, self.tokens), 7)], dim=1), stats=stats
@@ -76,7 +78,7 @@ def log() -> list[tuple[str, int, int]]:
 @pytest.fixture
 def result(log: list[tuple[str, int, int]], monkeypatch: pytest.MonkeyPatch) -> comparison.Comparison:
     clock = Clock()
-    monkeypatch.setattr(comparison, "perf_counter", clock)
+    monkeypatch.setattr(turns, "perf_counter", clock)
     decoders = {
         "slow": FakeDecoder("slow", log, clock, [100, 4, 2, 4, 2], tokens=4),
         "fast": FakeDecoder("fast", log, clock, [100, 1, 1, 2, 2], tokens=8),
@@ -100,24 +102,28 @@ def test_decoders_take_turns(result: comparison.Comparison, log: list[tuple[str,
     assert log == warm_up + turns
 
 
-def test_the_median_try_counts(log: list[tuple[str, int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_pause_for_each_other(log: list[tuple[str, int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("greenlet", reason="the extra [bench] is not installed")
     clock = Clock()
-    monkeypatch.setattr(comparison, "perf_counter", clock)
-    often = [0.6, 0.6, 0.7, 0.8, 0.5, 0.6, 0.7, 0.7, 0.7, 0.9, 0.7, 0.7]
+    monkeypatch.setattr(turns, "perf_counter", clock)
     decoders = {
-        "reference": FakeDecoder("reference", log, clock, [100, *often], tokens=4),
-        "slow": FakeDecoder("slow", log, clock, [100, 0.6, 0.7], tokens=4),
-        "fast": FakeDecoder("fast", log, clock, [100, 0.1, 0.3, 0.2, 0.1, 0.1, 0.2], tokens=4),
+        "reference": FakeDecoder("reference", log, clock, [4, 4, 8], tokens=4),
+        "slow": FakeDecoder("slow", log, clock, [8, 8, 16], tokens=4),
+        "fast": FakeDecoder("fast", log, clock, [1, 1, 2, 3, 1, 1, 1, 1], tokens=4),
     }
     seen: list[str] = []
-    result = compare(decoders, PROMPTS, reference="reference", tries=3, on_run=seen.append, max_new_tokens=9)
-    assert result.tries == 3
-    # Half a second is enough to be measured once, but for the reference, which also runs before the others.
-    assert result["reference"].run_seconds == pytest.approx((0.6, 0.7))
-    assert result["slow"].run_seconds == pytest.approx((0.6, 0.7))
-    assert result["fast"].run_seconds == pytest.approx((0.2, 0.1))
-    assert [name for name, *_ in log].count("fast") == 7
-    assert [name for name, *_ in log].count("reference") == 13
+    result = compare(
+        decoders, PROMPTS, reference="reference", turn_seconds=2, on_run=seen.append, max_new_tokens=9
+    )
+    assert result.turn_seconds == 2
+    # Who is fast answers until the reference has, and the time of others counts for nobody.
+    assert result["reference"].run_seconds == (4, 8) and result["slow"].run_seconds == (8, 16)
+    assert [name for name, *_ in log[3:7]] == ["reference", "slow", "fast", "fast"]
+    assert result["fast"].run_seconds == pytest.approx((1.5, 1.4))
+    assert [name for name, *_ in log].count("fast") == 8
+    assert result["fast"].rounds == 4 and result["fast"].run_tokens == (4, 4)
+    assert result["slow"].milliseconds_per_round["other"] == pytest.approx(1000 * (8 + 16) / 4)
+    assert result["slow"].seconds_to_first_token.median == pytest.approx(3)
     assert all(seen.count(name) == 3 for name in decoders)
 
 
@@ -150,16 +156,15 @@ def test_one_sequence_is_watched_token_by_token(result: comparison.Comparison) -
     assert result["slow"].milliseconds_per_token == Percentiles.of([1000.0] * 6 + [500.0] * 6)
 
 
-def test_a_batch_is_watched_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_is_watched_sequence_by_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    monkeypatch.setattr(comparison, "perf_counter", clock)
-    decoder = FakeDecoder("slow", [], clock, [100.0, 4.5], tokens=5)
+    monkeypatch.setattr(turns, "perf_counter", clock)
+    decoder = FakeDecoder("slow", [], clock, [100.0, 4.0], tokens=4)
     batch = PromptBatch(torch.tensor([[1, 2], [3, 4]]))
     row = compare({"slow": decoder}, [batch], reference="slow", max_new_tokens=9)["slow"]
-    # Half a second of prefill, two rounds of two seconds, four tokens after the first round's.
-    assert row.seconds_to_first_token.median == pytest.approx(2.5)
-    assert row.milliseconds_per_token.p50 == pytest.approx(500)
-    assert row.run_tokens == (10,) and row.tokens_per_round == 2.5 and row.drafted_per_round == 2
+    assert row.seconds_to_first_token.median == 1.0
+    assert row.milliseconds_per_token == Percentiles.of([1000.0] * 6)
+    assert row.run_tokens == (8,) and row.tokens_per_round == 2 and row.drafted_per_round == 2
 
 
 def test_json_has_it_all(result: comparison.Comparison) -> None:
