@@ -7,7 +7,7 @@ their places, and what is called has found them before the first round.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -89,57 +89,118 @@ def bind_pass(runner: Runner, block: Tensor, counts: Tensor, logits: Tensor) -> 
     return lambda _: call(), False
 
 
+def _bind_draft(
+    runners: Sequence[Runner],
+    by_step: Sequence[Tensor],
+    state: RoundState,
+    plan: RoundPlan,
+    block: Tensor,
+    counts: Tensor,
+    correction: Tensor,
+) -> Callable[[], None] | None:
+    """A draft by `runners`, whose logits go to `by_step`, float32 [drafted + 1, batch, vocab_size] each.
+
+    `block`, `counts` and `correction` are as in `Runner.bind_draft`. None where a model has no such steps.
+    """
+    start = DraftStart(state.last_token, state.draft_lens, state.done)
+    stream = Stream.SHARED if plan.acceptance == "shared_seed" else Stream.DRAFT
+    if len(runners) == 1:
+        return runners[0].bind_draft(
+            start, block, counts, plan.coefficients, plan.draft_sampling, state.noise, stream, state.memory,
+            state.early_stop, by_step[0], correction,
+        )  # fmt: skip
+    from speculative_eft.kernels.cpu.compile import arrays
+    from speculative_eft.kernels.cpu.drafting import begin_draft, draw, draw_arguments
+
+    batch, steps = block.shape
+    drawn, takes_part = (torch.zeros(batch, dtype=torch.int64) for _ in range(2))
+    passes: list[list[Callable[[], None]]] = []
+    for step in range(steps):
+        calls = [
+            runner.bind(drawn[:, None], takes_part, logits[step][:, None])
+            for runner, logits in zip(runners, by_step, strict=True)
+        ]
+        passes.append([call for call in calls if call is not None])
+        if len(passes[-1]) < len(runners):
+            return None
+    rows = [tensor.numpy() for tensor in (block, counts, drawn, takes_part)]
+    first = (*arrays(start, "last_token", "draft_lens", "done"), *rows)
+    logits = [None, *by_step] if plan.drafts_as_pair else [None, *by_step, None]
+    draws = draw_arguments(
+        logits, plan.coefficients, plan.draft_sampling, state.noise, stream, state.memory, state.early_stop,
+        correction,
+    )  # fmt: skip
+    lengths = [runner.lengths.numpy() for runner in runners]
+
+    def draft() -> None:
+        longest, step = begin_draft(*first), 0
+        while step < longest:
+            for call in passes[step]:
+                call()
+            for own in lengths:
+                own += 1
+            if step < steps - 1:
+                longest = draw(step, *rows, *draws)
+            step += 1
+        for own in lengths:
+            own += steps - step
+
+    return draft
+
+
 def bind_round(
     runners: EFTRunners, state: RoundState, plan: RoundPlan, drafted: int, room: Room
 ) -> BoundRound | None:
     """The round of `drafted` tokens, good until rows or caches change; None where it must run as it is.
 
-    That is where nothing can be bound, with more than one tuned model or with the small base among those
-    that draft, and where the tuned model has no compiled steps.
+    That is where nothing can be bound, and where a model that drafts has no compiled steps.
     """
-    if len(runners.tuned) != 1 or plan.drafts_as_pair or not can_bind(state):
+    if not can_bind(state):
         return None
     from speculative_eft.kernels.cpu.settle import bind_settle
 
-    (tuned,), batch, vocab_size = runners.tuned, state.last_token.shape[0], plan.vocab_size
+    batch, vocab_size = state.last_token.shape[0], plan.vocab_size
     # What a sequence does not draft is read, though it plays no part.
     block = torch.zeros(batch, drafted + 1, dtype=torch.int64)
     counts = torch.zeros(batch, dtype=torch.int64)
-    large_logits, base_logits, by_step = (
-        room.take(name, batch, drafted + 1, runner.vocab_size)
-        for name, runner in (("large", runners.large), ("base", runners.base), ("tuned", tuned))
-    )
-    # The draft is made step by step, and each step's logits lie together.
-    by_step = by_step.view(drafted + 1, batch, -1)
-    tuned_logits = by_step.transpose(0, 1)
+
+    def logits_of(name: str, runner: Runner) -> Tensor:
+        return room.take(name, batch, drafted + 1, runner.vocab_size)
+
+    large = logits_of("large", runners.large)
+    drafting = [*runners.tuned, runners.base] if plan.drafts_as_pair else runners.tuned
+    # A draft is made step by step, and each step's logits lie together.
+    by_step = [
+        logits_of(f"draft {index}", runner).view(drafted + 1, batch, -1)
+        for index, runner in enumerate(drafting)
+    ]
+    small = [logits.transpose(0, 1) for logits in by_step]
+    if not plan.drafts_as_pair:
+        small.append(logits_of("base", runners.base))
     corrected = 0 if state.memory is None else drafted
     correction = room.take("correction", batch, corrected, vocab_size)
-    draft = tuned.bind_draft(
-        DraftStart(state.last_token, state.draft_lens, state.done), block, counts, plan.coefficients,
-        plan.draft_sampling, state.noise, Stream.SHARED if plan.acceptance == "shared_seed" else Stream.DRAFT,
-        state.memory, state.early_stop, by_step, correction,
-    )  # fmt: skip
+    draft = _bind_draft(drafting, by_step, state, plan, block, counts, correction)
     if draft is None:
         return None
-    logits = [large_logits, tuned_logits, base_logits] + [correction] * (corrected > 0)
+    logits = [large, *small] + [correction] * (corrected > 0)
     laws = [room.take(name, batch, drafted + 1, vocab_size) for name in ("log target", "target", "draft")]
     verdict, report, settle = bind_settle(
         state, logits, block, counts, plan.coefficients, plan.sampling, plan.draft_sampling, plan.acceptance,
         plan.eos_token_ids, plan.draft_length_rule, caches_of(runners, plan), laws,
     )  # fmt: skip
-    large, large_runs_all = bind_pass(runners.large, block, counts, large_logits)
-    base, base_runs_all = bind_pass(runners.base, block, counts, base_logits)
+    scored, runs_all = bind_pass(runners.large, block, counts, large)
+    steps: list[tuple[str, Step]] = [("draft", lambda _: draft()), ("large", scored)]
+    if not plan.drafts_as_pair:
+        scored, base_runs_all = bind_pass(runners.base, block, counts, small[-1])
+        steps.append(("base", scored))
+        runs_all |= base_runs_all
+    steps.append(("verify", lambda _: settle()))
     return BoundRound(
-        steps=[
-            ("draft", lambda _: draft()),
-            ("large", large),
-            ("base", base),
-            ("verify", lambda _: settle()),
-        ],
+        steps=steps,
         counts=counts,
         verdict=verdict,
         report=report,
         read=report.numpy().tolist,
-        logits=[large_logits, base_logits, tuned_logits],
-        pays_for_done=large_runs_all or base_runs_all,
+        logits=[large, small[-1], *small[:-1]],
+        pays_for_done=runs_all,
     )

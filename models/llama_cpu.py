@@ -36,11 +36,8 @@ from speculative_eft.kernels.cpu.compile import (
     largest,
     use_threads,
 )
-from speculative_eft.kernels.cpu.early_stop import EARLY_STOP, early_stop_arrays, ends_draft
-from speculative_eft.kernels.cpu.filters import SAMPLING, sampling_arrays
-from speculative_eft.kernels.cpu.memory import MEMORY, memory_arrays, recall
+from speculative_eft.kernels.cpu.drafting import DRAWS, begin_draft, draw, draw_arguments
 from speculative_eft.kernels.cpu.products import dot_products
-from speculative_eft.kernels.cpu.sampler import draft_rows
 
 from .llama import LlamaBody, is_ordinary, is_plain
 from .protocol import DraftStart
@@ -164,15 +161,12 @@ class CompiledLlama:
             logits: float32 [drafted + 1, batch, vocab_size], written.
             correction: float32 [batch, drafted, vocabulary], written; [batch, 0, vocabulary] without memory.
         """
-        shared = stream is Stream.SHARED
+        draws = draw_arguments(
+            [None, logits, None], coefficients, sampling, noise, stream, memory, early_stop, correction
+        )
         return partial(
             _draft, *arrays(start, "last_token", "draft_lens", "done"), block.numpy(), counts.numpy(),
-            cache.lengths.numpy(), *self._network, logits.numpy(),
-            logits.data_ptr(), use_threads(), *arrays(coefficients, "draft_weights"),
-            *sampling_arrays(sampling),
-            *arrays(noise, "seeds", "positions" if shared else "rounds"), shared, int(stream),
-            *memory_arrays(memory), early_stop is not None, *early_stop_arrays(early_stop),
-            *arrays(coefficients, "beta"), correction.numpy(), correction.data_ptr(),
+            cache.lengths.numpy(), *self._network, logits.numpy(), use_threads(), *draws,
         )  # fmt: skip
 
 
@@ -513,11 +507,7 @@ def _forward(
                 out[k] = row[k]
 
 
-@entry(
-    f"void({TABLE}, {TABLE}, {FLAGS}, {TABLES}, {TABLE}, {TABLE}, {_NETWORK}, {CUBE}, int64, int64, "
-    f"{MATRIX}, {SAMPLING}, {TABLE}, {TABLE}, boolean, int64, {MEMORY}, boolean, {EARLY_STOP}, {VECTOR}, "
-    f"{CUBE}, int64)"
-)
+@entry(f"void({TABLE}, {TABLE}, {FLAGS}, {TABLES}, {TABLE}, {TABLE}, {_NETWORK}, {CUBE}, int64, {DRAWS})")
 def _draft(
     last_token: Any,
     draft_lens: Any,
@@ -533,8 +523,8 @@ def _draft(
     stores: Any,
     rotation: Any,
     logits: Any,
-    address: int,
     threads: int,
+    places: Any,
     law_weights: Any,
     temperature: Any,
     top_k: Any,
@@ -560,62 +550,24 @@ def _draft(
     prior_tested: float,
     beta: Any,
     correction: Any,
-    correction_address: int,
 ) -> None:
-    steps, batch, columns = logits.shape
-    vocab_size = correction.shape[2]
-    current = np.empty((batch, 1), np.int64)
-    drawn = last_token.copy()
-    counter = counters.copy()
-    # Of the large base, this model, the small base and the correction; what has weight 0 is not read.
-    table = np.zeros((4 if correction.shape[1] else 3, 3), np.int64)
-    table[1, 0], table[1, 1] = address, columns
-    if correction.shape[1]:
-        table[3, 0], table[3, 1] = correction_address, correction.shape[1] * vocab_size
-    takes_part = np.empty(batch, np.int64)
-    chances = np.empty(batch if may_end else 0, FLOAT)
-    longest = 0
-    for sequence in range(batch):
-        block[sequence, 0] = last_token[sequence]
-        counts[sequence] = 0 if done[sequence] else draft_lens[sequence] + 1
-        longest = max(longest, counts[sequence])
+    steps, batch = logits.shape[:2]
+    drawn, takes_part = np.empty(batch, np.int64), np.empty(batch, np.int64)
+    longest = begin_draft(last_token, draft_lens, done, block, counts, drawn, takes_part)
     step = 0
     while step < longest:
-        for sequence in range(batch):
-            current[sequence, 0] = drawn[sequence]
-            takes_part[sequence] = step < counts[sequence]
         _forward(
-            current, takes_part, lengths, sizes, eps, windows, ends, weights, stores, rotation, logits[step],
-            threads,
+            drawn.reshape((batch, 1)), takes_part, lengths, sizes, eps, windows, ends, weights, stores,
+            rotation, logits[step], threads,
         )  # fmt: skip
         for sequence in range(batch):
             lengths[sequence] += 1
         if step < steps - 1:
-            for sequence in range(batch):
-                takes_part[sequence] = step + 1 < counts[sequence]
-                if takes_part[sequence] and correction.shape[1]:
-                    recall(
-                        ratios, remembered, mean, count, sequence, current[sequence, 0], beta[sequence],
-                        correction[sequence, step],
-                    )  # fmt: skip
-            draft_rows(
-                table, law_weights, temperature, top_k, top_p, min_p, seeds, counter, 0 if shared else step,
-                stream, vocab_size, takes_part, drawn, chances,
+            longest = draw(
+                step, block, counts, drawn, takes_part, places, law_weights, temperature, top_k, top_p, min_p,
+                seeds, counters, shared, stream, ratios, remembered, mean, count, may_end, accepted, tested,
+                least, reach, grades, least_chances, fading, prior_accepted, prior_tested, beta, correction,
             )  # fmt: skip
-            table[1, 0] += 4 * batch * columns
-            if correction.shape[1]:
-                table[3, 0] += 4 * vocab_size
-            longest = 0
-            for sequence in range(batch):
-                block[sequence, step + 1] = drawn[sequence]
-                counter[sequence] += 1 if shared else 0
-                if (
-                    may_end
-                    and takes_part[sequence]
-                    and ends_draft(accepted, tested, least, reach, grades, sequence, step, chances[sequence])
-                ):
-                    counts[sequence] = step + 2
-                longest = max(longest, counts[sequence])
         step += 1
     for sequence in range(batch):
         lengths[sequence] += steps - step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -58,6 +59,38 @@ def test_bound_rounds_equal_plain_ones(
     remembered: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    config = EFTConfig(
+        acceptance=acceptance, draft_tokens=draft_tokens, cost_ratio=0.3, remembered=remembered
+    )
+    assert_bound_equals_plain(trio, config, options, monkeypatch)
+
+
+@pytest.mark.parametrize("acceptance", ["block", "shared_seed"])
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "temperature": 1.2, "top_k": 9}])
+@pytest.mark.parametrize("draft_tokens", [3, "auto"])
+@pytest.mark.parametrize("alpha", [0.6, (0.3, 0.7), (0.9, 0.4)], ids=["pair", "experts", "experts and base"])
+def test_bound_rounds_of_several_models_that_draft(
+    alpha: Any, draft_tokens: Any, acceptance: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = 1 if isinstance(alpha, float) else 2
+
+    def models() -> EFTModels:
+        small = tiny_model("llama", 0)
+        tuned = [perturbed(tiny_model("llama", 0), 2 + index, 0.02) for index in range(experts)]
+        return EFTModels(perturbed(tiny_model("llama", 0), 1, 0.02), tuned, small)
+
+    config = EFTConfig(
+        alpha, 0.8, draft_tokens=draft_tokens, acceptance=acceptance, cost_ratio=0.3, remembered=8
+    )
+    assert_bound_equals_plain(models, config, options, monkeypatch)
+
+
+def assert_bound_equals_plain(
+    trio: Callable[[], EFTModels],
+    config: EFTConfig,
+    options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     # Sequences end at different times, so rows are given to others.
     given = {
         **ragged_prompts(5),
@@ -66,9 +99,6 @@ def test_bound_rounds_equal_plain_ones(
         "eos_token_id": [3, 4],
         "seed": [5, 1, 4, 2, 8],
     }
-    config = EFTConfig(
-        acceptance=acceptance, draft_tokens=draft_tokens, cost_ratio=0.3, remembered=remembered
-    )
     bound = 0
 
     def counted(*arguments: Any) -> Any:
@@ -99,8 +129,8 @@ def test_bound_rounds_equal_plain_ones(
     for own, other in (
         (result.trace.target, expected.trace.target),
         (result.trace.large, expected.trace.large),
-        (result.trace.tuned[0], expected.trace.tuned[0]),
         (result.trace.base, expected.trace.base),
+        *zip(result.trace.tuned, expected.trace.tuned, strict=True),
     ):
         torch.testing.assert_close(own, other, equal_nan=True, atol=1e-4, rtol=1e-4)
 
@@ -120,8 +150,9 @@ def test_the_general_path_ends_drafts_where_bound_rounds_do(options: dict[str, A
     assert fused.stats.drafted_tokens < fused.stats.sequence_rounds * decoder.longest_draft / 2
 
 
-def test_a_bound_round_waits_for_nothing_and_moves_nothing() -> None:
-    decoder = EFTDecoder(tiny_trio("llama"), EFTConfig(draft_tokens=3))
+@pytest.mark.parametrize("draft", ["tuned", "pair"])
+def test_a_bound_round_waits_for_nothing_and_moves_nothing(draft: Any) -> None:
+    decoder = EFTDecoder(tiny_trio("llama"), EFTConfig(draft_tokens=3, draft=draft))
     given = ragged_prompts(4)
     prompts = read_prompts(given["input_ids"], given["attention_mask"], decoder.vocab_size)
     wanted = {"max_new_tokens": 20, "return_dict_in_generate": True, "do_sample": True, "top_k": 0}
@@ -156,7 +187,7 @@ def test_rows_of_those_done_go_where_a_pass_would_run_them(
 
 
 def test_what_is_not_bound_runs_as_it_is() -> None:
-    decoder = EFTDecoder(tiny_trio("llama"), EFTConfig(draft_tokens=2, draft="pair"))
+    decoder = EFTDecoder(tiny_trio("gpt2"), EFTConfig(draft_tokens=2, draft="pair"))
     given = ragged_prompts(2)
     prompts = read_prompts(given["input_ids"], given["attention_mask"], decoder.vocab_size)
     with torch.inference_mode():

@@ -1,0 +1,146 @@
+"""What a draft is beside its models' steps, compiled for a CPU: its begin, and the draws after each step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from ..noise import Stream
+from .compile import CUBE, FLAGS, FLOAT, MATRIX, TABLE, TABLES, VECTOR, arrays, entry
+from .early_stop import EARLY_STOP, early_stop_arrays, ends_draft
+from .filters import SAMPLING, sampling_arrays
+from .memory import MEMORY, memory_arrays, recall
+from .sampler import draft_rows
+
+if TYPE_CHECKING:
+    from ..early_stop import EarlyStop
+    from ..filters import Sampling
+    from ..memory import DraftMemory
+    from ..mix import Coefficients
+    from ..noise import NoiseKey
+
+__all__ = ["DRAWS", "begin_draft", "draw", "draw_arguments"]
+
+DRAWS = (
+    f"{TABLES}, {MATRIX}, {SAMPLING}, {TABLE}, {TABLE}, boolean, int64, {MEMORY}, boolean, {EARLY_STOP}, "
+    f"{VECTOR}, {CUBE}"
+)
+"""Types of `draw_arguments`."""
+
+
+def draw_arguments(
+    logits: Sequence[Tensor | None],
+    coefficients: Coefficients,
+    sampling: Sampling,
+    noise: NoiseKey,
+    stream: Stream,
+    memory: DraftMemory | None,
+    early_stop: EarlyStop | None,
+    correction: Tensor,
+) -> tuple[Any, ...]:
+    """What `draw` needs to know of a draft.
+
+    Args:
+        logits: of the large base, the tuned models and the small base, contiguous float32
+            [drafted + 1, batch, >= vocabulary]; None for those whose weight in the draft law is 0.
+        correction: float32 [batch, drafted, vocabulary], written; [batch, 0, vocabulary] without memory.
+    """
+    places = [
+        (0, 0, 0) if part is None else (part.data_ptr(), part.stride(1), part.stride(0)) for part in logits
+    ]
+    if correction.shape[1]:
+        places.append((correction.data_ptr(), correction.stride(0), correction.stride(1)))
+    shared = stream is Stream.SHARED
+    return (
+        np.array(places), *arrays(coefficients, "draft_weights"), *sampling_arrays(sampling),
+        *arrays(noise, "seeds", "positions" if shared else "rounds"), shared, int(stream),
+        *memory_arrays(memory), early_stop is not None, *early_stop_arrays(early_stop),
+        *arrays(coefficients, "beta"), correction.numpy(),
+    )  # fmt: skip
+
+
+@entry(f"int64({TABLE}, {TABLE}, {FLAGS}, {TABLES}, {TABLE}, {TABLE}, {TABLE})")
+def begin_draft(
+    last_token: Any, draft_lens: Any, done: Any, block: Any, counts: Any, drawn: Any, takes_part: Any
+) -> int:
+    """Set what the first step reads; returns how many steps the longest draft takes.
+
+    Into int64 `block` [batch, drafted + 1] go the tokens, into `counts` the steps of each sequence, 0 for one
+    that is done. `drawn` are each sequence's tokens of the next step, in which it runs if `takes_part` is 1.
+    """
+    longest = 0
+    for sequence in range(last_token.shape[0]):
+        block[sequence, 0] = drawn[sequence] = last_token[sequence]
+        counts[sequence] = 0 if done[sequence] else draft_lens[sequence] + 1
+        takes_part[sequence] = counts[sequence] > 0
+        longest = max(longest, counts[sequence])
+    return longest
+
+
+@entry(f"int64(int64, {TABLES}, {TABLE}, {TABLE}, {TABLE}, {DRAWS})")
+def draw(
+    step: int,
+    block: Any,
+    counts: Any,
+    drawn: Any,
+    takes_part: Any,
+    places: Any,
+    law_weights: Any,
+    temperature: Any,
+    top_k: Any,
+    top_p: Any,
+    min_p: Any,
+    seeds: Any,
+    counters: Any,
+    shared: bool,
+    stream: int,
+    ratios: Any,
+    remembered: Any,
+    mean: Any,
+    count: Any,
+    may_end: bool,
+    accepted: Any,
+    tested: Any,
+    least: Any,
+    reach: Any,
+    grades: Any,
+    least_chances: Any,
+    fading: float,
+    prior_accepted: float,
+    prior_tested: float,
+    beta: Any,
+    correction: Any,
+) -> int:
+    """The tokens that follow `step`, for all but its last; how many steps the longest draft takes now."""
+    batch, vocab_size = drawn.shape[0], correction.shape[2]
+    table = np.zeros_like(places)
+    for model in range(places.shape[0]):
+        table[model, 0], table[model, 1] = places[model, 0] + 4 * step * places[model, 2], places[model, 1]
+    counter = np.empty(batch, np.int64)
+    for sequence in range(batch):
+        counter[sequence] = counters[sequence] + (step if shared else 0)
+        takes_part[sequence] = step + 1 < counts[sequence]
+        if takes_part[sequence] and correction.shape[1]:
+            recall(
+                ratios, remembered, mean, count, sequence, drawn[sequence], beta[sequence],
+                correction[sequence, step],
+            )  # fmt: skip
+    chances = np.empty(batch if may_end else 0, FLOAT)
+    draft_rows(
+        table, law_weights, temperature, top_k, top_p, min_p, seeds, counter, 0 if shared else step, stream,
+        vocab_size, takes_part, drawn, chances,
+    )  # fmt: skip
+    longest = 0
+    for sequence in range(batch):
+        block[sequence, step + 1] = drawn[sequence]
+        if (
+            may_end
+            and takes_part[sequence]
+            and ends_draft(accepted, tested, least, reach, grades, sequence, step, chances[sequence])
+        ):
+            counts[sequence] = step + 2
+        longest = max(longest, counts[sequence])
+    return longest
