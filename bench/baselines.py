@@ -13,7 +13,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from speculative_eft.decoding import EFTConfig, EFTDecoder, EFTOutput, EFTStats, Streamer, TokenCallback
 from speculative_eft.decoding.bound import BoundRound, Room, bind_pass, can_bind
-from speculative_eft.decoding.call import begin_stream, end_stream, stream
+from speculative_eft.decoding.call import begin_stream, check_streamer, end_stream, stream
 from speculative_eft.decoding.request import read_options, read_prompts, read_seeds
 from speculative_eft.decoding.round import PhaseTimer, RoundPlan, new_round_state
 from speculative_eft.decoding.running import CapturedBatch, RunningBatch, rounded_span
@@ -187,6 +187,7 @@ class SingleModelDecoder:
         if unread:
             raise ValueError(f"{unread[0]} is not supported by the large base's plain decoding here")
         batch, device = prompts.tokens.shape[0], runner.device
+        check_streamer(streamer, batch)
         seeds = read_seeds(seed, batch).to(device)
         length = prompts.longest + options.max_new_tokens
         if runner.max_context is not None and length > runner.max_context:
@@ -365,6 +366,7 @@ class TransformersLoop:
         generator = torch.Generator(device)
         generator.manual_seed(0 if seed is None else seed)
         batch = input_ids.shape[0]
+        check_streamer(streamer, batch)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         mask = mask.to(device)
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
@@ -463,12 +465,13 @@ class AssistedDecoder:
         start = perf_counter()
 
         def enter(stack: ExitStack) -> None:
+            stack.enter_context(_without_ends(self._large, self._small))
             for in_its_role in self._in_their_roles:
                 stack.enter_context(in_its_role())
             stack.enter_context(large.on(self._large))
             stack.enter_context(small.on(self._small))
 
-        with _without_ends(self._large, self._small), ExitStack() as stack:
+        with ExitStack() as stack:
             enter(stack)
             generate: Any = self._large.generate
             sequences = generate(

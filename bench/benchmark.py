@@ -28,8 +28,14 @@ FORMAT = 3
 _TURN_SECONDS = 0.04
 """Of a run before others' turns come: long enough that what they leave in the caches plays no part."""
 
-_MOST_TO_PAUSE = 2**30
-"""Bytes of models whose runs pause. Rounds of larger ones last long, and so would a cache a decoder."""
+_MOST_WEIGHTS = 2**30
+"""Bytes of models whose runs pause: rounds of larger ones last longer than a turn."""
+
+_MOST_STATE = 2**32
+"""Bytes of all decoders' own state with which runs pause."""
+
+_LAWS_OF_A_SEQUENCE = 128
+"""About as many rows of the vocabulary in float32 a decoder keeps: what it remembers, logits, laws."""
 
 
 @dataclass(frozen=True)
@@ -180,6 +186,16 @@ def _missing(report: Report) -> list[Setting]:
     return [setting for setting in report.plan.settings() if setting not in measured]
 
 
+def _fits_many_times(report: Report, setting: Setting, ids: Sequence[Sequence[int]]) -> bool:
+    """Whether every decoder may have caches of its own."""
+    decoders = len(decoder_names(report.plan, setting, report.simulated_acceptance is not None))
+    positions = max(map(len, ids)) + setting.new_tokens
+    a_sequence: int = positions * sum(row["cache_bytes_per_token"] for row in report.models)
+    a_sequence += _LAWS_OF_A_SEQUENCE * 4 * max(row["vocabulary"] for row in report.models)
+    weights: int = sum(row["bytes"] for row in report.models)
+    return weights <= _MOST_WEIGHTS and decoders * setting.batch * a_sequence <= _MOST_STATE
+
+
 def run_benchmark(
     models: EFTModels,
     prompts: Sequence[Sequence[int]],
@@ -198,14 +214,13 @@ def run_benchmark(
     """
     plan = report.plan
     device = models.runners().large.device
-    weights = sum(row["bytes"] for row in report.models)
-    pausing = can_pause() and device.type == "cpu" and weights <= _MOST_TO_PAUSE
     for setting in _missing(report):
         on_setting(setting)
         ids = prompts if setting.context is None else with_context(prompts, setting.context)
         sampling: dict[str, Any] = {"do_sample": False}
         if setting.temperature > 0:
             sampling = {"do_sample": True, "temperature": setting.temperature}
+        pausing = device.type == "cpu" and can_pause() and _fits_many_times(report, setting, ids)
         comparison = compare(
             build_decoders(plan, setting, models, report.simulated_acceptance, own_caches=pausing),
             prompt_batches(ids, setting.batch, plan.runs(setting, len(prompts))),

@@ -36,8 +36,8 @@ class Decoder(Protocol):
 
     @property
     def generate(self) -> Callable[..., Any]:
-        """Takes input_ids, attention_mask and options; for `return_dict_in_generate=True` it gives an
-        `EFTOutput`.
+        """Takes input_ids, attention_mask, a streamer (of several sequences a function) and options; for
+        `return_dict_in_generate=True` it gives an `EFTOutput`.
         """
 
 
@@ -274,25 +274,24 @@ def compare(
 
     def repeated(name: str, turn: int, done: dict[str, list[_Run]]) -> Iterator[None]:
         watches[name].begin()
-        while not done[name] or (warm[name] < warm[reference] and not done[reference]):
+        while not done[name] or (latest[name] < latest[reference] and not done[reference]):
             run(name, turn, done[name])
             yield
 
     # Whether gradients are wanted is the thread's own state, and jobs that take turns leave it in any order.
     with torch.inference_mode():
-        warm = {name: warm_up(name) for name in names}
-        if turn_seconds is not None:
-            # Who takes longer than the reference has longer turns, so that all end together.
-            watches = {
-                name: Watch(turn_seconds * max(1.0, seconds / max(warm[reference], turn_seconds)))
-                for name, seconds in warm.items()
-            }
+        latest = {name: warm_up(name) for name in names}
         for turn in range(len(batches)):
+            if turn_seconds is not None:
+                # Who takes longer than the reference has longer turns, so that all end together.
+                for name, watch in watches.items():
+                    watch.turn = turn_seconds * max(1.0, latest[name] / max(latest[reference], turn_seconds))
             first = turn % len(names)
             done: dict[str, list[_Run]] = {name: [] for name in names[first:] + names[:first]}
             take_turns([repeated(name, turn, done) for name in done], turn_seconds is not None)
             for name, own in done.items():
                 turns[name].append(own)
+                latest[name] = _seconds(own)
     return Comparison(
         reference=reference,
         batch=sizes.pop(),

@@ -39,7 +39,7 @@ def measurements_markdown(report: Report) -> str:
     chosen = report.plan.chosen
     lines = [
         f"{machine_line(report)}; prompts: {report.prompts}, {report.plan.lengths[0]} new tokens each. "
-        "Decoders take turns of milliseconds in one process; medians over pairs, quartiles in brackets. "
+        "Decoders take turns in one process; medians over pairs, quartiles in brackets. "
         f"{noise_sentence(report)}",
         "",
         f"**{chosen} over each baseline**, ratio of tokens a second:",

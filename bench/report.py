@@ -64,8 +64,7 @@ _TERMS = {
     "expected": "mean of the sum of min(p, q) over the tested tokens: what the token rule's acceptance "
     "estimates and the block rule's exceeds",
     "memory": "most held in the warm-up run, everything loaded included: on a GPU what torch allocated "
-    "there, on "
-    "a CPU the whole process's",
+    "there, on a CPU the whole process's. It grows from decoder to decoder where each has caches of its own",
 }
 
 
@@ -248,8 +247,7 @@ def html_page(report: Report, drawings: dict[str, tuple[str, str]]) -> str:
         f"<p>{_escape(machine_line(report))}. Started {_escape(report.started)}.</p>",
         f"<p><code>{_escape(report.command)}</code></p>",
         f"<p>Prompts: {_escape(report.prompts)}. Every decoder generates the same number of tokens; decoders "
-        "take "
-        "turns prompt by prompt in one process, after one warm-up each. Medians, quartiles in brackets.</p>",
+        "take turns in one process, after one warm-up each. Medians, quartiles in brackets.</p>",
         _table((["model", "name", "parameters", "dtype", "device"], models)),
         f"<p><b>{_escape(noise_sentence(report))}</b></p>",
         f"<h2>{_escape(report.plan.chosen)} over each baseline</h2>",

@@ -69,7 +69,13 @@ def take_turns(jobs: Sequence[Iterator[None]], pausing: bool) -> None:
     from greenlet import greenlet
 
     workers = [greenlet(lambda job=job: deque(job, maxlen=0)) for job in jobs]
-    while workers:
+    try:
+        while workers:
+            for worker in workers:
+                worker.switch()
+            workers = [worker for worker in workers if not worker.dead]
+    finally:
+        # After an exception the others end here, and not when somebody happens to let go of them.
         for worker in workers:
-            worker.switch()
-        workers = [worker for worker in workers if not worker.dead]
+            if not worker.dead:
+                worker.throw()

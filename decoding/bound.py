@@ -153,7 +153,8 @@ def bind_round(
 ) -> BoundRound | None:
     """The round of `drafted` tokens, good until rows or caches change; None where it must run as it is.
 
-    That is where nothing can be bound, and where a model that drafts has no compiled steps.
+    That is where nothing can be bound, and where a model that drafts has no compiled steps for so many
+    sequences.
     """
     if not can_bind(state):
         return None

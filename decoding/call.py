@@ -19,7 +19,8 @@ from .request import GenerationOptions, Prompts, read_options, read_prompts, rea
 from .stopping import build_criteria
 
 __all__ = [
-    "Arguments", "Call", "Streamer", "TokenCallback", "begin_stream", "end_stream", "read_call", "stream",
+    "Arguments", "Call", "Streamer", "TokenCallback", "begin_stream", "check_streamer", "end_stream",
+    "read_call", "stream",
 ]  # fmt: skip
 
 
@@ -121,7 +122,7 @@ def read_call(
             raise ValueError(f"tuned_input_ids has {tuned_batch // copies} prompts for {batch // copies}")
     elif tuned_mask is not None:
         raise ValueError("tuned_attention_mask is given without tuned_input_ids")
-    _check_streamer(given.streamer, batch)
+    check_streamer(given.streamer, batch)
     past = given.past_key_values
     if past is not None and not isinstance(past, EFTPast):
         raise ValueError(
@@ -192,7 +193,8 @@ def _repeated(tensor: Tensor | None, copies: int) -> Tensor | None:
     return tensor if tensor is None or copies == 1 else tensor.repeat_interleave(copies, dim=0)
 
 
-def _check_streamer(streamer: Any, batch: int) -> None:
+def check_streamer(streamer: Any, batch: int) -> None:
+    """Raise ValueError for what cannot take the tokens of `batch` sequences."""
     if streamer is None or (callable(streamer) and not hasattr(streamer, "put")):
         return
     if not hasattr(streamer, "put") or not hasattr(streamer, "end"):

@@ -257,11 +257,13 @@ def main(
             if value not in known:
                 raise typer.BadParameter(f"{value!r} is none of {', '.join(known)}", param_hint=name)
     targets = target or list(TARGETS)
+    variants = [
+        (module, index) for module in operation or MODULES for index in range(len(_specialisations(module)))
+    ]
     work = [
-        (module, index, one)
-        for module in operation or MODULES
-        for index in range(len(_specialisations(module)))
-        for one in ([targets[index % len(targets)]] if sparsely else targets)
+        (*variant, one)
+        for place, variant in enumerate(variants)
+        for one in ([targets[place % len(targets)]] if sparsely else targets)
     ]
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
         results = list(pool.map(_report_on_index, work))

@@ -116,7 +116,7 @@ def _pass(runner: Runner, batch: int, rows: int) -> Pass:
 
 
 def _steps(drafting: Sequence[Runner], batch: int, drafted: int) -> list[Pass]:
-    """The steps of a draft; where rounds draft in one call, that call with its draws."""
+    """The steps of a draft; where rounds draft in one call, that call with its draws, else without draws."""
     (first, *others) = drafting
     zeros = torch.zeros(batch, dtype=torch.int64)
     start = DraftStart(zeros, torch.full((batch,), drafted), torch.zeros(batch, dtype=torch.bool))

@@ -153,7 +153,7 @@ class CompiledLlama:
         Args:
             start: where the draft begins. Its tokens stand at `cache.lengths`, which move by `drafted + 1`.
             block: int64 [batch, drafted + 1], written: these tokens and the drafted ones. What lies beyond a
-                sequence's own draft stays as it is.
+                sequence's own draft may hold anything.
             counts: int64 [batch], written: steps of each sequence.
             coefficients, sampling: of the draft law, in which this is the only tuned model.
             memory: what the draft law is corrected by.

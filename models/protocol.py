@@ -106,7 +106,7 @@ class Runner(Protocol):
         Args:
             start: where the draft begins.
             block: int64 [batch, drafted + 1], written: the last committed token and the drafted ones. What
-                lies beyond a sequence's own draft may stay unset. `lengths` move by `drafted + 1`.
+                lies beyond a sequence's own draft may hold anything. `lengths` move by `drafted + 1`.
             counts: int64 [batch], written: steps of each sequence, one more than it drafted, 0 where it was
                 done.
             coefficients, sampling: of the draft law, in which this is the only tuned model.

@@ -82,8 +82,8 @@ _FULL: dict[str, Any] = {
     "conservative_top_p": [0.9],
     "acceptance": ["block", "token", "shared_seed"],
     "draft_tokens": [1, 2, 3, 4, 5, 6, 8, "auto"],
-    "prompts": 16,
-    "least_runs": 8,
+    "prompts": 12,
+    "least_runs": 6,
 }
 _QUICK: dict[str, Any] = {
     "temperature": [1.0, 0.0],

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from transformers import GenerationConfig
 
 from speculative_eft.bench.benchmark import Report, check_contexts, run_benchmark, total_runs
-from speculative_eft.bench.plan import AGAIN, ASSISTED, BASELINES, LARGE, LOOP, NAIVE, decoder_names
-from speculative_eft.bench.prompts import prompt_batches, read_prompt_file, with_context
+from speculative_eft.bench.comparison import Decoder
+from speculative_eft.bench.plan import (
+    AGAIN,
+    ASSISTED,
+    BASELINES,
+    LARGE,
+    LOOP,
+    NAIVE,
+    build_decoders,
+    decoder_names,
+)
+from speculative_eft.bench.prompts import PromptBatch, prompt_batches, read_prompt_file, with_context
+from speculative_eft.bench.turns import Watch, take_turns
 
-from .conftest import PLAN, TinyTrio
+from .conftest import OPTIONS, PLAN, TinyTrio
 
 CHOSEN = "EFT, block rule, K=auto"
 
@@ -59,6 +75,48 @@ def test_every_setting_and_decoder_is_measured(report: Report) -> None:
         for row in comparison.measurements:
             # Ends of sequences are passed over: every decoder makes the same number of tokens.
             assert set(row.run_tokens) == {result.setting.batch * result.setting.new_tokens}
+
+
+def test_runs_that_pause_give_what_whole_ones_give(tiny: TinyTrio) -> None:
+    pytest.importorskip("greenlet", reason="the extra [bench] is not installed")
+    (batch,) = prompt_batches(tiny.prompts, 1, 1)
+    kept = tiny.models.large_base.generation_config
+    tiny.models.large_base.generation_config = GenerationConfig(top_p=0.9, min_p=0.02)
+    try:
+        for setting in PLAN.settings()[:2]:
+            options = {**OPTIONS, "do_sample": setting.temperature > 0}
+            whole, paused = (
+                run_alternately(build_decoders(PLAN, setting, tiny.models, None, own), batch, options, own)
+                for own in (False, True)
+            )
+            assert len(whole) == len(decoder_names(PLAN, setting, False)) and paused == whole
+    finally:
+        tiny.models.large_base.generation_config = kept
+
+
+def run_alternately(
+    decoders: dict[str, Decoder], batch: PromptBatch, options: dict[str, Any], pausing: bool
+) -> dict[str, list[int]]:
+    """What each decoder gives for one prompt; where they pause, after every round."""
+    outputs: dict[str, list[int]] = {}
+
+    def job(name: str, decoder: Decoder) -> Iterator[None]:
+        watch = Watch(0.0 if pausing else math.inf)
+
+        class Streamer:
+            def put(self, value: Any) -> None:
+                watch.pause()
+
+            def end(self) -> None:
+                pass
+
+        found = decoder.generate(batch.input_ids, seed=3, streamer=Streamer(), **options)
+        outputs[name] = found[0].tolist()
+        yield
+
+    with torch.inference_mode():
+        take_turns([job(*item) for item in decoders.items()], pausing)
+    return outputs
 
 
 def test_greedy_texts_are_those_of_naive_eft(report: Report) -> None:

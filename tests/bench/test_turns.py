@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from speculative_eft.bench import turns
 from speculative_eft.bench.turns import Watch, take_turns
@@ -47,13 +48,27 @@ def test_a_watch_stands_while_others_have_their_turn(monkeypatch: pytest.MonkeyP
     assert spent == {"a": 4, "b": 6, "c": 3}
 
 
-def test_what_goes_wrong_in_a_job_is_raised() -> None:
+def test_what_goes_wrong_in_a_job_is_raised_and_ends_the_others() -> None:
     pytest.importorskip("greenlet", reason="the extra [bench] is not installed")
+    ended: list[str] = []
 
-    def job() -> Iterator[None]:
+    def wrong() -> Iterator[None]:
         raise RuntimeError("in a job")
         yield
 
-    for pausing in (False, True):
-        with pytest.raises(RuntimeError, match="in a job"):
-            take_turns([job()], pausing)
+    def other() -> Iterator[None]:
+        try:
+            with torch.inference_mode():
+                Watch(0.0).pause()
+                yield
+        finally:
+            ended.append("other")
+
+    with pytest.raises(RuntimeError, match="in a job"):
+        take_turns([wrong()], pausing=False)
+    with pytest.raises(RuntimeError, match="in a job") as raised:
+        take_turns([other(), wrong()], pausing=True)
+    # Also while somebody looks at what was raised.
+    assert raised.value.__traceback__ is not None
+    assert ended == ["other"]
+    assert not torch.is_inference_mode_enabled()
