@@ -23,7 +23,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
 	touch $@
 
 demo: setup
@@ -64,8 +64,11 @@ compile: setup
 		env -u TRITON_INTERPRET $(BIN)/python -m speculative_eft.kernels.compile $(COMPILE_OPTIONS); \
 	else echo "Triton is not installed: no kernel was compiled"; fi
 
-# Installs nothing: torch, triton, transformers and pytest must be there. GPU_OPTIONS="--quick --only STAGE".
+# Installs nothing. GPU_OPTIONS="--quick --only STAGE".
 gpu:
+	@$(PYTHON) -c 'import sys; from importlib.util import find_spec; \
+	    missing = [name for name in ("torch", "triton", "transformers", "pytest") if find_spec(name) is None]; \
+	    sys.exit(f"PYTHON={sys.executable} lacks " + ", ".join(missing) if missing else 0)'
 	$(call mapped_package,gpu)
 	@PYTHONPATH=$(CURDIR)/.build/gpu $(PYTHON) -m speculative_eft.bench.gpu $(GPU_OPTIONS)
 
