@@ -95,7 +95,7 @@ _QUICK: dict[str, Any] = {
     "conservative_top_p": [],
     "acceptance": ["block"],
     "draft_tokens": [2, 4, 8, "auto"],
-    "prompts": 8,
+    "prompts": 7,
     "least_runs": 4,
 }
 
