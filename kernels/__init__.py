@@ -6,7 +6,7 @@ from .commit import DraftLengthRule, RoundState, commit, committed_tokens
 from .draft import draft_step
 from .early_stop import EarlyStop, end_drafts, learn, new_early_stop
 from .filters import Sampling, warp
-from .layers import projections, rotate_and_append
+from .layers import projections, rotated_attention
 from .memory import DraftMemory, new_draft_memory, recall, remember
 from .mix import Coefficients, draft_logits, target_logits
 from .noise import NoiseKey, Stream, derive_seeds, exponential_noise, gumbel_noise, uniform_noise
@@ -44,7 +44,7 @@ __all__ = [
     "projections",
     "recall",
     "remember",
-    "rotate_and_append",
+    "rotated_attention",
     "target_logits",
     "uniform_noise",
     "verify",

@@ -41,7 +41,17 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-MODULES = ("verify", "filters", "draft", "noise", "commit", "memory", "attention", "layers")
+MODULES = (
+    "verify",
+    "filters",
+    "draft",
+    "noise",
+    "commit",
+    "memory",
+    "attention",
+    "rotated_attention",
+    "layers",
+)
 
 NARROWEST = 16
 """Bytes that a load of neighbouring logits, keys or values has to have."""

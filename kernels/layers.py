@@ -1,4 +1,4 @@
-"""Parts of a decoder layer over few rows: products with what surrounds them, and rotation into a cache."""
+"""Parts of a decoder layer over few rows: products, and attention, with what surrounds them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .attention import append
+from .attention import append, attention
 from .backend import backend
 
-__all__ = ["projections", "rotate_and_append"]
+__all__ = ["projections", "rotated_attention"]
 
 
 def projections(
@@ -56,7 +56,7 @@ def projections(
     return parts if residual is None else [residual + parts[0]]
 
 
-def rotate_and_append(
+def rotated_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -64,8 +64,10 @@ def rotate_and_append(
     cached_keys: Tensor,
     cached_values: Tensor,
     lengths: Tensor,
+    span: int,
+    window: int | None = None,
 ) -> Tensor:
-    """Rotate queries and keys by their positions, and write keys and values to a cache as `append` does.
+    """Rotate queries and keys, write keys and values to a cache as `append` does, and attend to it.
 
     Row j of sequence b stands at position lengths[b] + j, or at the cache's last one if that lies beyond.
     A vector x is rotated by its halves (Su et al., arXiv 2104.09864, as Llama pairs them):
@@ -73,18 +75,20 @@ def rotate_and_append(
         x * cos + (x's second half, x's first half) * sin, where the sines' first half has changed its sign.
 
     Args:
-        query, key, value: [batch, q, heads or kv_heads, dim], contiguous in `dim`.
+        query, key, value: [batch, q, heads or kv_heads, dim] with q in 1..16, contiguous in `dim`.
         rotations: contiguous [capacity, 2 * dim], for each position cosines and sines.
         cached_keys, cached_values: [slots, kv_heads, capacity, dim] with slots >= batch, written in place.
-        lengths: int64 [batch].
+        lengths: int64 [batch], which no launch that may overlap with this one writes.
+        span: positions that may be read, at least max(lengths) + q.
+        window: as for `attention`.
 
     Returns:
-        The rotated query, contiguous [batch, q, heads, dim].
+        `attention` of the rotated queries, [batch, q, heads, dim].
     """
     if backend(query.device) == "triton":
-        from .gpu.layers import rotate_and_append as compiled
+        from .gpu.rotated_attention import rotated_attention as compiled
 
-        return compiled(query, key, value, rotations, cached_keys, cached_values, lengths)
+        return compiled(query, key, value, rotations, cached_keys, cached_values, lengths, span, window)
     steps = torch.arange(query.shape[1], device=lengths.device)
     position = (lengths[:, None] + steps).clamp(max=cached_keys.shape[2] - 1)
     cos, sin = rotations[position].unsqueeze(2).float().chunk(2, dim=-1)
@@ -93,4 +97,4 @@ def rotate_and_append(
         for part in (query, key)
     )
     append(key, value, cached_keys, cached_values, lengths)
-    return query
+    return attention(query, cached_keys[:, :, :span], cached_values[:, :, :span], lengths, window=window)

@@ -99,7 +99,10 @@ class CompiledLlama:
         self._ends[:] = _addresses(
             decoder.embed_tokens.weight, decoder.norm.weight, self.head.weight, self.head.bias
         )
-        stores = [cache.layer_storage(index, body.kv_heads, body.dim) for index in range(len(body.layers))]
+        stores = [
+            cache.layer_storage(index, body.kv_heads, body.dim, torch.float32)
+            for index in range(len(body.layers))
+        ]
         stores_at = np.array([[keys.data_ptr(), values.data_ptr()] for keys, values in stores])
         self._network = (
             self._sizes, body.eps, self._windows, self._ends, self._weights, stores_at,

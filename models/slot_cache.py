@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from speculative_eft.kernels import append, rotate_and_append
+from speculative_eft.kernels import append
 
 from .attention import Attention
 
@@ -142,20 +142,11 @@ class SlotCache(Cache):
         layer.value_rows.index_copy_(0, rows, values.reshape(-1, values.shape[-1]))
         return layer.visible
 
-    def write_rotated(
-        self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, rotations: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """`write` for keys that are yet to be rotated, as `kernels.rotate_and_append` does; not for sdpa.
-
-        Returns the rotated query too, as the first.
-        """
-        layer = self._layer_for(layer_idx, key, value)
-        query = rotate_and_append(query, key, value, rotations, layer.keys, layer.values, self.lengths)
-        return query, *layer.visible
-
-    def layer_storage(self, layer_idx: int, heads: int, dim: int) -> tuple[Tensor, Tensor]:
-        """A layer's keys and values [slots, heads, capacity, dim] in float32, allocated if they were not."""
-        vectors = torch.empty(0, 0, heads, dim, device=self.device)
+    def layer_storage(
+        self, layer_idx: int, heads: int, dim: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values [slots, heads, capacity, dim], allocated of `dtype` if they were not."""
+        vectors = torch.empty(0, 0, heads, dim, dtype=dtype, device=self.device)
         layer = self._layer_for(layer_idx, vectors, vectors)
         return layer.keys, layer.values
 

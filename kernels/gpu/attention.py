@@ -41,16 +41,13 @@ from .tile import (
 
 __all__ = ["Tile", "append", "attention", "attention_tile", "specialisations"]
 
-_LOG2_E = tl.constexpr(1.4426950408889634)
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 _APPENDED_ROWS = 16
 """Vectors that a program appends."""
 
-_BUNDLE = 16
+BUNDLE = 16
 """Splits that are merged by one program before what is left of all of them is."""
-
-_STAGES = 2
-"""Of the loop over keys and values. More would leave room for fewer programs."""
 
 _NO_ALIBI, _ALIBI, _ROUNDED_ALIBI = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
@@ -63,7 +60,9 @@ class Tile:
         rows: of a tile, padding included; tiles: of the rows that share keys.
         columns: positions read at once; split: positions of a split.
         width: a head's size, padding included.
-        unroll: parts merged at once, so that they are read at once.
+        results: of its rows, those that are not all padding.
+        parts: of a row's results that are merged at once, so that they are read at once.
+        stages: of the loop over keys and values.
     """
 
     rows: int
@@ -71,8 +70,18 @@ class Tile:
     columns: int
     split: int
     width: int
-    unroll: int
+    results: int
+    parts: int
     warps: int
+    stages: int
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """What a kernel is compiled with."""
+        return {
+            "WIDTH": self.width, "ROWS": self.rows, "RESULTS": self.results, "COLUMNS": self.columns,
+            "SPLIT": self.split, "BUNDLE": BUNDLE, "PARTS": self.parts,
+        }  # fmt: skip
 
 
 def attention_tile(rows: int, dim: int, itemsize: int) -> Tile:
@@ -86,16 +95,25 @@ def attention_tile(rows: int, dim: int, itemsize: int) -> Tile:
     shared = max(power_of_two(rows), 16)
     # Tensor cores do not multiply float32, and registers hold few rows and columns then.
     padded = min(shared, 64 if itemsize == 2 else 16)
-    wide = (padded == 64 or itemsize == 4) and width >= 128
+    results = min(power_of_two(rows), padded)
+    wide = padded * width >= 8192 or (itemsize == 4 and width >= 128)
     return Tile(
         rows=padded,
         tiles=-(-rows // padded),
         columns=16 if itemsize == 4 else 64 if width <= 128 else 32,
         split=min(shared, 64) * 8,
         width=width,
-        unroll=min(max(8192 // (padded * width), 1), 4),
+        results=results,
+        parts=parts_at_once(results, width),
         warps=8 if wide else 4,
+        # More would leave room for fewer programs.
+        stages=2,
     )
+
+
+def parts_at_once(results: int, width: int) -> int:
+    """How many parts of so many rows registers hold."""
+    return min(max(4096 // (results * width), 1), BUNDLE)
 
 
 @triton.jit
@@ -133,37 +151,132 @@ def _merge_parts(
     first_split,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    UNROLL: tl.constexpr,
+    RESULTS: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     """The parts from `begin` to before `end`, of `size` splits each, as one: largest score, mass, values.
 
     A part lies where its first split's results lay; one that the row does not see at all has a largest score
-    of -inf.
+    of -inf. `PARTS` of them are read at once.
     """
-    highest = tl.full((ROWS,), float("-inf"), tl.float32)
-    mass = tl.zeros((ROWS,), tl.float32)
-    mixed = tl.zeros((ROWS, WIDTH), tl.float32)
-    for base in range(begin, end, UNROLL):
-        for ahead in tl.static_range(UNROLL):
-            part = base + ahead
-            # A comparison of two scalars is no mask in the interpreter.
-            is_part = is_row & (tl.full((ROWS,), part, tl.int32) < end)
-            place = index + tl.maximum(part * size, first_split) * stride
-            part_highest = tl.load(records + 2 * place, mask=is_part, other=float("-inf"))
-            part_mass = tl.load(records + 2 * place + 1, mask=is_part, other=0.0)
-            part_mixed = tl.load(
-                partials + place[:, None] * DIM + number[None, :],
-                mask=is_part[:, None] & (number < DIM)[None, :],
-                other=0.0,
-            )
-            seen = tl.maximum(highest, part_highest)
-            shift = tl.where(seen == float("-inf"), 0.0, seen)
-            own, other = tl.exp2(highest - shift), tl.exp2(part_highest - shift)
-            mixed = mixed * own[:, None] + part_mixed * other[:, None]
-            mass = mass * own + part_mass * other
-            highest = seen
+    highest = tl.full((RESULTS,), float("-inf"), tl.float32)
+    mass = tl.zeros((RESULTS,), tl.float32)
+    mixed = tl.zeros((RESULTS, WIDTH), tl.float32)
+    for base in range(begin, end, PARTS):
+        part = base + tl.arange(0, PARTS)
+        is_part = (part < end)[:, None] & is_row[None, :]
+        place = index[None, :] + tl.maximum(part * size, first_split)[:, None] * stride
+        part_highest = tl.load(records + 2 * place, mask=is_part, other=float("-inf"))
+        part_mass = tl.load(records + 2 * place + 1, mask=is_part, other=0.0)
+        part_mixed = tl.load(
+            partials + place[:, :, None] * DIM + number[None, None, :],
+            mask=is_part[:, :, None] & (number < DIM)[None, None, :],
+            other=0.0,
+        )
+        seen = tl.maximum(highest, tl.max(part_highest, axis=0))
+        shift = tl.where(seen == float("-inf"), 0.0, seen)
+        own, other = tl.exp2(highest - shift), tl.exp2(part_highest - shift[None, :])
+        mixed = mixed * own[:, None] + tl.sum(part_mixed * other[:, :, None], axis=0)
+        mass = mass * own + tl.sum(part_mass * other, axis=0)
+        highest = seen
     return highest, mass, mixed
+
+
+@triton.jit
+def add_columns(scores, value, highest, mass, mixed):
+    """Add columns to a softmax under way: `scores` to the base of 2, -inf where unseen, and their values."""
+    seen = tl.maximum(highest, tl.max(scores, axis=1))
+    shift = tl.where(seen == float("-inf"), 0.0, seen)
+    weights = tl.exp2(scores - shift[:, None])
+    fade = tl.exp2(highest - shift)
+    mass = mass * fade + tl.sum(weights, axis=1)
+    mixed = product_of_tiles(nearest(weights, value.dtype), value, mixed * fade[:, None])
+    return seen, mass, mixed
+
+
+@triton.jit
+def _store_rows(out, strides, sequence, head, row, new, groups, number, mass, mixed, DIM: tl.constexpr):
+    """Write the results of those of a head's rows that are no padding."""
+    offsets = sequence * strides[0] + (row % new).to(tl.int64) * strides[1]
+    offsets += (head * groups + row // new).to(tl.int64) * strides[2]
+    places = out + offsets[:, None] + number[None, :]
+    mask = (row < groups * new)[:, None] & (number < DIM)[None, :]
+    tl.store(places, nearest(mixed / mass[:, None], out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def finish_split(
+    out,
+    strides,
+    partials,
+    records,
+    arrivals,
+    sequence,
+    head,
+    heads,
+    tile,
+    tiles,
+    new,
+    groups,
+    splits,
+    split,
+    first_split,
+    last_split,
+    highest,
+    mass,
+    mixed,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    RESULTS: tl.constexpr,
+    BUNDLE: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Write what a split gave a tile's rows to `out`, or have the last of the tile's splits merge them all.
+
+    `head` is one of `heads` with keys. Of a tile's `ROWS` the first `RESULTS` are not all padding.
+    """
+    number = tl.arange(0, WIDTH)
+    row = tile * ROWS + tl.arange(0, ROWS)
+    stride = groups * new
+    if first_split == last_split:
+        _store_rows(out, strides, sequence, head, row, new, groups, number, mass, mixed, DIM)
+    else:
+        unit = sequence * heads + head
+        # To where the rows' parts of split 0 lie.
+        partials += unit * splits * stride * DIM
+        records += unit * splits * stride * 2
+        result = tile * ROWS + tl.arange(0, RESULTS)
+        is_result = result < stride
+        bundles = (splits + BUNDLE - 1) // BUNDLE
+        counters = arrivals + (unit * tiles + tile) * (bundles + 1)
+        bundle = split // BUNDLE
+        first_bundle, last_bundle = first_split // BUNDLE, last_split // BUNDLE
+        begin = tl.maximum(bundle * BUNDLE, first_split)
+        end = tl.minimum(bundle * BUNDLE + BUNDLE, last_split + 1)
+        _store_part(partials, records, row + split * stride, row < stride, number, highest, mass, mixed, DIM)
+        if arrive(counters, bundle, end - begin):
+            most, sum_of, all_mixed = _merge_parts(
+                partials, records, result, stride, is_result, number, begin, end, 1, first_split, DIM,
+                WIDTH, RESULTS, PARTS,
+            )  # fmt: skip
+            if first_bundle == last_bundle:
+                _store_rows(out, strides, sequence, head, result, new, groups, number, sum_of, all_mixed, DIM)
+            else:
+                # All of the bundle has been read: its first part becomes its whole.
+                tl.debug_barrier()
+                _store_part(
+                    partials, records, result + begin * stride, is_result, number, most, sum_of,
+                    all_mixed, DIM,
+                )  # fmt: skip
+                if arrive(counters, bundles, last_bundle - first_bundle + 1):
+                    most, sum_of, all_mixed = _merge_parts(
+                        partials, records, result, stride, is_result, number, first_bundle,
+                        last_bundle + 1, BUNDLE, first_split, DIM, WIDTH, RESULTS, PARTS,
+                    )  # fmt: skip
+                    _store_rows(
+                        out, strides, sequence, head, result, new, groups, number, sum_of, all_mixed, DIM
+                    )
 
 
 @triton.jit(do_not_specialize=["new", "groups", "tiles", "span", "splits", "reach"])
@@ -194,10 +307,11 @@ def _attend(
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
+    RESULTS: tl.constexpr,
     COLUMNS: tl.constexpr,
     SPLIT: tl.constexpr,
     BUNDLE: tl.constexpr,
-    UNROLL: tl.constexpr,
+    PARTS: tl.constexpr,
     PROGRAMMATIC: tl.constexpr,
 ):
     begin_programmatic(PROGRAMMATIC)
@@ -252,60 +366,23 @@ def _attend(
             scores += _falcon_bias(slope, column[None, :]) - _falcon_bias(slope, position[:, None])
         scores *= scale
         if SOFTCAPPED:
-            growth = tl.exp2(scores * (2.0 * _LOG2_E / softcap))
+            growth = tl.exp2(scores * (2.0 * LOG2_E / softcap))
             scores = softcap * (1.0 - 2.0 / (growth + 1.0))
         # As an unsigned number a distance into the future is beyond any window.
         is_visible = (position[:, None] - column[None, :]).to(tl.uint32) < reach
-        scores = tl.where(is_visible, scores * _LOG2_E, float("-inf"))
-        seen = tl.maximum(highest, tl.max(scores, axis=1))
-        shift = tl.where(seen == float("-inf"), 0.0, seen)
-        weights = tl.exp2(scores - shift[:, None])
-        fade = tl.exp2(highest - shift)
+        scores = tl.where(is_visible, scores * LOG2_E, float("-inf"))
         value = load_vectors(
             values,
             value_offset + place[:, None] * value_strides[2] + number[None, :],
             is_column[:, None] & is_number[None, :],
         )
-        mass = mass * fade + tl.sum(weights, axis=1)
-        mixed = product_of_tiles(nearest(weights, value.dtype), value, mixed * fade[:, None])
-        highest = seen
+        highest, mass, mixed = add_columns(scores, value, highest, mass, mixed)
 
-    out_offsets = sequence * out_strides[0] + step.to(tl.int64) * out_strides[1]
-    out_offsets += query_head.to(tl.int64) * out_strides[2]
-    places = out + out_offsets[:, None] + number[None, :]
-    if first_split == last_split:
-        tl.store(places, nearest(mixed / mass[:, None], out.dtype.element_ty), mask=is_inside)
-    else:
-        unit = sequence * (tl.num_programs(1) // tiles) + head
-        stride = groups * new
-        # Where the rows' parts of split 0 lie.
-        index = unit * splits * stride + row
-        bundles = (splits + BUNDLE - 1) // BUNDLE
-        counters = arrivals + (unit * tiles + tile) * (bundles + 1)
-        bundle = split // BUNDLE
-        first_bundle, last_bundle = first_split // BUNDLE, last_split // BUNDLE
-        begin = tl.maximum(bundle * BUNDLE, first_split)
-        end = tl.minimum(bundle * BUNDLE + BUNDLE, last_split + 1)
-        _store_part(partials, records, index + split * stride, is_row, number, highest, mass, mixed, DIM)
-        if arrive(counters, bundle, end - begin):
-            highest, mass, mixed = _merge_parts(
-                partials, records, index, stride, is_row, number, begin, end, 1, first_split, DIM, WIDTH,
-                ROWS, UNROLL,
-            )  # fmt: skip
-            if first_bundle == last_bundle:
-                tl.store(places, nearest(mixed / mass[:, None], out.dtype.element_ty), mask=is_inside)
-            else:
-                # All of the bundle has been read: its first part becomes its whole.
-                tl.debug_barrier()
-                _store_part(
-                    partials, records, index + begin * stride, is_row, number, highest, mass, mixed, DIM
-                )
-                if arrive(counters, bundles, last_bundle - first_bundle + 1):
-                    highest, mass, mixed = _merge_parts(
-                        partials, records, index, stride, is_row, number, first_bundle, last_bundle + 1,
-                        BUNDLE, first_split, DIM, WIDTH, ROWS, UNROLL,
-                    )  # fmt: skip
-                    tl.store(places, nearest(mixed / mass[:, None], out.dtype.element_ty), mask=is_inside)
+    finish_split(
+        out, out_strides, partials, records, arrivals, sequence, head, tl.num_programs(1) // tiles, tile,
+        tiles, new, groups, splits, split, first_split, last_split, highest, mass, mixed, DIM, WIDTH, ROWS,
+        RESULTS, BUNDLE, PARTS,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["new", "heads", "capacity"])
@@ -345,12 +422,12 @@ def _append(
     tl.store(cached_values + place + position * cached_value_strides[2] + number, value, mask=mask)
 
 
-def _registers(tile: Tile) -> int | None:
-    """The limit for a tile: of float32 at this width the assembler would spill."""
-    return REGISTERS if tile.columns == 16 and tile.width == 128 else None
+def registers_of(tile: Tile) -> int:
+    """The limit for a tile: left to itself the assembler spills a few at fewer than a thread can have."""
+    return REGISTERS if tile.columns == 16 and tile.width == 128 else 255
 
 
-def _strides(tensor: Tensor) -> tuple[int, int, int]:
+def strides_of(tensor: Tensor) -> tuple[int, int, int]:
     if tensor.stride(3) != 1:
         raise ValueError("query, keys, values and out must be contiguous in their last dimension")
     return tensor.stride(0), tensor.stride(1), tensor.stride(2)
@@ -361,7 +438,7 @@ def append(keys: Tensor, values: Tensor, cached_keys: Tensor, cached_values: Ten
     batch, new, heads, dim = keys.shape
     _append[(batch, -(-new * heads // _APPENDED_ROWS))](
         keys, values, cached_keys, cached_values, lengths,
-        *map(_strides, (keys, values, cached_keys, cached_values)), new, heads, cached_keys.shape[2],
+        *map(strides_of, (keys, values, cached_keys, cached_values)), new, heads, cached_keys.shape[2],
         DIM=dim, WIDTH=power_of_two(dim), ROWS=_APPENDED_ROWS, num_warps=4,
     )  # fmt: skip
 
@@ -391,15 +468,14 @@ def attention(
     if alibi_slopes is not None:
         slopes = alibi_slopes.contiguous()
         alibi = _ROUNDED_ALIBI if alibi_slopes.dtype == torch.bfloat16 else _ALIBI
-    counters = batch * kv_heads * tile.tiles * (-(-splits // _BUNDLE) + 1)
+    counters = batch * kv_heads * tile.tiles * (-(-splits // BUNDLE) + 1)
     arrivals = zeros_kept("arrivals", query.device, counters)
     _attend[(splits, kv_heads * tile.tiles, batch)](
         query, keys, values, lengths, slopes, out, scratch, scratch[results * dim :], arrivals,
-        *map(_strides, (query, keys, values, out)), scale, softcap or 1.0, new, groups, tile.tiles, span,
+        *map(strides_of, (query, keys, values, out)), scale, softcap or 1.0, new, groups, tile.tiles, span,
         splits, min(window or span, span), SOFTCAPPED=softcap is not None, ALIBI=alibi.value, DIM=dim,
-        WIDTH=tile.width, ROWS=tile.rows, COLUMNS=tile.columns, SPLIT=tile.split, BUNDLE=_BUNDLE,
-        UNROLL=tile.unroll, **programmatic_options(query.device),
-        **launch_options(tile.warps, _registers(tile)), num_stages=_STAGES,
+        **tile.constants, **programmatic_options(query.device),
+        **launch_options(tile.warps, registers_of(tile)), num_stages=tile.stages,
     )  # fmt: skip
     return out
 
@@ -436,14 +512,13 @@ def specialisations() -> Iterator[Specialisation]:
                 **dict.fromkeys(("new", "groups", "tiles", "span", "splits", "reach"), "i32"),
             },
             constants={
-                "SOFTCAPPED": False, "ALIBI": 0, "DIM": dim, "WIDTH": tile.width,
-                "ROWS": tile.rows, "COLUMNS": tile.columns, "SPLIT": tile.split, "BUNDLE": _BUNDLE,
-                "UNROLL": tile.unroll, "PROGRAMMATIC": False, **options,
+                "SOFTCAPPED": False, "ALIBI": 0, "DIM": dim, **tile.constants, "PROGRAMMATIC": False,
+                **options,
             },
             divisible=frozenset({*vectors, *strides, "partials", "records"}),
             num_warps=tile.warps,
-            registers=_registers(tile),
-            num_stages=_STAGES,
+            registers=registers_of(tile),
+            num_stages=tile.stages,
             wide_loads=(load_vectors,),
             programmatic=True,
         )  # fmt: skip

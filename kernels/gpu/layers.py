@@ -1,4 +1,4 @@
-"""Parts of a decoder layer over few rows, in Triton: products with what surrounds them, and rotation.
+"""Parts of a decoder layer over few rows, in Triton: products with what surrounds them.
 
 A step of one sequence reads each weight once, and its products are over before a device has started as many
 programs as it can hold. So there are few launches, and they overlap: on a device that knows programmatic
@@ -11,7 +11,6 @@ weights, which no launch writes, and only then waits.
   device, programs share its columns, and the last of them to arrive adds their sums, in the order of the
   splits. More rows are cuBLAS's.
 * `_norm` and `_gate` are what comes before and after products of more than one row.
-* `_rotate` rotates queries and keys and writes keys and values to the cache.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from .tile import (
     zeros_kept,
 )
 
-__all__ = ["projections", "rotate_and_append", "specialisations", "takes"]
+__all__ = ["projections", "specialisations", "takes"]
 
 _MOST_ROWS = 16
 """Of `_tile`."""
@@ -51,8 +50,6 @@ _TILE = 64
 """Rows of a weight that a program of `_tile` multiplies: the fewest of Hopper's tensor cores."""
 _COLUMNS = 1024
 """Numbers that a program of `_gate` makes."""
-_HEADS = 16
-"""Vectors that a program of `_rotate` rotates."""
 
 
 @triton.jit
@@ -161,6 +158,7 @@ def _tile(
     ROWS: tl.constexpr,
     BIASED: tl.constexpr,
     ADDED: tl.constexpr,
+    GATED: tl.constexpr,
     PROGRAMMATIC: tl.constexpr,
 ):
     begin_programmatic(PROGRAMMATIC)
@@ -173,6 +171,7 @@ def _tile(
     SPAN: tl.constexpr = (INSIDE + SPLITS * DEPTH - 1) // (SPLITS * DEPTH) * DEPTH
     wait_programmatic(PROGRAMMATIC)
     total = tl.zeros((SLAB, ROWS), tl.float32)
+    second = tl.zeros((SLAB, ROWS), tl.float32)
     for begin in range(split * SPAN, tl.minimum(split * SPAN + SPAN, INSIDE), DEPTH):
         at = begin + number
         is_number = at < INSIDE
@@ -184,6 +183,8 @@ def _tile(
             other=0.0,
         )
         total = product_of_tiles(load_weights(weight, offsets, inside), vectors, total)
+        if GATED:
+            second = product_of_tiles(load_weights(weights[1], offsets, inside), vectors, second)
     if SPLITS > 1:
         own = tl.arange(0, SLAB)[:, None] + tl.arange(0, ROWS)[None, :] * SLAB
         parts = partials + tile * (SPLITS * SLAB * ROWS) + own
@@ -194,6 +195,10 @@ def _tile(
                 total += tl.load(parts + part * (SLAB * ROWS))
             _finish(total, bias, residual, out, row, step, column, width, is_row, is_step, BIASED, ADDED)
     else:
+        if GATED:
+            # As two products of the models' dtype would be.
+            total = nearest(total, out.dtype.element_ty).to(tl.float32)
+            total = _silu(total) * nearest(second, out.dtype.element_ty).to(tl.float32)
         _finish(total, bias, residual, out, row, step, column, width, is_row, is_step, BIASED, ADDED)
 
 
@@ -255,68 +260,6 @@ def _gate(first, second, out, stride, size, COLUMNS: tl.constexpr, PROGRAMMATIC:
     tl.store(out + row * size + number, nearest(_silu(gate) * other, out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["steps", "heads", "kv_heads", "capacity"])
-def _rotate(
-    query,
-    key,
-    value,
-    rotations,
-    lengths,
-    out,
-    cached_keys,
-    cached_values,
-    query_strides,
-    key_strides,
-    value_strides,
-    cached_key_strides,
-    cached_value_strides,
-    steps,
-    heads,
-    kv_heads,
-    capacity,
-    DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    HEADS: tl.constexpr,
-    PROGRAMMATIC: tl.constexpr,
-):
-    begin_programmatic(PROGRAMMATIC)
-    sequence = (tl.program_id(0) // steps).to(tl.int64)
-    step = (tl.program_id(0) % steps).to(tl.int64)
-    vector = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
-    number = tl.arange(0, WIDTH)[None, :]
-    opposite = tl.where(number < DIM // 2, number + DIM // 2, number - DIM // 2)
-    is_number = number < DIM
-    is_query = (vector < heads) & is_number
-    is_key = (vector >= heads) & (vector < heads + kv_heads) & is_number
-    is_value = (vector >= heads + kv_heads) & (vector < heads + 2 * kv_heads) & is_number
-    wait_programmatic(PROGRAMMATIC)
-    position = tl.minimum(tl.load(lengths + sequence) + step, capacity - 1)
-    turn = rotations + position * (2 * DIM) + number
-    cosine = tl.load(turn, mask=is_number, other=0.0).to(tl.float32)
-    sine = tl.load(turn + DIM, mask=is_number, other=0.0).to(tl.float32)
-    kind = out.dtype.element_ty
-
-    own = query + sequence * query_strides[0] + step * query_strides[1] + vector * query_strides[2]
-    plain = tl.load(own + number, mask=is_query, other=0.0).to(tl.float32)
-    turned = tl.load(own + opposite, mask=is_query, other=0.0).to(tl.float32)
-    places = out + ((sequence * steps + step) * heads + vector) * DIM + number
-    tl.store(places, nearest(plain * cosine + turned * sine, kind), mask=is_query)
-
-    head = vector - heads
-    own = key + sequence * key_strides[0] + step * key_strides[1] + head * key_strides[2]
-    plain = tl.load(own + number, mask=is_key, other=0.0).to(tl.float32)
-    turned = tl.load(own + opposite, mask=is_key, other=0.0).to(tl.float32)
-    places = cached_keys + sequence * cached_key_strides[0] + head * cached_key_strides[1]
-    places += position * cached_key_strides[2] + number
-    tl.store(places, nearest(plain * cosine + turned * sine, kind), mask=is_key)
-
-    head -= kv_heads
-    own = value + sequence * value_strides[0] + step * value_strides[1] + head * value_strides[2]
-    places = cached_values + sequence * cached_value_strides[0] + head * cached_value_strides[1]
-    places += position * cached_value_strides[2] + number
-    tl.store(places, tl.load(own + number, mask=is_value, other=0.0), mask=is_value)
-
-
 def takes(inputs: Tensor, weights: Sequence[Tensor]) -> bool:
     """Whether `projections` can take these."""
     return inputs.shape[0] > 0 and all(
@@ -343,7 +286,10 @@ def projections(
     if norm is not None:
         inputs = _normed(inputs, norm, eps)
     if rows <= _MOST_ROWS and inputs.element_size() == 2:
-        parts = _tiled(inputs, weights, biases, residual)
+        fused = gated and -(-weights[0].shape[0] // _TILE) >= 128
+        parts = _tiled(inputs, weights, biases, residual, fused)
+        if fused:
+            return parts
     else:
         parts = [F.linear(inputs, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
         if residual is not None:
@@ -394,11 +340,16 @@ def _whole(
 
 
 def _tiled(
-    inputs: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], residual: Tensor | None
+    inputs: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    residual: Tensor | None,
+    gated: bool,
 ) -> list[Tensor]:
     rows, inside = inputs.shape
-    numbers, tiles = _places(weights, _TILE)
-    sizes = [weight.shape[0] for weight in weights]
+    used = weights[:1] if gated else weights
+    numbers, tiles = _places(used, _TILE)
+    sizes = [weight.shape[0] for weight in used]
     out = torch.empty(rows, sum(sizes), dtype=inputs.dtype, device=inputs.device)
     depth, splits, stages = _division(tiles)
     held = tiles * splits * _TILE * _MOST_ROWS if splits > 1 else 0
@@ -407,8 +358,8 @@ def _tiled(
         inputs if residual is None else residual.contiguous(), out,
         scratch_kept("products", inputs.device, held), zeros_kept("arrivals", inputs.device, tiles), *numbers,
         rows, sum(sizes), INSIDE=inside, DEPTH=depth, SPLITS=splits, SLAB=_TILE, ROWS=_MOST_ROWS,
-        ADDED=residual is not None, BIASED=biases[0] is not None, **programmatic_options(inputs.device),
-        **launch_options(4), num_stages=stages,
+        ADDED=residual is not None, BIASED=biases[0] is not None, GATED=gated,
+        **programmatic_options(inputs.device), **launch_options(4), num_stages=stages,
     )  # fmt: skip
     return list(out.split(sizes, dim=1))
 
@@ -447,30 +398,8 @@ def _division(tiles: int) -> tuple[int, int, int]:
     return (256, 2, 3) if tiles == 64 else (128, 4, 4)
 
 
-def rotate_and_append(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rotations: Tensor,
-    cached_keys: Tensor,
-    cached_values: Tensor,
-    lengths: Tensor,
-) -> Tensor:
-    """`kernels.rotate_and_append`."""
-    batch, steps, heads, dim = query.shape
-    kv_heads = key.shape[2]
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    strides = [part.stride()[:3] for part in (query, key, value, cached_keys, cached_values)]
-    _rotate[(batch * steps, -(-(heads + 2 * kv_heads) // _HEADS))](
-        query, key, value, rotations, lengths, out, cached_keys, cached_values, *strides, steps, heads,
-        kv_heads, cached_keys.shape[2], DIM=dim, WIDTH=power_of_two(dim), HEADS=_HEADS,
-        **programmatic_options(query.device), **launch_options(4),
-    )  # fmt: skip
-    return out
-
-
 def specialisations() -> Iterator[Specialisation]:
-    """Products and rotations of layers like those of Llama-3.2-1B and Llama-3.1-8B, and of other dtypes."""
+    """Products of layers like those of Llama-3.2-1B and Llama-3.1-8B, and of other dtypes."""
     cases: list[tuple[str, int, tuple[str, ...]]] = [
         ("three normed", 2048, ("NORMED",)), ("three normed, biased", 1536, ("NORMED", "BIASED")),
         ("added", 2048, ("ADDED",)), ("added", 8192, ("ADDED",)), ("added", 14_336, ("ADDED",)),
@@ -497,11 +426,17 @@ def specialisations() -> Iterator[Specialisation]:
             kernels: list[tuple[Any, str, dict[str, Any], int]] = [
                 (_slab, "", {**own, **slab, "NORMED": "NORMED" in flags}, 3)
             ]
-            if itemsize == 2 and not gated:
+            if itemsize == 2:
                 # As for weights of many rows, and once of few.
                 for tiles in (128, 96, 64, 32) if case == "added" and inside == 2048 else (128,):
                     columns, splits, stages = _division(tiles)
-                    tile = {"DEPTH": columns, "SPLITS": splits, "SLAB": _TILE, "ROWS": _MOST_ROWS}
+                    tile = {
+                        "DEPTH": columns,
+                        "SPLITS": splits,
+                        "SLAB": _TILE,
+                        "ROWS": _MOST_ROWS,
+                        "GATED": gated,
+                    }
                     kernels.append((_tile, f" of {tiles} tiles", {**own, **tile}, stages))
             for kernel, tiles_named, constants, stages in kernels:
                 constants = constants | {"PROGRAMMATIC": False}
@@ -541,19 +476,3 @@ def specialisations() -> Iterator[Specialisation]:
                 num_warps=8 if kernel is _norm else 4,
                 programmatic=True,
             )
-    vectors = ("query", "key", "value", "rotations", "out", "cached_keys", "cached_values")
-    strides = [f"{name}_strides" for name in ("query", "key", "value", "cached_key", "cached_value")]
-    for dtype, dim in (("bf16", 64), ("bf16", 128), ("fp32", 128)):
-        yield Specialisation(
-            operation="layers",
-            name=f"rotate {dtype} heads of {dim}",
-            kernel=_rotate,
-            signature={
-                **dict.fromkeys(vectors, f"*{dtype}"),
-                "lengths": "*i64", **dict.fromkeys(strides, ("i32",) * 3),
-                **dict.fromkeys(("steps", "heads", "kv_heads", "capacity"), "i32"),
-            },
-            constants={"DIM": dim, "WIDTH": dim, "HEADS": _HEADS, "PROGRAMMATIC": False},
-            divisible=frozenset({*vectors, *strides}),
-            programmatic=True,
-        )  # fmt: skip

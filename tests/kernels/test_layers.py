@@ -1,4 +1,4 @@
-"""Products and rotations of decoder layers: the Triton kernels against their references."""
+"""Products of decoder layers: the Triton kernels against their references."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from speculative_eft.kernels import projections, rotate_and_append
+from speculative_eft.kernels import projections
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -102,28 +102,3 @@ def test_other_weights_are_torchs(backend: str, monkeypatch: pytest.MonkeyPatch)
     inputs, weight = random(2, 16, dtype=FP32, seed=0), random(16, 8, dtype=FP32, seed=1).T
     (found,) = projections(inputs, [weight])
     assert torch.equal(found, torch.nn.functional.linear(inputs, weight))
-
-
-@pytest.mark.parametrize("dtype", [FP32, BF16])
-@pytest.mark.parametrize(
-    ("steps", "heads", "kv_heads", "dim"), [(1, 4, 2, 16), (3, 6, 1, 80), (2, 20, 20, 8)]
-)
-def test_rotation(steps: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, both: Any) -> None:
-    batch, capacity, lengths = 2, 64, torch.tensor([5, 62])
-    fused = random(batch, steps, heads + 2 * kv_heads, dim, dtype=dtype, seed=0)
-    query, key, value = fused.split([heads, kv_heads, kv_heads], dim=2)
-    rotations = random(capacity, 2 * dim, dtype=dtype, seed=1)
-    stored = []
-
-    def run() -> Tensor:
-        # One slot more than sequences.
-        keys, values = (random(3, kv_heads, capacity, dim, dtype=dtype, seed=seed) for seed in (2, 3))
-        rotated = rotate_and_append(query, key, value, rotations, keys, values, lengths)
-        # Of what lies beyond the capacity any may end up in the last position.
-        stored.append([part[..., : capacity - 1, :] for part in (keys, values)])
-        return rotated
-
-    expected, found = both(run)
-    torch.testing.assert_close(found, expected, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])
-    for own, other in zip(*stored, strict=True):
-        torch.testing.assert_close(other, own, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])

@@ -31,7 +31,7 @@ from speculative_eft.kernels import (
     projections,
     recall,
     remember,
-    rotate_and_append,
+    rotated_attention,
     verify,
 )
 
@@ -177,7 +177,7 @@ def attend(batch: int, drafted: int) -> None:
 
 
 def run_layer(batch: int, drafted: int) -> None:
-    """Products of one row and of a few, which are other kernels, and a rotation."""
+    """Products of one row and of a few, which are other kernels, and attention."""
     weights = [torch.empty(64, 32, dtype=torch.bfloat16) for _ in range(2)]
     norm = torch.empty(32, dtype=torch.bfloat16)
     for rows in (1, 2 + batch % 15):
@@ -185,8 +185,8 @@ def run_layer(batch: int, drafted: int) -> None:
         projections(inputs, weights, norm=norm, eps=1e-5, gated=True)
     new = torch.empty(batch, drafted, 2, 64)
     cache = torch.empty(64, 2, 512, 64)
-    rotate_and_append(
-        new, new, new, torch.empty(512, 128), cache, cache, torch.zeros(batch, dtype=torch.int64)
+    rotated_attention(
+        new, new, new, torch.empty(512, 128), cache, cache, torch.zeros(batch, dtype=torch.int64), 512
     )
 
 
