@@ -44,8 +44,9 @@ from .windows import (
     warm_up_rounds,
 )
 
-__all__ = ["measure", "roofline_bytes"]
+__all__ = ["BY_COST_MODEL", "measure", "roofline_bytes"]
 
+BY_COST_MODEL = "EFT, K by the cost model"
 NAIVE, ALONE, PLAIN = "naive EFT", "large model alone", "plain transformers loop"
 _HOST_MICROSECONDS, _OF_ROOFLINE = 100.0, 1.2
 _OVER = {NAIVE: 3.0, ALONE: 2.5, PLAIN: 8.0}
@@ -254,7 +255,7 @@ def _measure_demo(script: Script, sweep: Sweep, batch: int) -> None:
 
 
 def _decoders(models: EFTModels, draft_lens: Sequence[int], batch: int) -> dict[str, RoundDecoder]:
-    lengths: dict[str, Any] = {"EFT, K by the cost model": "auto"}
+    lengths: dict[str, Any] = {BY_COST_MODEL: "auto"}
     lengths |= {f"EFT, K={drafted}": drafted for drafted in draft_lens}
     decoders: dict[str, RoundDecoder] = {
         name: EFTDecoder(models, EFTConfig(draft_tokens=drafted, expected_batch=batch))

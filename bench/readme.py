@@ -12,6 +12,7 @@ from . import round_time
 from .analysis import losses, noise_sentence
 from .benchmark import Report
 from .comparison import Spread
+from .engine import BY_COST_MODEL
 from .markdown import markdown_table, with_part
 from .plan import TUNED
 from .plots import figures, svg
@@ -96,17 +97,20 @@ def with_round_times(page: str, path: Path) -> str:
     return with_part(page, "round times", "\n".join(lines))
 
 
-def with_gpu(page: str, paths: Iterable[Path]) -> str:
-    """A page with the whole rounds that `make gpu` timed, a table for each card, made anew."""
+def with_gpu(page: str, paths: Iterable[Path], brief: bool = False) -> str:
+    """A page with the whole rounds that `make gpu` timed, a table for each card, made anew.
+
+    In `brief` those alone whose draft length the cost model chose.
+    """
     lines: list[str] = []
     for path in sorted(paths):
         stages = json.loads(path.read_text(encoding="utf-8"))["stages"]
         if stages.get("engine", {}).get("result"):
-            lines += [*_gpu_lines(stages["engine"]["result"]), ""]
+            lines += [*_gpu_lines(stages["engine"]["result"], brief), ""]
     return with_part(page, "gpu", "\n".join(lines[:-1]))
 
 
-def _gpu_lines(result: dict[str, Any]) -> list[str]:
+def _gpu_lines(result: dict[str, Any], brief: bool) -> list[str]:
     machine = result["environment"]
     heads = [
         "trio, context, batch", "decoder", "acceptance", "tokens a round", "ms a round", "times its bytes",
@@ -114,7 +118,7 @@ def _gpu_lines(result: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
     rows: list[list[str]] = []
     for row in result["rows"]:
-        if "round_milliseconds" not in row:
+        if "round_milliseconds" not in row or (brief and row["decoder"] != BY_COST_MODEL):
             continue
         times = row.get("times", {})
         rows.append([
@@ -156,7 +160,7 @@ def main() -> None:
     page.write_text(with_gpu(text, gpus), encoding="utf-8")
     readme = Path("README.md")
     text = with_measurements(readme.read_text(encoding="utf-8"), report)
-    readme.write_text(with_gpu(text, gpus), encoding="utf-8")
+    readme.write_text(with_gpu(text, gpus, brief=True), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Compiles every Triton kernel ahead of time: `python -m speculative_eft.kernels.compile`, without a GPU.
 
-Prints what each variant takes on each target, and fails where a kernel spills registers or where a load that
-should be 16 bytes wide is narrower.
+Prints what each variant takes on each target, and fails where a kernel spills registers, where a load that
+should be 16 bytes wide is narrower, or where a program takes more shared memory than there is.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .gpu.specialisation import Specialisation
+from .gpu.tile import stages_within
 
 __all__ = ["MODULES", "TARGETS", "Report", "faults", "report_on"]
 
@@ -41,6 +42,8 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+"""Bytes that a program may have."""
 MODULES = (
     "verify",
     "filters",
@@ -108,6 +111,15 @@ def _paths(specialisation: Specialisation, name: str) -> list[tuple[int, ...]]:
     return [(*path, *rest) for rest in _nested_paths(value)]
 
 
+def _stages(specialisation: Specialisation, target: str) -> int:
+    if not specialisation.stage_bytes:
+        return specialisation.num_stages
+    return stages_within(
+        SHARED_MEMORY[target], specialisation.num_stages, specialisation.stage_bytes,
+        specialisation.kept_bytes, TARGETS[target].backend == "hip",
+    )  # fmt: skip
+
+
 def _compile(specialisation: Specialisation, target: str) -> Any:
     names = specialisation.kernel.arg_names
     signature = dict(specialisation.signature) | dict.fromkeys(specialisation.constants, "constexpr")
@@ -130,12 +142,13 @@ def _compile(specialisation: Specialisation, target: str) -> Any:
         for path in _paths(specialisation, name)
     }
     source = ASTSource(specialisation.kernel, ordered, constants, attributes)
+    is_nvidia, waves = TARGETS[target].backend == "cuda", specialisation.waves or specialisation.num_warps
     options = {
-        "num_warps": specialisation.num_warps,
-        "num_stages": specialisation.num_stages,
+        "num_warps": specialisation.num_warps if is_nvidia else waves,
+        "num_stages": _stages(specialisation, target),
         "enable_fp_fusion": True,
     }
-    if specialisation.registers is not None and TARGETS[target].backend == "cuda":
+    if specialisation.registers is not None and is_nvidia:
         options["maxnreg"] = specialisation.registers
     if overlaps:
         options["launch_pdl"] = True
@@ -227,6 +240,8 @@ def faults(report: Report, checks_loads: bool) -> list[str]:
     """What is wrong with a variant, a line each."""
     name = f"{report.operation}, {report.variant}, {report.target}"
     found = [f"{name}: {report.spills} spilled"] if report.spills else []
+    if report.shared > SHARED_MEMORY[report.target]:
+        found.append(f"{name}: {report.shared} bytes of shared memory, more than there are")
     if checks_loads and (report.load is None or report.load < NARROWEST):
         found.append(f"{name}: a load of {report.load} bytes where {NARROWEST} are possible")
     return found

@@ -35,6 +35,7 @@ from .tile import (
     product_of_tiles,
     programmatic_options,
     scratch_kept,
+    stage_options,
     wait_programmatic,
     zeros_kept,
 )
@@ -74,6 +75,10 @@ class Tile:
     parts: int
     warps: int
     stages: int
+
+    def memory(self, itemsize: int) -> tuple[int, int]:
+        """Bytes of shared memory that a stage takes, and what is beside the stages."""
+        return self.columns * self.width * 2 * itemsize, self.rows * self.width * itemsize
 
     @property
     def constants(self) -> dict[str, int]:
@@ -475,7 +480,8 @@ def attention(
         *map(strides_of, (query, keys, values, out)), scale, softcap or 1.0, new, groups, tile.tiles, span,
         splits, min(window or span, span), SOFTCAPPED=softcap is not None, ALIBI=alibi.value, DIM=dim,
         **tile.constants, **programmatic_options(query.device),
-        **launch_options(tile.warps, registers_of(tile)), num_stages=tile.stages,
+        **launch_options(tile.warps, registers_of(tile)),
+        **stage_options(query.device, tile.stages, *tile.memory(query.element_size())),
     )  # fmt: skip
     return out
 
@@ -519,6 +525,8 @@ def specialisations() -> Iterator[Specialisation]:
             num_warps=tile.warps,
             registers=registers_of(tile),
             num_stages=tile.stages,
+            stage_bytes=tile.memory(types[dtype])[0],
+            kept_bytes=tile.memory(types[dtype])[1],
             wide_loads=(load_vectors,),
             programmatic=True,
         )  # fmt: skip

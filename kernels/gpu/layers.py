@@ -34,6 +34,7 @@ from .tile import (
     product_of_tiles,
     programmatic_options,
     scratch_kept,
+    stage_options,
     wait_programmatic,
     zeros_kept,
 )
@@ -359,7 +360,8 @@ def _tiled(
         scratch_kept("products", inputs.device, held), zeros_kept("arrivals", inputs.device, tiles), *numbers,
         rows, sum(sizes), INSIDE=inside, DEPTH=depth, SPLITS=splits, SLAB=_TILE, ROWS=_MOST_ROWS,
         ADDED=residual is not None, BIASED=biases[0] is not None, GATED=gated,
-        **programmatic_options(inputs.device), **launch_options(4), num_stages=stages,
+        **programmatic_options(inputs.device), **launch_options(4),
+        **stage_options(inputs.device, stages, _stage_bytes(depth, gated)),
     )  # fmt: skip
     return list(out.split(sizes, dim=1))
 
@@ -387,6 +389,11 @@ def _gated(first: Tensor, second: Tensor) -> Tensor:
 def _held(itemsize: int, gated: bool) -> int:
     """Numbers that a program of `_slab` holds of a weight."""
     return _SLAB * 2 // itemsize // (2 if gated else 1)
+
+
+def _stage_bytes(depth: int, gated: bool) -> int:
+    """Shared memory that a stage of `_tile` takes."""
+    return 2 * depth * (_TILE * (2 if gated else 1) + _MOST_ROWS)
 
 
 def _division(tiles: int) -> tuple[int, int, int]:
@@ -431,12 +438,8 @@ def specialisations() -> Iterator[Specialisation]:
                 for tiles in (128, 96, 64, 32) if case == "added" and inside == 2048 else (128,):
                     columns, splits, stages = _division(tiles)
                     tile = {
-                        "DEPTH": columns,
-                        "SPLITS": splits,
-                        "SLAB": _TILE,
-                        "ROWS": _MOST_ROWS,
-                        "GATED": gated,
-                    }
+                        "DEPTH": columns, "SPLITS": splits, "SLAB": _TILE, "ROWS": _MOST_ROWS, "GATED": gated,
+                    }  # fmt: skip
                     kernels.append((_tile, f" of {tiles} tiles", {**own, **tile}, stages))
             for kernel, tiles_named, constants, stages in kernels:
                 constants = constants | {"PROGRAMMATIC": False}
@@ -453,6 +456,7 @@ def specialisations() -> Iterator[Specialisation]:
                     constants=constants,
                     divisible=frozenset({*present} - {"eps", "rows", "width", "tiles"}),
                     num_stages=stages,
+                    stage_bytes=_stage_bytes(constants["DEPTH"], gated) if kernel is _tile else 0,
                     # Loads of a pipelined loop have another line to some compilers.
                     wide_loads=(load_weights,) if kernel is _slab else (),
                     programmatic=True,

@@ -37,6 +37,7 @@ from .tile import (
     product_of_tiles,
     programmatic_options,
     scratch_kept,
+    stage_options,
     wait_programmatic,
     zeros_kept,
 )
@@ -45,6 +46,10 @@ __all__ = ["rotated_attention", "rotated_tile", "specialisations"]
 
 _NEW = 16
 """New rows of a sequence at most, and what they are padded to."""
+
+
+_WAVES = 4
+"""Warps on AMD's: more of them leave each too few registers."""
 
 
 def rotated_tile(rows: int, dim: int, itemsize: int) -> Tile:
@@ -258,7 +263,7 @@ def _attend_rotated(
 
 def _registers(tile: Tile) -> int | None:
     """The limit for a tile: few rows have the assembler choose how many programs share a multiprocessor."""
-    return None if tile.rows == 16 else registers_of(tile)
+    return None if tile.rows == 16 and tile.columns == 64 else registers_of(tile)
 
 
 def _half(dim: int) -> int:
@@ -295,7 +300,8 @@ def rotated_attention(
         *map(strides_of, (query, key, value, cached_keys, cached_values, out)), dim**-0.5, new, groups,
         tile.tiles, span, splits, min(window or span, span), cached_keys.shape[2], DIM=dim, HALF=_half(dim),
         NEW=_NEW, **tile.constants, **programmatic_options(query.device),
-        **launch_options(tile.warps, _registers(tile)), num_stages=tile.stages,
+        **launch_options(tile.warps, _registers(tile), _WAVES),
+        **stage_options(query.device, tile.stages, *tile.memory(query.element_size())),
     )  # fmt: skip
     return out
 
@@ -332,7 +338,10 @@ def specialisations() -> Iterator[Specialisation]:
             divisible=frozenset({*vectors, *strides, "partials", "records"}),
             num_warps=tile.warps,
             registers=_registers(tile),
+            waves=_WAVES,
             num_stages=tile.stages,
+            stage_bytes=tile.memory(itemsize)[0],
+            kept_bytes=tile.memory(itemsize)[1],
             wide_loads=(load_vectors,),
             programmatic=True,
         )  # fmt: skip

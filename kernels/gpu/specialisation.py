@@ -27,7 +27,9 @@ class Specialisation:
         constants: constexpr argument -> value.
         divisible: paths of pointers and integers that are multiples of 16; of a tuple, everything inside.
         num_warps, num_stages, registers: as at the launch; registers is what a thread may have, None for the
-            assembler's choice.
+            assembler's choice, and of stages there are fewer where they do not fit.
+        stage_bytes, kept_bytes: shared memory of a stage, and beside the stages; 0 where they fit anywhere.
+        waves: warps on AMD's, which are twice as wide; None for as many.
         launches: how many launches the operation takes with this variant, all its kernels together.
         wide_loads: functions made by `triton.jit` whose loads from global memory must be 16 bytes or wider;
             empty where none can be, as for a vocabulary that is a multiple of nothing.
@@ -42,7 +44,10 @@ class Specialisation:
     divisible: frozenset[str] = frozenset()
     num_warps: int = 4
     num_stages: int = 3
+    stage_bytes: int = 0
+    kept_bytes: int = 0
     registers: int | None = None
+    waves: int | None = None
     launches: int = 1
     wide_loads: tuple[Any, ...] = ()
     programmatic: bool = False

@@ -29,6 +29,7 @@ from triton.language.extra import cuda
 __all__ = [
     "INTERPRETED",
     "MORE_REGISTERS",
+    "MOST_SHARED_MEMORY",
     "RECORD",
     "REGISTERS",
     "Models",
@@ -53,6 +54,8 @@ __all__ = [
     "product_of_tiles",
     "programmatic_options",
     "scratch_kept",
+    "stage_options",
+    "stages_within",
     "store_record",
     "tile_shape",
     "wait_programmatic",
@@ -65,6 +68,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LARGEST_SPLIT = 4096
 REGISTERS, MORE_REGISTERS = 128, 200
 """What a thread may have, where NVIDIA's assembler, left to itself, spills a few at far fewer."""
+MOST_SHARED_MEMORY = 232_448
+"""Bytes that a program may have where it may have most, from sm_90 on."""
 RECORD = tl.constexpr(8)
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -107,10 +112,11 @@ class Shape:
     warps: int
 
 
-def launch_options(warps: int, registers: int | None = None) -> dict[str, int]:
-    """What a launch passes to the compiler; AMD's knows no limit of registers."""
-    limit = {} if registers is None or torch.version.hip else {"maxnreg": registers}
-    return {"num_warps": warps} | limit
+def launch_options(warps: int, registers: int | None = None, waves: int | None = None) -> dict[str, int]:
+    """What a launch passes to the compiler; AMD's knows no limit of registers, and has `waves` for warps."""
+    if torch.version.hip:
+        return {"num_warps": waves or warps}
+    return {"num_warps": warps} | ({} if registers is None else {"maxnreg": registers})
 
 
 @cache
@@ -125,6 +131,28 @@ def programmatic_options(device: torch.device) -> dict[str, Any]:
     """What a launch passes for it."""
     usable = _is_programmatic(device)
     return {"PROGRAMMATIC": usable} | ({"launch_pdl": True} if usable else {})
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have."""
+    if INTERPRETED or device.type != "cuda":
+        return MOST_SHARED_MEMORY
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
+
+
+def stages_within(limit: int, most: int, stage: int, kept: int = 0, is_amd: bool = False) -> int:
+    """How many of `most` stages of a loop fit `limit` bytes, with `stage` bytes each beside `kept`.
+
+    AMD's compiler keeps one in registers.
+    """
+    return min(max((limit - kept) // stage + is_amd, 1), most)
+
+
+def stage_options(device: torch.device, most: int, stage: int, kept: int = 0) -> dict[str, int]:
+    """What a launch passes for them."""
+    return {"num_stages": stages_within(shared_memory(device), most, stage, kept, bool(torch.version.hip))}
 
 
 def power_of_two(count: int) -> int:

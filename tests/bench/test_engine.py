@@ -47,7 +47,7 @@ def test_every_decoder_has_its_row_and_every_bar_its_figure(
     assert script.path is not None
     assert json.loads(script.path.read_text()) == script.content
     rows = {(row["trio"], row["decoder"]): row for row in script.content["rows"]}
-    decoders = {"EFT, K by the cost model", "EFT, K=3", engine.NAIVE, engine.ALONE}
+    decoders = {engine.BY_COST_MODEL, "EFT, K=3", engine.NAIVE, engine.ALONE}
     assert {name for trio, name in rows if trio == "demo"} == decoders
     assert {name for trio, name in rows if trio == "tiny"} == decoders | {engine.PLAIN, "EFT, phases"}
     for (trio, name), row in rows.items():
@@ -61,7 +61,9 @@ def test_every_decoder_has_its_row_and_every_bar_its_figure(
         assert row["roofline_milliseconds"] > 0 and row["graph_bytes"] is None
         if name.startswith("EFT"):
             assert set(row["times"]) >= {engine.NAIVE, engine.ALONE}
-            assert 1 < row["tokens_per_round"] <= 17
+            # By the costs of a busy machine it may be best to draft nothing.
+            least = 1 if name == engine.BY_COST_MODEL else 1.001
+            assert least <= row["tokens_per_round"] <= 17
         else:
             assert row["tokens_per_round"] == 1
     bars = [bar["bar"] for bar in script.content["bars"]]
@@ -156,7 +158,7 @@ def test_windows_of_captured_rounds_one_ahead_of_the_host() -> None:
         assert isinstance(decoder, EFTDecoder | SingleModelDecoder)
         graphs = _Uncaptured(CPU, 1)
         decoder.lagging, decoder.captured = True, CapturedBatch(graphs)
-        adaptive = name == "EFT, K by the cost model"
+        adaptive = name == engine.BY_COST_MODEL
         lengths = [1, 2] if adaptive else [decoder.longest_draft]
         warm_up_rounds(decoder, start, lengths, narrowing=True)
         # Of all rows, and of those that are left as sequences end.

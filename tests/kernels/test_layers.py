@@ -102,3 +102,14 @@ def test_other_weights_are_torchs(backend: str, monkeypatch: pytest.MonkeyPatch)
     inputs, weight = random(2, 16, dtype=FP32, seed=0), random(16, 8, dtype=FP32, seed=1).T
     (found,) = projections(inputs, [weight])
     assert torch.equal(found, torch.nn.functional.linear(inputs, weight))
+
+
+@pytest.mark.parametrize(
+    ("limit", "is_amd", "stages"),
+    [(232_448, False, 3), (101_376, False, 2), (65_536, False, 1), (65_536, True, 2), (10_000, False, 1)],
+)
+def test_a_loop_has_as_many_stages_as_shared_memory_holds(limit: int, is_amd: bool, stages: int) -> None:
+    from speculative_eft.kernels.gpu.tile import stages_within
+
+    assert stages_within(limit, 3, 40_960, is_amd=is_amd) == stages
+    assert stages_within(limit + 5_000, 3, 40_960, kept=5_000, is_amd=is_amd) == stages
