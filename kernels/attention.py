@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .backend import backend
 
-__all__ = ["HEAD_DIMS", "LARGEST_HEAD_DIM", "MOST_ROWS", "append", "attention"]
+__all__ = ["HEAD_DIMS", "LARGEST_HEAD_DIM", "MOST_ROWS", "append", "attention", "check_rows"]
 
 MOST_ROWS = 16
 """New rows of a sequence that `attention` takes at once."""
@@ -95,12 +95,9 @@ def attention(
         >>> attention(torch.randn(1, 3, 8, 80), keys, values, torch.tensor([10])).shape
         torch.Size([1, 3, 8, 80])
     """
-    batch, count, heads, dim = query.shape
+    batch, _, heads, dim = query.shape
     slots, kv_heads, _, _ = keys.shape
-    if not 1 <= count <= MOST_ROWS:
-        raise ValueError(f"query must have 1 to {MOST_ROWS} rows a sequence, not {count}")
-    if dim > LARGEST_HEAD_DIM:
-        raise ValueError(f"query must have heads of at most {LARGEST_HEAD_DIM} numbers, not {dim}")
+    check_rows(query)
     if keys.shape != values.shape or keys.shape[3] != dim or slots < batch or heads % kv_heads:
         raise ValueError(
             "keys and values must be [slots >= batch, a divisor of heads, span, dim] for a query "
@@ -115,6 +112,15 @@ def attention(
         return compiled(query, keys, values, lengths, scale, window, softcap, alibi_slopes, out)
     result = _attention(query, keys[:batch], values[:batch], lengths, scale, window, softcap, alibi_slopes)
     return result if out is None else out.copy_(result)
+
+
+def check_rows(query: Tensor) -> None:
+    """Raise ValueError for a query [batch, q, heads, dim] of too many rows, or too large heads."""
+    _, count, _, dim = query.shape
+    if not 1 <= count <= MOST_ROWS:
+        raise ValueError(f"query must have 1 to {MOST_ROWS} rows a sequence, not {count}")
+    if dim > LARGEST_HEAD_DIM:
+        raise ValueError(f"query must have heads of at most {LARGEST_HEAD_DIM} numbers, not {dim}")
 
 
 def _attention(

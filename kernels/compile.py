@@ -114,9 +114,10 @@ def _paths(specialisation: Specialisation, name: str) -> list[tuple[int, ...]]:
 def _stages(specialisation: Specialisation, target: str) -> int:
     if not specialisation.stage_bytes:
         return specialisation.num_stages
+    holds_all = TARGETS[target].backend == "cuda" and TARGETS[target].arch >= 90
     return stages_within(
-        SHARED_MEMORY[target], specialisation.num_stages, specialisation.stage_bytes,
-        specialisation.kept_bytes, TARGETS[target].backend == "hip",
+        SHARED_MEMORY[target], holds_all, specialisation.num_stages, specialisation.stage_bytes,
+        specialisation.kept_bytes,
     )  # fmt: skip
 
 
@@ -276,7 +277,7 @@ def main(
         bool, typer.Option("--sparsely", help="Each variant for one target, the targets in turn.")
     ] = False,
 ) -> None:
-    """Compile every kernel for every target, and fail if one spills or loads narrowly."""
+    """Compile every kernel for every target; fail if one spills, loads narrowly or takes too much memory."""
     for given, known, name in ((target, tuple(TARGETS), "--target"), (operation, MODULES, "--operation")):
         for value in given or ():
             if value not in known:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .attention import append, attention
+from .attention import append, attention, check_rows
 from .backend import backend
 
 __all__ = ["projections", "rotated_attention"]
@@ -69,7 +69,8 @@ def rotated_attention(
 ) -> Tensor:
     """Rotate queries and keys, write keys and values to a cache as `append` does, and attend to it.
 
-    Row j of sequence b stands at position lengths[b] + j, or at the cache's last one if that lies beyond.
+    Row j of sequence b stands at position lengths[b] + j. What a sequence gets whose rows do not fit the
+    cache or the span is not defined, but finite, and the others' is as if it were not there.
     A vector x is rotated by its halves (Su et al., arXiv 2104.09864, as Llama pairs them):
 
         x * cos + (x's second half, x's first half) * sin, where the sines' first half has changed its sign.
@@ -84,7 +85,13 @@ def rotated_attention(
 
     Returns:
         `attention` of the rotated queries, [batch, q, heads, dim].
+
+    Raises:
+        ValueError: for more rows, or heads that are larger than `attention` takes or odd.
     """
+    check_rows(query)
+    if query.shape[3] % 2:
+        raise ValueError(f"query must have heads of an even number of numbers, not {query.shape[3]}")
     if backend(query.device) == "triton":
         from .gpu.rotated_attention import rotated_attention as compiled
 

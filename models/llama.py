@@ -147,9 +147,10 @@ class LlamaBody:
                 for kind, window in self.windows.items()
             }
         else:
-            lengths = visible_lengths(attention, cache.lengths, length, block.columns.shape[0])
+            span = block.columns.shape[0]
             if attention == "triton" and self.is_fusable:
-                return self._fused(hidden, cache, batch, length, block.columns.shape[0])
+                return self._fused(hidden, cache, batch, length, span)
+            lengths = visible_lengths(attention, cache.lengths, length, span)
         rotation = self.rotations.index_select(0, block.positions.view(-1)).unsqueeze(1)
         cos, sin = rotation[..., :dim], rotation[..., dim:]
 
@@ -177,7 +178,7 @@ class LlamaBody:
         return self._norm(hidden, self.decoder.norm.weight).view(batch, length, -1)
 
     def _fused(self, hidden: Tensor, cache: SlotCache, batch: int, length: int, span: int) -> Tensor:
-        """The layers of `__call__` in five launches each, or eight for more than a row, instead of twenty."""
+        """The layers of `__call__` in five launches each, or seven or eight for a few rows, not twenty."""
         count, dim, lengths = batch * length, self.dim, cache.lengths
         for index, layer in enumerate(self.layers):
             parts = (layer.query, layer.key, layer.value)

@@ -53,7 +53,8 @@ class ModelRunner:
         """Take `model`, which stays on its device and in its dtype.
 
         `attention` is how attention is computed: `"sdpa"` by torch's scaled_dot_product_attention with a
-        mask, `"triton"` by the kernel of `kernels.attention` (with sdpa for blocks of more than 16 tokens),
+        mask, `"triton"` by the kernel of `kernels.attention`, or for Llama-like models that of
+        `kernels.rotated_attention` (with sdpa for blocks of more than 16 tokens),
         `"flash_attn"` by flash-attn's `flash_attn_with_kvcache`, and `"auto"` by Triton's kernel on a GPU
         where it knows the model and its size of head, else by sdpa. `self.attention` says which it is.
 
@@ -246,6 +247,7 @@ class ModelRunner:
         steps = cache.positions[: tokens.shape[1]]
         positions = cache.lengths.unsqueeze(1).add(steps).clamp_(max=cache.capacity - 1)
         cache.begin(positions, span)
+        # Fused layers rely on launches that do not overlap, such as these, after lengths have changed.
         return self._body(Block(tokens, positions, cache.positions[:span]), cache)
 
     @torch.inference_mode()

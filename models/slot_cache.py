@@ -35,9 +35,9 @@ class SlotCache(Cache):
     """Keys and values [slots, heads, capacity, dim] a layer, and the `lengths` of the sequences in them.
 
     Sequence `b` lives in slot `b`. `begin` fixes where the tokens of one pass go, then every layer calls
-    `update` (as transformers' attention modules do) or `write`. A layer is allocated in its first pass;
-    after that nothing is moved or allocated, and rolling back is a subtraction on `lengths`. Nothing is
-    ever read from the device.
+    `update` (as transformers' attention modules do) or `write`, or writes to its `layer_storage`. A layer is
+    allocated in its first pass; after that nothing is moved or allocated, and rolling back is a subtraction
+    on `lengths`. Nothing is ever read from the device.
     """
 
     def __init__(

@@ -2,15 +2,14 @@
 
 A step of one sequence reads each weight once, and its products are over before a device has started as many
 programs as it can hold. So there are few launches, and they overlap: on a device that knows programmatic
-dependent launch (from sm_90 on) a program may start while the launch before it still runs. It loads the
-weights, which no launch writes, and only then waits.
+dependent launch (from sm_90 on) a program may start while the launch before it still runs.
 
 * `_slab` takes one row, or a few of float32. A program holds whole rows of a weight in registers, all of
   which it asks for before it waits.
 * `_tile` takes up to 16 rows, of 16 bits, with tensor cores. Where a weight has too few rows to fill a
   device, programs share its columns, and the last of them to arrive adds their sums, in the order of the
   splits. More rows are cuBLAS's.
-* `_norm` and `_gate` are what comes before and after products of more than one row.
+* `_norm` comes before products of more than one row, and `_gate` after those of weights with few rows.
 """
 
 from __future__ import annotations
@@ -49,6 +48,8 @@ _SLAB = 16_384
 """Numbers of 16 bits that a program of `_slab` holds."""
 _TILE = 64
 """Rows of a weight that a program of `_tile` multiplies: the fewest of Hopper's tensor cores."""
+_FULL = 128
+"""Tiles that fill a device without being split."""
 _COLUMNS = 1024
 """Numbers that a program of `_gate` makes."""
 
@@ -169,6 +170,7 @@ def _tile(
     step = tl.arange(0, ROWS)
     number = tl.arange(0, DEPTH)
     is_row, is_step = row < size, step < rows
+    tl.static_assert(SPLITS == 1 or not GATED)
     SPAN: tl.constexpr = (INSIDE + SPLITS * DEPTH - 1) // (SPLITS * DEPTH) * DEPTH
     wait_programmatic(PROGRAMMATIC)
     total = tl.zeros((SLAB, ROWS), tl.float32)
@@ -287,7 +289,7 @@ def projections(
     if norm is not None:
         inputs = _normed(inputs, norm, eps)
     if rows <= _MOST_ROWS and inputs.element_size() == 2:
-        fused = gated and -(-weights[0].shape[0] // _TILE) >= 128
+        fused = gated and -(-weights[0].shape[0] // _TILE) >= _FULL
         parts = _tiled(inputs, weights, biases, residual, fused)
         if fused:
             return parts
@@ -398,7 +400,7 @@ def _stage_bytes(depth: int, gated: bool) -> int:
 
 def _division(tiles: int) -> tuple[int, int, int]:
     """Columns read at once, programs that share a tile, and stages of the loop; timed on an H200."""
-    if tiles >= 128:
+    if tiles >= _FULL:
         return 128, 1, 4
     if tiles > 64:
         return 64, 2, 6

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..attention import HEAD_DIMS, MOST_ROWS
 from .attention import (
     BUNDLE,
     LOG2_E,
@@ -44,10 +45,6 @@ from .tile import (
 
 __all__ = ["rotated_attention", "rotated_tile", "specialisations"]
 
-_NEW = 16
-"""New rows of a sequence at most, and what they are padded to."""
-
-
 _WAVES = 4
 """Warps on AMD's: more of them leave each too few registers."""
 
@@ -55,14 +52,14 @@ _WAVES = 4
 def rotated_tile(rows: int, dim: int, itemsize: int) -> Tile:
     """The tile for `rows` that share keys, heads of `dim` numbers of `itemsize` bytes; timed on an H200.
 
-    With few rows a program takes less than 48 KiB of shared memory. More would have a multiprocessor divide
-    its memory anew between it and the products before and after, which live on the first-level cache: then
-    launches no longer overlap, and a layer takes 14 microseconds longer.
+    With few rows of 16 bits a program takes less than 48 KiB of shared memory. More would have a
+    multiprocessor divide its memory anew between it and the products before and after, which live on the
+    first-level cache: then launches no longer overlap, and a layer takes 14 microseconds longer.
     """
     width = max(power_of_two(dim), 16)
     shared = max(power_of_two(rows), 16)
     # Tensor cores do not multiply float32, and registers hold few rows and columns then.
-    padded = min(shared, 64 if itemsize == 2 else 16)
+    padded = min(shared, (64 if width <= 128 else 32) if itemsize == 2 else 16)
     results = min(power_of_two(rows), padded)
     columns = 64 if itemsize == 2 else 32
     return Tile(
@@ -299,7 +296,7 @@ def rotated_attention(
         scratch[results * dim :], arrivals,
         *map(strides_of, (query, key, value, cached_keys, cached_values, out)), dim**-0.5, new, groups,
         tile.tiles, span, splits, min(window or span, span), cached_keys.shape[2], DIM=dim, HALF=_half(dim),
-        NEW=_NEW, **tile.constants, **programmatic_options(query.device),
+        NEW=MOST_ROWS, **tile.constants, **programmatic_options(query.device),
         **launch_options(tile.warps, _registers(tile), _WAVES),
         **stage_options(query.device, tile.stages, *tile.memory(query.element_size())),
     )  # fmt: skip
@@ -307,19 +304,19 @@ def rotated_attention(
 
 
 def specialisations() -> Iterator[Specialisation]:
-    """Heads of Llama and Qwen, one row and several, and other dtypes."""
+    """Every size of head and dtype, few rows and many."""
     vectors = ("query", "key", "value", "rotations", "cached_keys", "cached_values", "out")
     strides = dict.fromkeys(
         (f"{name}_strides" for name in ("query", "key", "value", "cached_key", "cached_value", "out")),
         ("i32", "i32", "i32"),
     )
     numbers = ("new", "groups", "tiles", "span", "splits", "reach", "capacity")
-    variants: list[tuple[str, int, int, int]] = [
-        *(("bf16", 2, dim, rows) for dim in (64, 128) for rows in (4, 20, 36)),
-        ("bf16", 2, 80, 4),
-        ("bf16", 2, 256, 4),
+    variants = [
+        *(("bf16", 2, dim, rows) for dim in HEAD_DIMS for rows in (4, 36)),
+        *(("bf16", 2, 128, rows) for rows in (1, 6, 12, 20)),
+        ("bf16", 2, 64, 20),
         ("fp16", 2, 128, 36),
-        *(("fp32", 4, dim, 4) for dim in (64, 128)),
+        *(("fp32", 4, dim, 4) for dim in HEAD_DIMS),
     ]
     for dtype, itemsize, dim, rows in variants:
         tile = rotated_tile(rows, dim, itemsize)
@@ -333,7 +330,7 @@ def specialisations() -> Iterator[Specialisation]:
                 **dict.fromkeys(numbers, "i32"),
             },
             constants={
-                "DIM": dim, "HALF": _half(dim), "NEW": _NEW, **tile.constants, "PROGRAMMATIC": False,
+                "DIM": dim, "HALF": _half(dim), "NEW": MOST_ROWS, **tile.constants, "PROGRAMMATIC": False,
             },
             divisible=frozenset({*vectors, *strides, "partials", "records"}),
             num_warps=tile.warps,

@@ -25,11 +25,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra import cuda
+from triton.runtime import driver
 
 __all__ = [
     "INTERPRETED",
     "MORE_REGISTERS",
-    "MOST_SHARED_MEMORY",
     "RECORD",
     "REGISTERS",
     "Models",
@@ -68,8 +68,6 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LARGEST_SPLIT = 4096
 REGISTERS, MORE_REGISTERS = 128, 200
 """What a thread may have, where NVIDIA's assembler, left to itself, spills a few at far fewer."""
-MOST_SHARED_MEMORY = 232_448
-"""Bytes that a program may have where it may have most, from sm_90 on."""
 RECORD = tl.constexpr(8)
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -133,26 +131,27 @@ def programmatic_options(device: torch.device) -> dict[str, Any]:
     return {"PROGRAMMATIC": usable} | ({"launch_pdl": True} if usable else {})
 
 
-@cache
-def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a program may have."""
-    if INTERPRETED or device.type != "cuda":
-        return MOST_SHARED_MEMORY
-    properties = torch.cuda.get_device_properties(device)
-    return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
-
-
-def stages_within(limit: int, most: int, stage: int, kept: int = 0, is_amd: bool = False) -> int:
+def stages_within(limit: int, holds_all: bool, most: int, stage: int, kept: int = 0) -> int:
     """How many of `most` stages of a loop fit `limit` bytes, with `stage` bytes each beside `kept`.
 
-    AMD's compiler keeps one in registers.
+    `holds_all` says whether memory holds all stages at once; before sm_90, and on AMD's, it is one less.
     """
-    return min(max((limit - kept) // stage + is_amd, 1), most)
+    return min(max((limit - kept) // stage + (not holds_all), 1), most)
+
+
+@cache
+def _shared_memory(device: torch.device) -> tuple[int, bool]:
+    """Bytes that a program may have on `device`, and whether they hold all stages of a loop."""
+    properties = driver.active.utils.get_device_properties(device.index)
+    holds_all = not torch.version.hip and torch.cuda.get_device_capability(device) >= (9, 0)
+    return int(properties["max_shared_mem"]), holds_all
 
 
 def stage_options(device: torch.device, most: int, stage: int, kept: int = 0) -> dict[str, int]:
-    """What a launch passes for them."""
-    return {"num_stages": stages_within(shared_memory(device), most, stage, kept, bool(torch.version.hip))}
+    """What a launch passes for as many stages as fit `device`."""
+    if device.type != "cuda":
+        return {"num_stages": most}
+    return {"num_stages": stages_within(*_shared_memory(device), most, stage, kept)}
 
 
 def power_of_two(count: int) -> int:

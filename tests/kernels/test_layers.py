@@ -104,12 +104,27 @@ def test_other_weights_are_torchs(backend: str, monkeypatch: pytest.MonkeyPatch)
     assert torch.equal(found, torch.nn.functional.linear(inputs, weight))
 
 
+@pytest.mark.parametrize(("rows", "inside", "dtype"), [(3, 130, BF16), (16, 700, FP16)])
+def test_a_gate_within_the_products(
+    rows: int, inside: int, dtype: torch.dtype, both: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from speculative_eft.kernels.gpu import layers
+
+    # As for weights of many rows.
+    monkeypatch.setattr(layers, "_FULL", 1)
+    weights = [random(100, inside, dtype=dtype, seed=seed) / inside**0.5 for seed in range(2)]
+    inputs, norm = random(rows, inside, dtype=dtype, seed=2), 1 + 0.1 * random(inside, dtype=dtype, seed=3)
+    (expected,), (found,) = both(lambda: projections(inputs, weights, norm=norm, eps=1e-5, gated=True))
+    assert found.shape == (rows, 100)
+    assert (found - expected).abs().max() < TOLERANCES[dtype] * expected.abs().max()
+
+
 @pytest.mark.parametrize(
-    ("limit", "is_amd", "stages"),
-    [(232_448, False, 3), (101_376, False, 2), (65_536, False, 1), (65_536, True, 2), (10_000, False, 1)],
+    ("limit", "holds_all", "stages"),
+    [(232_448, True, 3), (101_376, True, 2), (101_376, False, 3), (65_536, False, 2), (10_000, True, 1)],
 )
-def test_a_loop_has_as_many_stages_as_shared_memory_holds(limit: int, is_amd: bool, stages: int) -> None:
+def test_a_loop_has_as_many_stages_as_shared_memory_holds(limit: int, holds_all: bool, stages: int) -> None:
     from speculative_eft.kernels.gpu.tile import stages_within
 
-    assert stages_within(limit, 3, 40_960, is_amd=is_amd) == stages
-    assert stages_within(limit + 5_000, 3, 40_960, kept=5_000, is_amd=is_amd) == stages
+    assert stages_within(limit, holds_all, 3, 40_960) == stages
+    assert stages_within(limit + 5_000, holds_all, 3, 40_960, kept=5_000) == stages

@@ -59,6 +59,9 @@ class Case:
         (5, 4, 1, 64, BF16, None),
         (16, 5, 1, 128, BF16, 130),
         (2, 1, 1, 256, BF16, None),
+        (1, 1, 2, 96, FP16, None),
+        (4, 3, 1, 80, BF16, None),
+        (2, 2, 1, 16, BF16, 40),
     ],
 )
 def test_equals_the_reference(
@@ -104,6 +107,10 @@ def test_many_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     expected, _ = case.run(monkeypatch, "torch")
     found, _ = case.run(monkeypatch, "triton")
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    # Of the last bundle and the one before.
+    expected, _ = case.run(monkeypatch, "torch", 400, span=2104)
+    found, _ = case.run(monkeypatch, "triton", 400, span=2104)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert not zeros_kept("arrivals", found.device, 1).any()
 
 
@@ -126,3 +133,15 @@ def test_rows_beyond_the_capacity_do_not_leave_it(monkeypatch: pytest.MonkeyPatc
     assert torch.equal(stored[:, 1:], kept[:, 1:])
     assert torch.equal(stored[:, 0, :, : case.capacity - 2], case.cache[:, 0, :, : case.capacity - 2])
     assert found.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("new", "dim", "message"),
+    [(17, 16, "1 to 16 rows a sequence, not 17"), (1, 258, "at most 256"), (1, 15, "an even number")],
+)
+def test_shapes_that_cannot_be_run_are_refused(new: int, dim: int, message: str) -> None:
+    case = Case([3], new, 1, 1, dim, FP32)
+    before = case.cache.clone()
+    with pytest.raises(ValueError, match=message):
+        rotated_attention(*case.rows, case.rotations, *case.cache, case.lengths, case.capacity)
+    assert torch.equal(case.cache, before)
