@@ -29,7 +29,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/speculative-eft demo
 
-# Each of the first three is one process at a time. Triton takes ten minutes for every variant and target.
+# Each of the first three is one process at a time. Triton takes ten minutes and more for every variant and target.
 test: setup
 	$(MAKE) --jobs=2 compile lint types COMPILE_OPTIONS=--sparsely
 	$(BIN)/pytest -n 2
