@@ -146,8 +146,10 @@ class SlotCache(Cache):
         self, layer_idx: int, heads: int, dim: int, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         """A layer's keys and values [slots, heads, capacity, dim], allocated of `dtype` if they were not."""
-        vectors = torch.empty(0, 0, heads, dim, dtype=dtype, device=self.device)
-        layer = self._layer_for(layer_idx, vectors, vectors)
+        layer = self._slots.get(layer_idx)
+        if layer is None:
+            vectors = torch.empty(0, 0, heads, dim, dtype=dtype, device=self.device)
+            layer = self._layer_for(layer_idx, vectors, vectors)
         return layer.keys, layer.values
 
     def update(

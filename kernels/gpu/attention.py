@@ -62,7 +62,6 @@ class Tile:
         columns: positions read at once; split: positions of a split.
         width: a head's size, padding included.
         results: of its rows, those that are not all padding.
-        parts: of a row's results that are merged at once, so that they are read at once.
         stages: of the loop over keys and values.
     """
 
@@ -72,7 +71,6 @@ class Tile:
     split: int
     width: int
     results: int
-    parts: int
     warps: int
     stages: int
 
@@ -85,7 +83,9 @@ class Tile:
         """What a kernel is compiled with."""
         return {
             "WIDTH": self.width, "ROWS": self.rows, "RESULTS": self.results, "COLUMNS": self.columns,
-            "SPLIT": self.split, "BUNDLE": BUNDLE, "PARTS": self.parts,
+            "SPLIT": self.split, "BUNDLE": BUNDLE,
+            # As many as registers hold, so that they are read at once.
+            "PARTS": min(max(4096 // (self.results * self.width), 1), BUNDLE),
         }  # fmt: skip
 
 
@@ -100,7 +100,6 @@ def attention_tile(rows: int, dim: int, itemsize: int) -> Tile:
     shared = max(power_of_two(rows), 16)
     # Tensor cores do not multiply float32, and registers hold few rows and columns then.
     padded = min(shared, 64 if itemsize == 2 else 16)
-    results = min(power_of_two(rows), padded)
     wide = padded * width >= 8192 or (itemsize == 4 and width >= 128)
     return Tile(
         rows=padded,
@@ -108,23 +107,31 @@ def attention_tile(rows: int, dim: int, itemsize: int) -> Tile:
         columns=16 if itemsize == 4 else 64 if width <= 128 else 32,
         split=min(shared, 64) * 8,
         width=width,
-        results=results,
-        parts=parts_at_once(results, width),
+        results=min(power_of_two(rows), padded),
         warps=8 if wide else 4,
         # More would leave room for fewer programs.
         stages=2,
     )
 
 
-def parts_at_once(results: int, width: int) -> int:
-    """How many parts of so many rows registers hold."""
-    return min(max(4096 // (results * width), 1), BUNDLE)
-
-
 @triton.jit
 def load_vectors(pointer, offsets, mask):
     """Neighbouring keys or values."""
     return tl.load(pointer + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def range_seen(length, new, span, reach):
+    """The first and the last of the positions that any of a sequence's rows sees."""
+    last = (tl.minimum(length + new, span) - 1).to(tl.int32)
+    return tl.maximum(tl.minimum(length, span - 1).to(tl.int32) - reach + 1, 0), last
+
+
+@triton.jit
+def is_seen(position, column, reach):
+    """Whether rows at `position` see the positions `column`, [rows, columns]."""
+    # As an unsigned number a distance into the future is beyond any window.
+    return (position[:, None] - column[None, :]).to(tl.uint32) < reach
 
 
 @triton.jit
@@ -326,9 +333,7 @@ def _attend(
     tile = tl.program_id(1) % tiles
     sequence = tl.program_id(2).to(tl.int64)
     length = tl.load(lengths + sequence)
-    # Of the positions that any of the sequence's rows sees.
-    last = (tl.minimum(length + new, span) - 1).to(tl.int32)
-    first = tl.maximum(tl.minimum(length, span - 1).to(tl.int32) - reach + 1, 0)
+    first, last = range_seen(length, new, span, reach)
     first_split = first // SPLIT
     last_split = last // SPLIT
     if (split < first_split) | (split > last_split):
@@ -373,9 +378,7 @@ def _attend(
         if SOFTCAPPED:
             growth = tl.exp2(scores * (2.0 * LOG2_E / softcap))
             scores = softcap * (1.0 - 2.0 / (growth + 1.0))
-        # As an unsigned number a distance into the future is beyond any window.
-        is_visible = (position[:, None] - column[None, :]).to(tl.uint32) < reach
-        scores = tl.where(is_visible, scores * LOG2_E, float("-inf"))
+        scores = tl.where(is_seen(position, column, reach), scores * LOG2_E, float("-inf"))
         value = load_vectors(
             values,
             value_offset + place[:, None] * value_strides[2] + number[None, :],
@@ -438,6 +441,15 @@ def strides_of(tensor: Tensor) -> tuple[int, int, int]:
     return tensor.stride(0), tensor.stride(1), tensor.stride(2)
 
 
+def room_for_parts(query: Tensor, kv_heads: int, splits: int, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
+    """The `partials`, `records` and `arrivals` of a launch for a query [batch, q, heads, dim]."""
+    batch, new, heads, dim = query.shape
+    results = batch * heads * new * splits if splits > 1 else 0
+    scratch = scratch_kept("attention", query.device, results * (dim + 2))
+    counters = batch * kv_heads * tile.tiles * (-(-splits // BUNDLE) + 1)
+    return scratch, scratch[results * dim :], zeros_kept("arrivals", query.device, counters)
+
+
 def append(keys: Tensor, values: Tensor, cached_keys: Tensor, cached_values: Tensor, lengths: Tensor) -> None:
     """`kernels.append`."""
     batch, new, heads, dim = keys.shape
@@ -467,16 +479,13 @@ def attention(
     tile = attention_tile(rows, dim, query.element_size())
     splits = -(-span // tile.split)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device) if out is None else out
-    results = batch * kv_heads * splits * rows if splits > 1 else 0
-    scratch = scratch_kept("attention", query.device, results * (dim + 2))
+    parts = room_for_parts(query, kv_heads, splits, tile)
     alibi, slopes = _NO_ALIBI, lengths
     if alibi_slopes is not None:
         slopes = alibi_slopes.contiguous()
         alibi = _ROUNDED_ALIBI if alibi_slopes.dtype == torch.bfloat16 else _ALIBI
-    counters = batch * kv_heads * tile.tiles * (-(-splits // BUNDLE) + 1)
-    arrivals = zeros_kept("arrivals", query.device, counters)
     _attend[(splits, kv_heads * tile.tiles, batch)](
-        query, keys, values, lengths, slopes, out, scratch, scratch[results * dim :], arrivals,
+        query, keys, values, lengths, slopes, out, *parts,
         *map(strides_of, (query, keys, values, out)), scale, softcap or 1.0, new, groups, tile.tiles, span,
         splits, min(window or span, span), SOFTCAPPED=softcap is not None, ALIBI=alibi.value, DIM=dim,
         **tile.constants, **programmatic_options(query.device),

@@ -19,14 +19,15 @@ from torch import Tensor
 
 from ..attention import HEAD_DIMS, MOST_ROWS
 from .attention import (
-    BUNDLE,
     LOG2_E,
     Tile,
     add_columns,
     finish_split,
+    is_seen,
     load_vectors,
-    parts_at_once,
+    range_seen,
     registers_of,
+    room_for_parts,
     strides_of,
 )
 from .specialisation import Specialisation
@@ -37,10 +38,8 @@ from .tile import (
     power_of_two,
     product_of_tiles,
     programmatic_options,
-    scratch_kept,
     stage_options,
     wait_programmatic,
-    zeros_kept,
 )
 
 __all__ = ["rotated_attention", "rotated_tile", "specialisations"]
@@ -60,7 +59,6 @@ def rotated_tile(rows: int, dim: int, itemsize: int) -> Tile:
     shared = max(power_of_two(rows), 16)
     # Tensor cores do not multiply float32, and registers hold few rows and columns then.
     padded = min(shared, (64 if width <= 128 else 32) if itemsize == 2 else 16)
-    results = min(power_of_two(rows), padded)
     columns = 64 if itemsize == 2 else 32
     return Tile(
         rows=padded,
@@ -68,8 +66,7 @@ def rotated_tile(rows: int, dim: int, itemsize: int) -> Tile:
         columns=columns if width <= 128 else columns // 2,
         split=max(128, padded * 4),
         width=width,
-        results=results,
-        parts=parts_at_once(results, width),
+        results=min(power_of_two(rows), padded),
         warps=8 if width > 128 or padded * width > 4096 or (itemsize == 4 and width == 128) else 4,
         stages=3 if padded == 64 else 2,
     )
@@ -116,9 +113,7 @@ def _rotated(vectors, offsets, rotations, turns, mask, DIM: tl.constexpr):
 @triton.jit
 def _is_visible(position, column, end, reach):
     """Whether a row at its position sees a column, which is none from `end` on."""
-    # As an unsigned number a distance into the future is beyond any window.
-    distance = (position[:, None] - column[None, :]).to(tl.uint32)
-    return (distance < reach) & (column < end)[None, :]
+    return is_seen(position, column, reach) & (column < end)[None, :]
 
 
 @triton.jit
@@ -175,9 +170,7 @@ def _attend_rotated(
     sequence = tl.program_id(2).to(tl.int64)
     # Lengths are written between passes, and a pass begins with launches that do not overlap.
     length = tl.load(lengths + sequence)
-    # Of the positions that any of the sequence's rows sees.
-    last = (tl.minimum(length + new, span) - 1).to(tl.int32)
-    first = tl.maximum(tl.minimum(length, span - 1).to(tl.int32) - reach + 1, 0)
+    first, last = range_seen(length, new, span, reach)
     first_split = first // SPLIT
     last_split = last // SPLIT
     if (split < first_split) | (split > last_split):
@@ -287,13 +280,9 @@ def rotated_attention(
     tile = rotated_tile(rows, dim, query.element_size())
     splits = -(-span // tile.split)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    results = batch * kv_heads * splits * rows if splits > 1 else 0
-    scratch = scratch_kept("attention", query.device, results * (dim + 2))
-    counters = batch * kv_heads * tile.tiles * (-(-splits // BUNDLE) + 1)
-    arrivals = zeros_kept("arrivals", query.device, counters)
     _attend_rotated[(splits, kv_heads * tile.tiles, batch)](
-        query, key, value, rotations, cached_keys, cached_values, lengths, out, scratch,
-        scratch[results * dim :], arrivals,
+        query, key, value, rotations, cached_keys, cached_values, lengths, out,
+        *room_for_parts(query, kv_heads, splits, tile),
         *map(strides_of, (query, key, value, cached_keys, cached_values, out)), dim**-0.5, new, groups,
         tile.tiles, span, splits, min(window or span, span), cached_keys.shape[2], DIM=dim, HALF=_half(dim),
         NEW=MOST_ROWS, **tile.constants, **programmatic_options(query.device),

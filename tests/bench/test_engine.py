@@ -18,7 +18,7 @@ from speculative_eft.bench.shapes import LLAMA, QWEN, TINY, random_trio, step_by
 from speculative_eft.bench.windows import PlainLoop, Start, forced_acceptance, run_window, warm_up_rounds
 from speculative_eft.decoding import EFTConfig, EFTDecoder, NaiveEFTDecoder
 from speculative_eft.decoding.running import CapturedBatch
-from speculative_eft.models import CapturedFunctions, memory
+from speculative_eft.models import CapturedFunctions, EFTModels, StepCosts, memory
 
 CPU = torch.device("cpu")
 DEMO = {"trio": "demo", "batch": 2}
@@ -40,8 +40,10 @@ def tiny_start(batch: int, limit: int) -> Start:
 
 
 def test_every_decoder_has_its_row_and_every_bar_its_figure(
-    script: Script, capsys: pytest.CaptureFixture[str]
+    script: Script, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # By the costs of a busy machine it may be best to draft nothing.
+    monkeypatch.setattr(EFTModels, "step_costs", lambda *arguments: StepCosts(0.25, 0.02))
     engine.measure(script)
     engine.show(script)
     assert script.path is not None
@@ -61,9 +63,7 @@ def test_every_decoder_has_its_row_and_every_bar_its_figure(
         assert row["roofline_milliseconds"] > 0 and row["graph_bytes"] is None
         if name.startswith("EFT"):
             assert set(row["times"]) >= {engine.NAIVE, engine.ALONE}
-            # By the costs of a busy machine it may be best to draft nothing.
-            least = 1 if name == engine.BY_COST_MODEL else 1.001
-            assert least <= row["tokens_per_round"] <= 17
+            assert 1 < row["tokens_per_round"] <= 17
         else:
             assert row["tokens_per_round"] == 1
     bars = [bar["bar"] for bar in script.content["bars"]]
