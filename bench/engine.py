@@ -20,10 +20,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from speculative_eft.decoding import EFTConfig, EFTDecoder, NaiveEFTDecoder
-from speculative_eft.decoding.round import PhaseTimer, commit_phase, draft_phase
+from speculative_eft.decoding import DraftWeights, EFTConfig, EFTDecoder, NaiveEFTDecoder
+from speculative_eft.decoding.round import PhaseTimer, commit_phase, draft_phase, score_by_small
 from speculative_eft.decoding.running import rounded_span
-from speculative_eft.kernels import verify
+from speculative_eft.kernels import side_by_side, verify
 from speculative_eft.models import EFTModels, EFTRunners, ModelRunner, check_caches
 from speculative_eft.models.demo import held_out_prompts
 from speculative_eft.models.memory import free_bytes
@@ -46,7 +46,9 @@ from .windows import (
 
 __all__ = ["BY_COST_MODEL", "measure", "roofline_bytes"]
 
-BY_COST_MODEL = "EFT, K by the cost model"
+_EFT: dict[DraftWeights, str] = {"own": "EFT", "int8": "EFT, drafts of 8 bits"}
+BY_COST_MODEL = tuple(f"{name}, K by the cost model" for name in _EFT.values())
+"""The decoders whose draft lengths the cost model chooses: by the models' own weights, and by copies."""
 NAIVE, ALONE, PLAIN = "naive EFT", "large model alone", "plain transformers loop"
 _HOST_MICROSECONDS, _OF_ROOFLINE = 100.0, 1.2
 _OVER = {NAIVE: 3.0, ALONE: 2.5, PLAIN: 8.0}
@@ -77,7 +79,7 @@ class Sweep:
     dtype: torch.dtype = torch.bfloat16
 
 
-_WHOLE = Sweep((LLAMA, QWEN), (1024, 8192), (1, 4, 16), (0.7, 0.9), (4, 8), 16, 6, 3, 96)
+_WHOLE = Sweep((LLAMA, QWEN), (1024, 8192), (1, 4, 16), (0.7, 0.9), (4, 8, 12), 16, 6, 3, 96)
 _QUICK = Sweep((LLAMA,), (1024,), (1,), (0.9,), (8,), 24, 6, 3, 96)
 _SMOKE = Sweep((TINY,), (40,), (2,), (0.9,), (3,), 6, 2, 2, 8)
 
@@ -111,19 +113,25 @@ class _Contest:
             self.windows.setdefault((PLAIN, acceptance), []).append(window)
 
 
-def roofline_bytes(models: EFTModels, drafted: float, tokens: float, alone: bool = False) -> float:
+def roofline_bytes(
+    models: EFTModels, drafted: float, tokens: float, alone: bool = False, eight_bits: bool = False
+) -> float:
     """Bytes of weights and caches that a round reads.
 
     Args:
         drafted: tokens drafted a sequence; the tuned models step once more, the others once.
         tokens: in all sequences together.
         alone: whether the large model runs alone.
+        eight_bits: whether copies of eight bits draft, and the tuned models step once.
     """
     large = step_bytes(models.large_base).of(tokens)
     if alone:
         return large
     tuned = sum(step_bytes(model).of(tokens) for model in models.small_tuned)
-    return large + (drafted + 1) * tuned + step_bytes(models.small_base).of(tokens)
+    draft = (drafted + 1) * tuned
+    if eight_bits:
+        draft = tuned + drafted * sum(step_bytes(model, 1).of(tokens) for model in models.small_tuned)
+    return large + draft + step_bytes(models.small_base).of(tokens)
 
 
 def measure(script: Script) -> None:
@@ -187,8 +195,9 @@ def _measure_shape(script: Script, sweep: Sweep, models: EFTModels, labels: dict
     batch, context, device = labels["batch"], labels["context"], script.device
     # The same models with caches of their own, of which none is reserved yet.
     models = EFTModels(models.large_base, models.small_tuned, models.small_base)
-    # It empties the caches, so before they are filled.
-    models.step_costs(False, batch)
+    # They empty the caches, so before they are filled.
+    for weights in _draft_weights(batch):
+        models.step_costs(False, batch, weights == "int8")
     # All tokens of a window's rounds and of the warm-up.
     limit = (sweep.rounds + 3) * 17
     start = Start(
@@ -222,7 +231,7 @@ def _measure_shape(script: Script, sweep: Sweep, models: EFTModels, labels: dict
     if contest.windows and (batch == 1 or not script.on_gpu):
         _add_bars(contest, max(sweep.acceptances))
     contest.plain = plain = None
-    fixed = decoders[f"EFT, K={sweep.draft_lens[-1]}"]
+    fixed = decoders[f"{_EFT['own']}, K={sweep.draft_lens[min(1, len(sweep.draft_lens) - 1)]}"]
     _add_profile(script, fixed, start, labels)
 
 
@@ -231,8 +240,9 @@ def _measure_demo(script: Script, sweep: Sweep, batch: int) -> None:
     for model in (models.large_base, *models.small_tuned, models.small_base):
         model.to(script.device)  # type: ignore[arg-type]
     assert models.tokenizer is not None
-    # It empties the caches, so before they are filled.
-    models.step_costs(False, batch)
+    # They empty the caches, so before they are filled.
+    for weights in _draft_weights(batch):
+        models.step_costs(False, batch, weights == "int8")
     prompts = [models.tokenizer(prompt).input_ids for prompt in held_out_prompts()[:batch]]
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     longest = int(lengths.max())
@@ -254,13 +264,19 @@ def _measure_demo(script: Script, sweep: Sweep, batch: int) -> None:
         _add_row(contest, name, None)
 
 
+def _draft_weights(batch: int) -> tuple[DraftWeights, ...]:
+    # Copies of eight bits are for one sequence.
+    return ("own", "int8") if batch == 1 else ("own",)
+
+
 def _decoders(models: EFTModels, draft_lens: Sequence[int], batch: int) -> dict[str, RoundDecoder]:
-    lengths: dict[str, Any] = {BY_COST_MODEL: "auto"}
-    lengths |= {f"EFT, K={drafted}": drafted for drafted in draft_lens}
-    decoders: dict[str, RoundDecoder] = {
-        name: EFTDecoder(models, EFTConfig(draft_tokens=drafted, expected_batch=batch))
-        for name, drafted in lengths.items()
-    }
+    decoders: dict[str, RoundDecoder] = {}
+    for weights, by_cost_model in zip(_draft_weights(batch), BY_COST_MODEL, strict=False):
+        lengths: dict[str, Any] = {by_cost_model: "auto"}
+        lengths |= {f"{_EFT[weights]}, K={drafted}": drafted for drafted in draft_lens}
+        for name, drafted in lengths.items():
+            config = EFTConfig(draft_tokens=drafted, draft_weights=weights, expected_batch=batch)
+            decoders[name] = EFTDecoder(models, config)
     return {**decoders, NAIVE: NaiveEFTDecoder(models), ALONE: SingleModelDecoder(models)}
 
 
@@ -406,7 +422,8 @@ def _roofline_seconds(contest: _Contest, name: str, windows: Sequence[Window]) -
     drafted = sum(sum(window.drafted) for window in windows) / sum(len(window.drafted) for window in windows)
     gained = sum(window.tokens for window in windows) / len(windows) / 2
     tokens = float(start.lengths.sum()) + gained
-    return roofline_bytes(start.models, drafted, tokens, name == ALONE) / contest.script.bandwidth
+    needed = roofline_bytes(start.models, drafted, tokens, name == ALONE, name.startswith(_EFT["int8"]))
+    return needed / contest.script.bandwidth
 
 
 def _ratio_at_the_roofline(contest: _Contest, name: str, other: str, acceptance: float | None) -> float:
@@ -442,6 +459,8 @@ def _add_bars(contest: _Contest, acceptance: float) -> None:
         best = max(there, key=lambda row: float(row["times"][other]["median"]), default=None)
         measured = None if best is None else best["times"][other]["median"]
         script.bar(bar, measured, (measured or 0) >= least)
+        if best is not None:
+            script.content["bars"][-1]["decoder"] = best["decoder"]
         if best is not None and other in best["times_at_the_roofline"]:
             # The most that could have been measured.
             script.content["bars"][-1]["at_the_roofline"] = best["times_at_the_roofline"][other]
@@ -470,25 +489,33 @@ def _phases(decoder: RoundDecoder, start: Start) -> dict[str, Callable[[], objec
     before = start.lengths - 1
 
     def draft() -> Any:
-        found = draft_phase(runners, state, plan, drafted, span)
         for runner in runners.tuned:
             runner.lengths.copy_(before)
-        return found
+        return draft_phase(runners, state, plan, drafted, span)
 
     drafts = draft()
     block = torch.cat([start.last_token[:, None], drafts.tokens], dim=1)
-    large, base = runners.large.forward(block, span), runners.base.forward(block, span)
+
+    def by_large() -> torch.Tensor:
+        return runners.large.forward(block, span)
+
+    def by_small() -> list[torch.Tensor]:
+        for runner in runners.tuned:
+            runner.lengths.copy_(before + drafted)
+        return score_by_small(runners, drafts, block, span, PhaseTimer())
+
+    large, (*tuned, base) = by_large(), by_small()
 
     def check() -> Any:
         return verify(
-            large, drafts.tuned, base, drafts.tokens, state.draft_lens, plan.coefficients, plan.sampling,
+            large, tuned, base, drafts.tokens, state.draft_lens, plan.coefficients, plan.sampling,
             plan.draft_sampling, state.noise, plan.acceptance, plan.vocab_size, drafts.correction, False,
         )  # fmt: skip
 
     verdict = check()
 
     def commit() -> None:
-        logits = [large, base, *drafts.tuned]
+        logits = [large, base, *tuned]
         commit_phase(runners, state, plan, block, drafts.tokens, verdict, logits, PhaseTimer(), None)
         # Repeated commits would leave the output and the caches.
         state.generated.zero_()
@@ -497,8 +524,9 @@ def _phases(decoder: RoundDecoder, start: Start) -> dict[str, Callable[[], objec
 
     return {
         "draft": draft,
-        "score, large": lambda: runners.large.forward(block, span),
-        "score, small base": lambda: runners.base.forward(block, span),
+        "score, large": by_large,
+        "score, small": by_small,
+        "score, side by side": lambda: side_by_side(block.device, by_large, by_small),
         "verify": check,
         "commit": commit,
     }

@@ -118,7 +118,7 @@ def _gpu_lines(result: dict[str, Any], brief: bool) -> list[str]:
     ]  # fmt: skip
     rows: list[list[str]] = []
     for row in result["rows"]:
-        if "round_milliseconds" not in row or (brief and row["decoder"] != BY_COST_MODEL):
+        if "round_milliseconds" not in row or (brief and row["decoder"] not in BY_COST_MODEL):
             continue
         times = row.get("times", {})
         rows.append([

@@ -116,11 +116,13 @@ class StepBytes:
         return self.weights + tokens * self.cache
 
 
-def step_bytes(model: PreTrainedModel) -> StepBytes:
-    """What a pass of `model` reads, whether for one token a sequence or for a few."""
+def step_bytes(model: PreTrainedModel, itemsize: int | None = None) -> StepBytes:
+    """What a pass of `model` reads, whether for one token a sequence or for a few.
+
+    `itemsize` is for a copy whose weights have so many bytes each; None for the model's own.
+    """
     embedding: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    if head.weight is not embedding.weight:
-        weights -= embedding.weight.numel() * embedding.weight.element_size()
+    read = [part for part in model.parameters() if part is head.weight or part is not embedding.weight]
+    weights = sum(part.numel() * (itemsize or part.element_size()) for part in read)
     return StepBytes(weights, cache_bytes_per_token(model.config, model.dtype))

@@ -2,7 +2,7 @@
 
 from .adapter import CUSTOM_GENERATE_FOLDER
 from .call import Streamer, TokenCallback
-from .config import EFTConfig
+from .config import DraftWeights, EFTConfig
 from .decoder import EFTDecoder, NaiveEFTDecoder
 from .output import EFTOutput, EFTStats, EFTTrace
 from .past import EFTPast
@@ -11,6 +11,7 @@ from .slots import SlotBatch, SlotOptions, SlotProgress
 
 __all__ = [
     "CUSTOM_GENERATE_FOLDER",
+    "DraftWeights",
     "EFTConfig",
     "EFTDecoder",
     "EFTOutput",

@@ -156,7 +156,7 @@ def bind_round(
     That is where nothing can be bound, and where a model that drafts has no compiled steps for so many
     sequences.
     """
-    if not can_bind(state):
+    if runners.drafters or not can_bind(state):
         return None
     from speculative_eft.kernels.cpu.settle import bind_settle
 

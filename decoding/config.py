@@ -9,9 +9,10 @@ from typing import Literal, get_args
 
 from speculative_eft.kernels import AcceptanceRule
 
-__all__ = ["DraftKind", "EFTConfig"]
+__all__ = ["DraftKind", "DraftWeights", "EFTConfig"]
 
 DraftKind = Literal["auto", "tuned", "pair"]
+DraftWeights = Literal["own", "int8"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,9 @@ class EFTConfig:
             output is token for token that of `NaiveEFTDecoder` with the same seed).
         draft: "tuned" (the tuned models draft alone), "pair" (with the small base) or "auto": "tuned"
             where the alphas sum to 1, since the base then cancels in the draft law.
+        draft_weights: "own", or "int8" for drafts by copies of the models' weights in eight bits, half of 16
+            bits to read a step; the models themselves score what is drafted. For Llama-like models on a GPU,
+            up to 16 sequences. Rounds with logits processors draft by the models' own.
         draft_temperature: temperature of the draft law; None for the target's.
         conservative_top_p: where set, the large model's delta applies only inside the top-p set of the
             small pair's law (the EFT paper's filter of up-scaling weights).
@@ -51,6 +55,7 @@ class EFTConfig:
     draft_tokens: int | Literal["auto"] = "auto"
     acceptance: AcceptanceRule = "block"
     draft: DraftKind = "auto"
+    draft_weights: DraftWeights = "own"
     draft_temperature: float | None = None
     conservative_top_p: float | None = None
     cost_ratio: float | None = None
@@ -73,6 +78,7 @@ class EFTConfig:
         for name, choice, choices in (
             ("acceptance", self.acceptance, get_args(AcceptanceRule)),
             ("draft", self.draft, get_args(DraftKind)),
+            ("draft_weights", self.draft_weights, get_args(DraftWeights)),
         ):
             if choice not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {choice!r}")

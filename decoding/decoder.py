@@ -85,6 +85,11 @@ class EFTDecoder:
         if len(self.config.alphas) not in (1, experts):
             raise ValueError(f"alpha has {len(self.config.alphas)} values for {experts} tuned models")
         self.vocab_size = min(runner.vocab_size for runner in self.all_runners())
+        if self.config.draft_weights == "int8" and not self.runners.drafters:
+            if self.models is None:
+                raise ValueError('draft_weights="int8" needs models, not their runners')
+            drafters = self.models.quantised_drafters(self._drafts_as_pair())
+            self.runners = dataclasses.replace(self.runners, drafters=drafters)
         warm_up(self.runners.large.device)
         if self.models is None and self.config.draft_tokens == "auto" and self.config.cost_ratio is None:
             raise ValueError('draft_tokens="auto" with bare runners needs cost_ratio')
@@ -108,7 +113,9 @@ class EFTDecoder:
         if self.config.cost_ratio is not None:
             return DraftLengthPolicy(self.config.cost_ratio, self.config.row_cost)
         assert self.models is not None
-        costs = self.models.step_costs(self._drafts_as_pair(), self.config.expected_batch)
+        costs = self.models.step_costs(
+            self._drafts_as_pair(), self.config.expected_batch, self.config.draft_weights == "int8"
+        )
         return DraftLengthPolicy(costs.cost_ratio, costs.row_cost)
 
     def _alphas(self) -> tuple[float, ...]:
@@ -384,6 +391,8 @@ class EFTDecoder:
         """
         if self.policy is None or self.lagging or self._drafts_as_pair() or self.config.expected_batch > 1:
             return False
+        if self.runners.drafters:
+            return False
         return len(self.runners.tuned) == 1 and self.runners.tuned[0].ends_drafts
 
     def _draft_length_rule(self, device: torch.device) -> DraftLengthRule | None:
@@ -457,7 +466,9 @@ class EFTDecoder:
     def bytes_beside_caches(self) -> int:
         """Bytes a sequence for what it remembers and for the logits of a round."""
         rows = self.longest_draft + 1
-        logits = 2 * rows * len(self.all_runners()) * self.vocab_size
+        drafters = len(self.runners.drafters)
+        # The drafters' own, and in float32 the law that they make.
+        logits = 2 * rows * (len(self.all_runners()) + drafters + 2 * (drafters > 0)) * self.vocab_size
         # Its log-ratios, their mean, and the corrections of a draft.
         remembered = max(self.config.remembered, rows) + rows if self.config.remembered else 0
         return int(logits + 4 * remembered * self.vocab_size)
@@ -681,7 +692,9 @@ class NaiveEFTDecoder(EFTDecoder):
 
     def __init__(self, models: EFTModels | EFTRunners, config: EFTConfig | None = None) -> None:
         config = config or EFTConfig()
-        plain = dataclasses.replace(config, acceptance="shared_seed", draft_tokens=1, remembered=0)
+        plain = dataclasses.replace(
+            config, acceptance="shared_seed", draft_tokens=1, draft_weights="own", remembered=0
+        )
         super().__init__(models, plain)
 
     def _first_draft_lens(self, batch: int, device: torch.device) -> Tensor:

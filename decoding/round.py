@@ -20,11 +20,13 @@ from speculative_eft.kernels import (
     Stream,
     Verdict,
     commit,
+    draft_logits,
     draft_step,
     end_drafts,
     learn,
     recall,
     remember,
+    side_by_side,
     verify,
 )
 from speculative_eft.models import EFTRunners
@@ -43,6 +45,7 @@ __all__ = [
     "new_round_state",
     "new_trace_buffers",
     "record_trace",
+    "score_by_small",
     "speculative_round",
     "verify_phase",
 ]
@@ -178,15 +181,14 @@ class Drafted:
 
     Attributes:
         tokens: int64 [batch, drafted].
-        tuned: for each tuned model its logits, [batch, drafted + 1, >= vocab].
-        base: the small base's logits where it drafted along, of the same shape, else None.
-        correction: float32 [batch, drafted, vocab], added to the logits that the tokens were drawn from; None
-            without a memory.
+        rows: for each model that drafted, first the tuned ones, its logits at every drafted token, [batch, >=
+            vocab] each; empty where `EFTRunners.drafters` did so in their place.
+        correction: float32 [batch, drafted, vocab], added to the logits that the tokens were drawn from, or,
+            where there are `EFTRunners.drafters`, all of these; None without either.
     """
 
     tokens: Tensor
-    tuned: list[Tensor]
-    base: Tensor | None
+    rows: list[list[Tensor]]
     correction: Tensor | None
 
 
@@ -218,7 +220,7 @@ def speculative_round(
 
 
 def draft_phase(runners: EFTRunners, state: RoundState, plan: RoundPlan, drafted: int, span: int) -> Drafted:
-    """The first half of a round: `drafted + 1` steps of the models that draft."""
+    """The first half of a round: `drafted` steps of the models that draft, or of others in their place."""
     if state.offered_lens is not None:
         # The host chose `drafted` before it knew the lengths that the last round asked for.
         offered = torch.minimum(state.draft_lens, state.offered_lens)
@@ -238,18 +240,23 @@ def verify_phase(
 ) -> Tensor:
     """The second half of a round: scoring, verification and commit; returns the report of `commit`."""
     block = torch.cat([state.last_token[:, None], draft.tokens], dim=1)
-    large = runners.large.forward(block, span)
-    timer.mark("large")
-    base = runners.base.forward(block, span) if draft.base is None else draft.base
-    timer.mark("base")
-    logits = [large, base, *draft.tuned]
+
+    def score_by_large() -> Tensor:
+        logits = runners.large.forward(block, span)
+        timer.mark("large")
+        return logits
+
+    large, (*tuned, base) = side_by_side(
+        block.device, score_by_large, lambda: score_by_small(runners, draft, block, span, timer)
+    )
+    logits = [large, base, *tuned]
     verdict = verify(
         large,
-        draft.tuned,
+        tuned,
         base,
         draft.tokens,
         state.draft_lens,
-        plan.coefficients,
+        plan.coefficients.of_given_draft if runners.drafters else plan.coefficients,
         plan.sampling,
         plan.draft_sampling,
         state.noise,
@@ -259,6 +266,25 @@ def verify_phase(
         plan.statistics,
     )
     return commit_phase(runners, state, plan, block, draft.tokens, verdict, logits, timer, trace)
+
+
+def score_by_small(
+    runners: EFTRunners, draft: Drafted, block: Tensor, span: int, timer: PhaseTimer
+) -> list[Tensor]:
+    """The tuned models' logits and the small base's, [batch, drafted + 1, >= vocab] each.
+
+    Those that drafted take one step more, after the last drafted token, for the law of the bonus token.
+    """
+    logits: list[Tensor] = []
+    models = [*runners.tuned, runners.base]
+    for runner, rows in zip(models, draft.rows, strict=False):
+        last = runner.forward(block[:, -1:], span)[:, 0]
+        runner.lengths.add_(1)
+        logits.append(torch.stack([*rows, last], dim=1))
+    timer.mark("draft")
+    logits += [runner.forward(block, span) for runner in models[len(logits) :]]
+    timer.mark("base")
+    return logits
 
 
 def commit_phase(
@@ -301,51 +327,60 @@ def commit_phase(
 
 def caches_of(runners: EFTRunners, plan: RoundPlan) -> list[tuple[Tensor, bool]]:
     """Each model's lengths, and whether it has stepped through the draft already."""
-    stepped = [True] * len(runners.tuned) + [plan.drafts_as_pair]
+    is_stepped = not runners.drafters
+    stepped = [is_stepped] * len(runners.tuned) + [is_stepped and plan.drafts_as_pair]
     lengths = [runner.lengths for runner in (*runners.tuned, runners.base)]
     return [(runners.large.lengths, False), *zip(lengths, stepped, strict=True)]
 
 
 def _draft(runners: EFTRunners, state: RoundState, plan: RoundPlan, drafted: int, span: int) -> Drafted:
     stream = Stream.SHARED if plan.acceptance == "shared_seed" else Stream.DRAFT
+    drafting = [*runners.tuned, runners.base] if plan.drafts_as_pair else runners.tuned
+    steps = runners.drafters or [runner.forward for runner in drafting]
     token = state.last_token
     tokens: list[Tensor] = []
-    tuned_rows: list[list[Tensor]] = [[] for _ in runners.tuned]
-    base_rows: list[Tensor] = []
+    rows: list[list[Tensor]] = [[] for _ in drafting]
     corrections: list[Tensor] = []
     early, measures = state.early_stop, None
     if early is not None:
         measures = torch.empty(3, token.shape[0], device=token.device)
-    # One step more than tokens: its logits are the law of the bonus token.
-    for step in range(drafted + 1):
-        for runner, rows in zip(runners.tuned, tuned_rows, strict=True):
-            rows.append(runner.forward(token[:, None], span)[:, 0])
+    for step in range(drafted):
+        for runner, forward, own in zip(drafting, steps, rows, strict=True):
+            own.append(forward(token[:, None], span)[:, 0])
             runner.lengths.add_(1)
-        if plan.drafts_as_pair:
-            base_rows.append(runners.base.forward(token[:, None], span)[:, 0])
-            runners.base.lengths.add_(1)
-        if step < drafted:
-            if state.memory is not None:
-                corrections.append(recall(state.memory, token, plan.coefficients.beta))
-            token = draft_step(
-                [rows[-1] for rows in tuned_rows],
-                base_rows[-1] if base_rows else None,
-                plan.coefficients,
-                plan.draft_sampling,
-                state.noise,
-                stream,
-                step,
-                plan.vocab_size,
-                corrections[-1] if corrections else None,
-                measures,
-            )
-            if early is not None and measures is not None:
-                end_drafts(early, state.draft_lens, step, measures[0].exp())
-            tokens.append(token)
+        if state.memory is not None:
+            corrections.append(recall(state.memory, token, plan.coefficients.beta))
+        tuned, base = _by_role([own[-1] for own in rows], plan)
+        token = draft_step(
+            tuned,
+            base,
+            plan.coefficients,
+            plan.draft_sampling,
+            state.noise,
+            stream,
+            step,
+            plan.vocab_size,
+            corrections[-1] if corrections else None,
+            measures,
+        )
+        if early is not None and measures is not None:
+            end_drafts(early, state.draft_lens, step, measures[0].exp())
+        tokens.append(token)
     draft_tokens = torch.stack(tokens, dim=1) if tokens else state.last_token.new_empty(token.shape[0], 0)
-    tuned = [torch.stack(rows, dim=1) for rows in tuned_rows]
-    paired_base = torch.stack(base_rows, dim=1) if base_rows else None
-    return Drafted(draft_tokens, tuned, paired_base, torch.stack(corrections, dim=1) if corrections else None)
+    correction = torch.stack(corrections, dim=1) if corrections else None
+    if not runners.drafters:
+        return Drafted(draft_tokens, rows, correction)
+    for runner in drafting:
+        runner.lengths.sub_(drafted)
+    if drafted:
+        tuned, base = _by_role([torch.stack(own, dim=1) for own in rows], plan)
+        correction = draft_logits(tuned, base, plan.coefficients, plan.vocab_size, correction)
+    return Drafted(draft_tokens, [], correction)
+
+
+def _by_role(logits: list[Tensor], plan: RoundPlan) -> tuple[list[Tensor], Tensor | None]:
+    """Of the models that draft: the tuned ones', and the small base's where it drafts along."""
+    return (logits[:-1], logits[-1]) if plan.drafts_as_pair else (logits, None)
 
 
 def record_trace(

@@ -10,6 +10,8 @@ from .layers import projections, rotated_attention
 from .memory import DraftMemory, new_draft_memory, recall, remember
 from .mix import Coefficients, draft_logits, target_logits
 from .noise import NoiseKey, Stream, derive_seeds, exponential_noise, gumbel_noise, uniform_noise
+from .quantised import QuantisedWeight, Weight, product, quantised
+from .streams import side_by_side
 from .verify import AcceptanceRule, Verdict, verify
 
 __all__ = [
@@ -23,10 +25,12 @@ __all__ = [
     "DraftMemory",
     "EarlyStop",
     "NoiseKey",
+    "QuantisedWeight",
     "RoundState",
     "Sampling",
     "Stream",
     "Verdict",
+    "Weight",
     "append",
     "attention",
     "backend",
@@ -41,10 +45,13 @@ __all__ = [
     "learn",
     "new_draft_memory",
     "new_early_stop",
+    "product",
     "projections",
+    "quantised",
     "recall",
     "remember",
     "rotated_attention",
+    "side_by_side",
     "target_logits",
     "uniform_noise",
     "verify",

@@ -131,6 +131,8 @@ def _compile(specialisation: Specialisation, target: str) -> Any:
     )
     if overlaps:
         constants["PROGRAMMATIC"] = True
+    if "NVIDIA" in constants:
+        constants["NVIDIA"] = TARGETS[target].backend == "cuda"
     for name, value in signature.items():
         absent = [field for field in getattr(value, "_fields", ()) if getattr(value, field) is None]
         if absent:

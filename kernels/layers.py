@@ -10,13 +10,14 @@ from torch.nn import functional as F
 
 from .attention import append, attention, check_rows
 from .backend import backend
+from .quantised import Weight, product
 
 __all__ = ["projections", "rotated_attention"]
 
 
 def projections(
     inputs: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Weight],
     biases: Sequence[Tensor | None] | None = None,
     norm: Tensor | None = None,
     eps: float = 0.0,
@@ -30,7 +31,8 @@ def projections(
 
     Args:
         inputs: [rows, inside], float32, bfloat16 or float16.
-        weights: [outside, inside] each; others than contiguous ones of the inputs' dtype are left to torch.
+        weights: [outside, inside] each, all tensors or all `QuantisedWeight`; tensors other than contiguous
+            ones of the inputs' dtype are left to torch.
         biases: [outside] of each weight, all given or all None.
         norm: [inside], the weight of an RMS norm with `eps` (Zhang and Sennrich, arXiv 1910.07467) that the
             inputs go through first; None for none.
@@ -50,7 +52,7 @@ def projections(
             return compiled(inputs, weights, biases, norm, eps, residual, gated)
     if norm is not None:
         inputs = F.rms_norm(inputs, norm.shape, norm, eps)
-    parts = [F.linear(inputs, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    parts = [product(inputs, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
     if gated:
         return [F.silu(parts[0]) * parts[1]]
     return parts if residual is None else [residual + parts[0]]

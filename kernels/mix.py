@@ -13,7 +13,7 @@ with tokens outside it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -81,6 +81,13 @@ class Coefficients:
         base = nothing if self.draft_base is None else self.draft_base
         whole = torch.ones_like(base)
         return torch.cat([nothing[:, None], self.draft_alpha, base[:, None], whole[:, None]], dim=1)
+
+    @cached_property
+    def of_given_draft(self) -> Coefficients:
+        """The same target, with a draft law whose logits are all in the correction."""
+        return replace(
+            self, draft_alpha=torch.zeros_like(self.draft_alpha), draft_base=None, some_weight_is_zero=True
+        )
 
 
 def _weighted_sum(

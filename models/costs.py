@@ -18,7 +18,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from speculative_eft.kernels import Coefficients, NoiseKey, Sampling, Stream
+from speculative_eft.kernels import Coefficients, NoiseKey, Sampling, Stream, side_by_side
 
 from .protocol import DraftStart, EFTRunners, Runner
 
@@ -29,7 +29,7 @@ _SECONDS = 1.5
 _PROMPT = 32
 _DRAFTED = 4
 _LEAST_COST = 1 / 128
-_METHOD = 4
+_METHOD = 5
 """Of the measurement: what an earlier one found is not read."""
 
 Pass: TypeAlias = Callable[[], object]
@@ -79,18 +79,28 @@ def measure_step_costs(runners: EFTRunners, drafting: Sequence[Runner], batch: i
     that runs after the large model does not. What the costs say of a drafted token against a step of plain
     decoding, (cost_ratio + row_cost) / (1 + 2 cost_ratio), is what was measured.
     """
-    scoring = [runner for runner in (runners.large, runners.base) if runner not in drafting]
-    for runner in {*drafting, *scoring}:
+    drafters, device = runners.drafters, runners.large.device
+    small = [*runners.tuned, runners.base]
+    for runner in (runners.large, *small):
         runner.reserve(batch, _PROMPT + _DRAFTED + 1)
         runner.lengths.fill_(_PROMPT)
+    drawn = torch.zeros(batch, 1, dtype=torch.int64, device=device)
 
     def passes(drafted: int) -> list[Pass]:
-        scores = [_pass(runner, batch, drafted + 1) for runner in scoring]
-        return [*_steps(drafting, batch, drafted), *scores]
+        steps: list[Pass] = [partial(step, drawn, _PROMPT + 1) for step in drafters]
+        last: list[Pass] = []
+        if device.type == "cpu" and not drafters:
+            draft = _steps(drafting, batch, drafted)
+        else:
+            # A model's last step is made as the others score.
+            last = [] if drafters else [_pass(runner, batch, 1) for runner in drafting]
+            draft = (steps or last) * drafted
+        scoring = [runner for runner in small if drafters or runner not in drafting]
+        scores = [*last, *(_pass(runner, batch, drafted + 1) for runner in scoring)]
+        large = _pass(runners.large, batch, drafted + 1)
+        return [*draft, lambda: side_by_side(device, large, lambda: _run(scores))]
 
-    plain, drafts, large = _seconds(
-        [passes(0), passes(_DRAFTED), [_pass(runners.large, batch, 1)]], runners.large.device
-    )
+    plain, drafts, large = _seconds([passes(0), passes(_DRAFTED), [_pass(runners.large, batch, 1)]], device)
     token = max(drafts - plain, 0) / _DRAFTED / plain
     cost_ratio = max(plain / large - 1, 0) / 2
     row_cost = token * (1 + 2 * cost_ratio) - cost_ratio

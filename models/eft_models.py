@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 import torch
 from transformers import (
@@ -122,7 +122,7 @@ class EFTModels:
         self.attention = attention
         self._with_template: set[str] = set()
         self._runners: EFTRunners | None = None
-        self._step_costs: dict[tuple[bool, int], StepCosts] = {}
+        self._step_costs: dict[tuple[bool, int, bool], StepCosts] = {}
         if not tuned:
             raise IncompatibleModelsError("small_tuned must hold at least one model.")
         self._networks = _networks(large_base, tuned, small_base)
@@ -218,6 +218,29 @@ class EFTModels:
             self._runners = EFTRunners(large, list(tuned), base)
         return self._runners
 
+    def drafting_runners(self, pair: bool) -> list[ModelRunner]:
+        """The runners of the models that draft: the tuned ones, and as a `pair` the small base."""
+        runners = self.runners()
+        drafting = [*runners.tuned, runners.base] if pair else runners.tuned
+        return [cast(ModelRunner, runner) for runner in drafting]
+
+    def quantised_drafters(self, pair: bool) -> list[Callable[[torch.Tensor, int], torch.Tensor]]:
+        """For `EFTRunners.drafters`: each model that drafts with weights of eight bits, copied once.
+
+        Raises ValueError for a model that is not like Llama, or has adapters.
+        """
+        drafting = self.drafting_runners(pair)
+        for network, runner in zip([*self._networks[1:-1], self._networks[-1]], drafting, strict=False):
+            if not runner.can_quantise:
+                kind = type(network.model).__name__
+                raise ValueError(
+                    'draft_weights="int8" needs models like Llama without adapters, but '
+                    f"{network.argument} is a {kind}{' with one' if network.adapters else ''}"
+                )
+        for runner in drafting:
+            runner.quantise()
+        return [runner.quantised_forward for runner in drafting]
+
     def with_own_caches(self) -> EFTModels:
         """The same networks with runners, and so with caches, of their own."""
         other = copy.copy(self)
@@ -234,25 +257,30 @@ class EFTModels:
             for _, model, adapters in self._networks
         ]
 
-    def step_costs(self, pair: bool, batch: int) -> StepCosts:
+    def step_costs(self, pair: bool, batch: int, quantised: bool = False) -> StepCosts:
         """What a draft's step and a row cost for `batch` sequences, measured once on a machine.
 
-        `pair` is whether the small base drafts along with the tuned models.
+        `pair` is whether the small base drafts along with the tuned models, `quantised` whether they do so
+        with weights of eight bits.
         """
-        if (pair, batch) not in self._step_costs:
+        key = pair, batch, quantised
+        if key not in self._step_costs:
             runners = self.runners()
-            drafting = [*runners.tuned, runners.base] if pair else runners.tuned
+            drafters = self.quantised_drafters(pair) if quantised else []
             device = runners.large.device
             on_gpu = device.type == "cuda"
             facts = [
-                torch.__version__, backend(device), pair, batch, torch.get_num_threads(),
+                torch.__version__, backend(device), *key, torch.get_num_threads(),
                 torch.cuda.get_device_name(device) if on_gpu else device.type,
                 *((row.architecture, row.parameters, row.dtype, row.vocabulary) for row in self.describe()),
             ]  # fmt: skip
-            self._step_costs[pair, batch] = kept_step_costs(
-                facts, lambda: measure_step_costs(runners, drafting, batch)
+            self._step_costs[key] = kept_step_costs(
+                facts,
+                lambda: measure_step_costs(
+                    replace(runners, drafters=drafters), self.drafting_runners(pair), batch
+                ),
             )
-        return self._step_costs[pair, batch]
+        return self._step_costs[key]
 
     def describe(self) -> list[ModelDescription]:
         """A row for each model: large base, tuned models, small base.

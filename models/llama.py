@@ -7,7 +7,7 @@ what the modules of Llama, Mistral, Qwen2 and Qwen3 do in a third of the operati
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from speculative_eft.kernels import projections, rotated_attention
+from speculative_eft.kernels import Weight, product, projections, quantised, rotated_attention
 
 from .adapters import LowRank, is_adapter_layer, is_low_rank, low_ranks
 from .attention import Attention, attend, attend_ragged, attention_for, ragged_bias, visible_lengths
@@ -34,12 +34,12 @@ _DECODERS = {
 class Linear:
     """A linear layer: weight [out, in], bias [out], and what adapters add."""
 
-    weight: nn.Parameter
+    weight: Weight
     bias: nn.Parameter | None
     low_ranks: list[LowRank]
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        plain = F.linear(inputs, self.weight, self.bias)
+        plain = product(inputs, self.weight, self.bias)
         if not self.low_ranks:
             return plain
         # An adapter may be of a wider dtype, in which sums are kept until the end, as peft does it.
@@ -80,6 +80,15 @@ class Layer:
             and len({linear.bias is None for linear in (self.query, self.key, self.value)}) == 1
         )
 
+    def quantised(self) -> Layer:
+        """This layer with weights of eight bits."""
+        changes: dict[str, Any] = {}
+        for field in fields(self):
+            linear = getattr(self, field.name)
+            if isinstance(linear, Linear) and isinstance(linear.weight, Tensor):
+                changes[field.name] = replace(linear, weight=quantised(linear.weight))
+        return replace(self, **changes)
+
 
 class LlamaBody:
     """Runs a `LlamaModel`, `MistralModel`, `Qwen2Model` or `Qwen3Model`; see `fits`."""
@@ -103,8 +112,19 @@ class LlamaBody:
             and all(map(is_ordinary, decoder.parameters()))
         )
 
-    def __init__(self, decoder: Any, attention: Attention, adapters: Sequence[str] | None = None) -> None:
-        """Take a `decoder` that `fits` with these `adapters`."""
+    def __init__(
+        self,
+        decoder: Any,
+        attention: Attention,
+        adapters: Sequence[str] | None = None,
+        is_quantised: bool = False,
+    ) -> None:
+        """Take a `decoder` that `fits` with these `adapters`.
+
+        `is_quantised` is for weights of eight bits, which are made once: what becomes of the decoder's own
+        later is not seen.
+        """
+        self.is_quantised = is_quantised
         config = decoder.config
         self.adapters = adapters or ()
         self.attention = attention
@@ -123,8 +143,11 @@ class LlamaBody:
 
     def prepare(self, cache: SlotCache) -> None:
         """Find the weights again and make a rotation for every position of `cache`."""
-        layers = zip(self.decoder.layers, self.kinds, strict=True)
-        self.layers = [_read(layer, kind, self.adapters) for layer, kind in layers]
+        if not (self.is_quantised and self.layers):
+            layers = zip(self.decoder.layers, self.kinds, strict=True)
+            self.layers = [_read(layer, kind, self.adapters) for layer, kind in layers]
+            if self.is_quantised:
+                self.layers = [layer.quantised() for layer in self.layers]
         self.is_fusable = all(layer.is_fusable for layer in self.layers)
         if self.rotations.shape[0] == cache.capacity:
             return

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -92,9 +92,8 @@ class CompiledLlama:
             linears = (
                 layer.query, layer.key, layer.value, layer.output, layer.gate, layer.up, layer.down,
             )  # fmt: skip
-            row[:] = _addresses(
-                *norms, *(part for linear in linears for part in (linear.weight, linear.bias))
-            )
+            parts = [part for linear in linears for part in (cast(Tensor, linear.weight), linear.bias)]
+            row[:] = _addresses(*norms, *parts)
         decoder = body.decoder
         self._ends[:] = _addresses(
             decoder.embed_tokens.weight, decoder.norm.weight, self.head.weight, self.head.bias

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -127,8 +127,15 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class EFTRunners:
-    """A runner for each model, every one with a cache of its own."""
+    """A runner for each model, every one with a cache of its own.
+
+    Attributes:
+        drafters: what drafts in the place of the tuned models and, where it drafts along, the small base:
+            for each a function like `Runner.forward`, over that runner's cache. Without any they draft
+            themselves.
+    """
 
     large: Runner
     tuned: list[Runner]
     base: Runner
+    drafters: list[Callable[[Tensor, int], Tensor]] = field(default_factory=list)

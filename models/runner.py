@@ -17,8 +17,10 @@ from speculative_eft.kernels import (
     NoiseKey,
     Sampling,
     Stream,
+    Weight,
     backend,
     projections,
+    quantised,
 )
 
 from .adapters import AdapterSwitch, is_adapter_layer, is_low_rank
@@ -26,7 +28,7 @@ from .attention import Attention, choose_attention
 from .bodies import Block, Body, FalconAlibiBody, TransformersBody
 from .configs import TESTED_FAMILIES, position_limit, text_config
 from .describe import cache_bytes_per_token, vocabulary_rows
-from .llama import LlamaBody, is_plain
+from .llama import LlamaBody, is_ordinary, is_plain
 from .placement import home_device
 from .protocol import DraftStart
 from .slot_cache import SlotCache, round_up
@@ -88,6 +90,7 @@ class ModelRunner:
         logits_change = self._scale != 1.0 or self._softcap is not None
         plain = self.attention == "sdpa" and not logits_change
         self._compiled = _compile_for_cpu(self._body, self._head) if plain else None
+        self._quantised: tuple[LlamaBody, Weight] | None = None
         self.cache = SlotCache(0, 0, self.device, self.attention)
         self.reservations = 0
         if config.model_type not in TESTED_FAMILIES:
@@ -121,6 +124,8 @@ class ModelRunner:
         self._body.prepare(self.cache)
         if self._compiled is not None:
             self._compiled.prepare(self.cache)
+        if self._quantised is not None:
+            self._quantised[0].prepare(self.cache)
 
     def use(self, batch: int) -> None:
         """Go on with the first `batch` sequences alone; the caches of the others stay as they are."""
@@ -160,10 +165,44 @@ class ModelRunner:
         """The compiled model, where there is one and torch's products are not faster for so many rows."""
         return self._compiled if self._compiled is not None and rows <= self._compiled.most_rows else None
 
+    @property
+    def can_quantise(self) -> bool:
+        """Whether there is a `quantised_forward`: for Llama-like models without adapters."""
+        body, head = self._body, self._head
+        return (
+            isinstance(body, LlamaBody)
+            and not body.adapters
+            and type(head) is nn.Linear
+            and is_plain(head)
+            and is_ordinary(cast(nn.Parameter, head.weight))
+        )
+
+    @torch.inference_mode()
+    def quantise(self) -> None:
+        """Copy the weights in eight bits for `quantised_forward`; later changes to them are not seen."""
+        if self._quantised is None:
+            body = self._body
+            assert isinstance(body, LlamaBody)
+            copied = LlamaBody(body.decoder, self.attention, body.adapters, is_quantised=True)
+            copied.prepare(self.cache)
+            self._quantised = copied, quantised(self._head.weight)
+
+    @torch.inference_mode()
+    def quantised_forward(self, tokens: Tensor, span: int) -> Tensor:
+        """`forward` by the weights of `quantise`, over the same cache."""
+        assert self._quantised is not None
+        body, head = self._quantised
+        hidden = self._run(tokens, span, body)
+        (logits,) = projections(hidden.flatten(0, 1), [head], [self._head.bias])
+        return self._finished(logits.view(*tokens.shape, -1))
+
     @torch.inference_mode()
     def _forward(self, tokens: Tensor, span: int) -> Tensor:
         with self._adapted():
-            logits = self._project(self._run(tokens, span))
+            return self._finished(self._project(self._run(tokens, span, self._body)))
+
+    def _finished(self, logits: Tensor) -> Tensor:
+        """The logits after what some models do to the head's."""
         if self._scale != 1.0:
             logits = logits * self._scale
         if self._softcap is not None:
@@ -237,18 +276,18 @@ class ModelRunner:
                 compiled.fill(part, self.cache)
             else:
                 with self._adapted():
-                    self._run(part, first + start + part.shape[1])
+                    self._run(part, first + start + part.shape[1], self._body)
             self.lengths.add_(part.shape[1])
         self.lengths.copy_(prompt_lengths)
 
-    def _run(self, tokens: Tensor, span: int) -> Tensor:
+    def _run(self, tokens: Tensor, span: int, body: Body) -> Tensor:
         cache = self.cache
         span = min(round_up(span), cache.capacity)
         steps = cache.positions[: tokens.shape[1]]
         positions = cache.lengths.unsqueeze(1).add(steps).clamp_(max=cache.capacity - 1)
         cache.begin(positions, span)
         # Fused layers rely on launches that do not overlap, such as these, after lengths have changed.
-        return self._body(Block(tokens, positions, cache.positions[:span]), cache)
+        return body(Block(tokens, positions, cache.positions[:span]), cache)
 
     @torch.inference_mode()
     def _compare_with_model(self) -> None:

@@ -30,6 +30,7 @@ from .command_options import (
     AcceptanceRule,
     Draft,
     DraftTokens,
+    DraftWeights,
     Dtype,
     MaxNewTokens,
     Temperature,
@@ -201,6 +202,9 @@ def generate(
     draft_tokens: DraftTokens = "auto",
     acceptance: AcceptanceRule = "block",
     draft: Annotated[Draft, choice(Draft, "Small models that draft.", DRAFTING)] = "auto",
+    draft_weights: Annotated[
+        DraftWeights, choice(DraftWeights, "Weights they draft by; int8 copies them, for GPUs.", DRAFTING)
+    ] = "own",
     draft_temperature: Annotated[
         float | None,
         option("Other than --temperature.", "X", DRAFTING, callback=between(0, math.inf, without_low=True)),
@@ -257,6 +261,7 @@ def generate(
         draft_tokens=draft_tokens,
         acceptance=acceptance,
         draft=draft,
+        draft_weights=draft_weights,
         draft_temperature=draft_temperature,
         conservative_top_p=conservative_top_p,
     )

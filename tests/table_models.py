@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +81,19 @@ class TableRunner:
         start = torch.zeros_like(prompt_lengths) if begins is None else begins
         self.tokens.scatter_(1, start[:, None] + torch.arange(tokens.shape[1]) + 1, tokens)
         self.lengths.copy_(prompt_lengths)
+
+
+def drafter_of(runner: TableRunner, seed: int) -> Callable[[Tensor, int], Tensor]:
+    """What drafts in a runner's place, over its cache, by a table that resembles its own."""
+    noise = torch.randn(runner.table.shape, generator=torch.Generator().manual_seed(seed))
+    other = copy(runner)
+    other.table = runner.table + 0.5 * noise.to(runner.device)
+
+    def forward(tokens: Tensor, span: int) -> Tensor:
+        other.tokens, other.lengths = runner.tokens, runner.lengths
+        return other.forward(tokens, span)
+
+    return forward
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,7 @@ class Tile:
         width: a head's size, padding included.
         results: of its rows, those that are not all padding.
         stages: of the loop over keys and values.
+        at_once: numbers of parts that a program reads at once, as many as its registers hold.
     """
 
     rows: int
@@ -73,6 +74,7 @@ class Tile:
     results: int
     warps: int
     stages: int
+    at_once: int = 4096
 
     def memory(self, itemsize: int) -> tuple[int, int]:
         """Bytes of shared memory that a stage takes, and what is beside the stages."""
@@ -84,8 +86,7 @@ class Tile:
         return {
             "WIDTH": self.width, "ROWS": self.rows, "RESULTS": self.results, "COLUMNS": self.columns,
             "SPLIT": self.split, "BUNDLE": BUNDLE,
-            # As many as registers hold, so that they are read at once.
-            "PARTS": min(max(4096 // (self.results * self.width), 1), BUNDLE),
+            "PARTS": min(max(self.at_once // (self.results * self.width), 1), BUNDLE),
         }  # fmt: skip
 
 

@@ -21,12 +21,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional as F
 
+from ..quantised import QuantisedWeight, Weight, product
 from .specialisation import Specialisation
 from .tile import (
     arrive,
     begin_programmatic,
+    is_nvidia,
     launch_options,
     nearest,
     power_of_two,
@@ -44,8 +45,10 @@ _MOST_ROWS = 16
 """Of `_tile`."""
 _SMALL = 2**22
 """Float32 numbers of weights whose products are over sooner than they are launched: more are cuBLAS's."""
-_SLAB = 16_384
-"""Numbers of 16 bits that a program of `_slab` holds."""
+_SLAB = 32_768
+"""Bytes of weights that a program of `_slab` holds."""
+_BYTES = 16_384
+"""The same where weights have eight bits, which take more registers to write out."""
 _TILE = 64
 """Rows of a weight that a program of `_tile` multiplies: the fewest of Hopper's tensor cores."""
 _FULL = 128
@@ -61,23 +64,55 @@ def load_weights(pointer, offsets, mask):
 
 
 @triton.jit
+def _real(numbers, NVIDIA: tl.constexpr):
+    """Weights in float32; of eight bits, on NVIDIA's, by way of floats from 2^23 on, whose last bits count.
+
+    Their own conversion of an integer takes a multiprocessor four times as long as a step of this.
+    """
+    if NVIDIA and numbers.dtype == tl.int8:
+        return tl.inline_asm_elementwise(
+            """{
+                .reg .b32 bytes;
+                xor.b32 bytes, $4, 0x80808080;
+                prmt.b32 $0, bytes, 0x4B000000, 0x7650;
+                prmt.b32 $1, bytes, 0x4B000000, 0x7651;
+                prmt.b32 $2, bytes, 0x4B000000, 0x7652;
+                prmt.b32 $3, bytes, 0x4B000000, 0x7653;
+                add.f32 $0, $0, 0fCB000080;
+                add.f32 $1, $1, 0fCB000080;
+                add.f32 $2, $2, 0fCB000080;
+                add.f32 $3, $3, 0fCB000080;
+            }""",
+            "=f,=f,=f,=f,r",
+            [numbers],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=4,
+        )
+    return numbers.to(tl.float32)
+
+
+@triton.jit
 def _silu(numbers):
     return numbers / (1.0 + tl.exp(-numbers))
 
 
 @triton.jit
-def _chosen(tile, weights, biases, sizes, tiles, columns):
-    """The weight that a tile is of, its bias, its rows, its first column in the output, the tile's place."""
-    weight, bias, size = weights[0], biases[0], sizes[0] + tile * 0
+def _chosen(tile, weights, scales, biases, sizes, tiles, columns):
+    """The weight that a tile is of with its scales and bias, its rows, its first column in the output, and
+    the tile's place.
+    """
+    weight, scale, bias, size = weights[0], scales[0], biases[0], sizes[0] + tile * 0
     column, place = columns[0] + tile * 0, tile
     for part in tl.static_range(1, len(sizes)):
         if tile >= tiles[part]:
             weight = weights[part]
+            scale = scales[part]
             bias = biases[part]
             size = sizes[part] + tile * 0
             column = columns[part] + tile * 0
             place = tile - tiles[part]
-    return weight, bias, size, column, place
+    return weight, scale, bias, size, column, place
 
 
 @triton.jit(do_not_specialize=["rows", "width"])
@@ -85,6 +120,7 @@ def _slab(
     inputs,
     norm,
     weights,
+    scales,
     biases,
     residual,
     out,
@@ -102,10 +138,14 @@ def _slab(
     BIASED: tl.constexpr,
     ADDED: tl.constexpr,
     GATED: tl.constexpr,
+    NVIDIA: tl.constexpr,
     PROGRAMMATIC: tl.constexpr,
 ):
+    QUANTISED: tl.constexpr = weights[0].dtype.element_ty == tl.int8
     begin_programmatic(PROGRAMMATIC)
-    weight, bias, size, column, place = _chosen(tl.program_id(0), weights, biases, sizes, tiles, columns)
+    weight, scale, bias, size, column, place = _chosen(
+        tl.program_id(0), weights, scales, biases, sizes, tiles, columns
+    )
     row = place * SLAB + tl.arange(0, SLAB)
     number = tl.arange(0, DEPTH)
     is_row, is_number = row < size, number < INSIDE
@@ -114,24 +154,33 @@ def _slab(
     slab = load_weights(weight, offsets, inside)
     if GATED:
         second = load_weights(weights[1], offsets, inside)
+    if QUANTISED:
+        unit = tl.load(scale + row, mask=is_row, other=0.0)
+        if GATED:
+            second_unit = tl.load(scales[1] + row, mask=is_row, other=0.0)
     if BIASED:
         shift = tl.load(bias + row, mask=is_row, other=0.0).to(tl.float32)
     if NORMED:
-        scale = tl.load(norm + number, mask=is_number, other=0.0).to(tl.float32)
+        gain = tl.load(norm + number, mask=is_number, other=0.0).to(tl.float32)
     wait_programmatic(PROGRAMMATIC)
-    # Of 16 bits several rows would have the slab held in float32.
-    for index in range(1 if SINGLE else rows):
+    # Of 8 and 16 bits a loop over rows would have the slab held in float32.
+    for step in range(1 if SINGLE else rows):
+        index = tl.program_id(1) + step
         vector = tl.load(inputs + index * INSIDE + number, mask=is_number, other=0.0).to(tl.float32)
         if NORMED:
             size_of = tl.rsqrt(tl.sum(vector * vector, axis=0) / INSIDE + eps)
-            vector = nearest(vector * size_of * scale, out.dtype.element_ty).to(tl.float32)
-        total = tl.sum(slab.to(tl.float32) * vector[None, :], axis=1)
+            vector = nearest(vector * size_of * gain, out.dtype.element_ty).to(tl.float32)
+        total = tl.sum(_real(slab, NVIDIA) * vector[None, :], axis=1)
+        if QUANTISED:
+            total *= unit
         if BIASED:
             total += shift
         if GATED:
             # As two products of the models' dtype would be.
             total = nearest(total, out.dtype.element_ty).to(tl.float32)
-            other = tl.sum(second.to(tl.float32) * vector[None, :], axis=1)
+            other = tl.sum(_real(second, NVIDIA) * vector[None, :], axis=1)
+            if QUANTISED:
+                other *= second_unit
             total = _silu(total) * nearest(other, out.dtype.element_ty).to(tl.float32)
         places = index * width + column + row
         if ADDED:
@@ -165,7 +214,7 @@ def _tile(
 ):
     begin_programmatic(PROGRAMMATIC)
     tile, split = tl.program_id(0), tl.program_id(1)
-    weight, bias, size, column, place = _chosen(tile, weights, biases, sizes, tiles, columns)
+    weight, _, bias, size, column, place = _chosen(tile, weights, weights, biases, sizes, tiles, columns)
     row = place * SLAB + tl.arange(0, SLAB)
     step = tl.arange(0, ROWS)
     number = tl.arange(0, DEPTH)
@@ -263,16 +312,17 @@ def _gate(first, second, out, stride, size, COLUMNS: tl.constexpr, PROGRAMMATIC:
     tl.store(out + row * size + number, nearest(_silu(gate) * other, out.dtype.element_ty), mask=inside)
 
 
-def takes(inputs: Tensor, weights: Sequence[Tensor]) -> bool:
+def takes(inputs: Tensor, weights: Sequence[Weight]) -> bool:
     """Whether `projections` can take these."""
     return inputs.shape[0] > 0 and all(
-        weight.dtype == inputs.dtype and weight.is_contiguous() for weight in weights
+        isinstance(weight, QuantisedWeight) or (weight.dtype == inputs.dtype and weight.is_contiguous())
+        for weight in weights
     )
 
 
 def projections(
     inputs: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Weight],
     biases: Sequence[Tensor | None],
     norm: Tensor | None,
     eps: float,
@@ -282,29 +332,40 @@ def projections(
     """`kernels.projections`."""
     rows, inside = inputs.shape
     inputs = inputs.contiguous()
-    is_small = inputs.element_size() == 4 and rows <= _MOST_ROWS and _numbers(weights) <= _SMALL
+    itemsize = _stored(weights)[0].element_size()
+    is_small = itemsize == 4 and rows <= _MOST_ROWS and _numbers(weights) <= _SMALL
     # Registers hold no longer row.
-    if (rows == 1 or is_small) and power_of_two(inside) <= _held(inputs.element_size(), gated):
+    if (rows == 1 or is_small or itemsize == 1) and power_of_two(inside) <= _held(itemsize, gated):
         return _whole(inputs, weights, biases, norm, eps, residual, gated)
     if norm is not None:
         inputs = _normed(inputs, norm, eps)
-    if rows <= _MOST_ROWS and inputs.element_size() == 2:
+    if rows <= _MOST_ROWS and itemsize == 2:
         fused = gated and -(-weights[0].shape[0] // _TILE) >= _FULL
-        parts = _tiled(inputs, weights, biases, residual, fused)
+        parts = _tiled(inputs, _stored(weights), biases, residual, fused)
         if fused:
             return parts
     else:
-        parts = [F.linear(inputs, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+        parts = [product(inputs, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
         if residual is not None:
             parts = [parts[0] + residual]
     return [_gated(*parts)] if gated else parts
 
 
-def _numbers(weights: Sequence[Tensor]) -> int:
-    return sum(weight.numel() for weight in weights)
+def _numbers(weights: Sequence[Weight]) -> int:
+    return sum(weight.shape.numel() for weight in weights)
 
 
-def _places(weights: Sequence[Tensor], slab: int) -> tuple[list[tuple[int, ...]], int]:
+def _stored(weights: Sequence[Weight]) -> tuple[Tensor, ...]:
+    """What products read of weights."""
+    return tuple(weight.numbers if isinstance(weight, QuantisedWeight) else weight for weight in weights)
+
+
+def _scales(weights: Sequence[Weight]) -> tuple[Tensor, ...]:
+    """Their scales, or anything where there are none."""
+    return tuple(weight.scales if isinstance(weight, QuantisedWeight) else weight for weight in weights)
+
+
+def _places(weights: Sequence[Weight], slab: int) -> tuple[list[tuple[int, ...]], int]:
     """Of each weight its rows, its first tile of `slab` rows, and its first column; the tiles of all."""
     sizes = [weight.shape[0] for weight in weights]
     counts = [-(-size // slab) for size in sizes]
@@ -319,7 +380,7 @@ def _present(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tupl
 
 def _whole(
     inputs: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Weight],
     biases: Sequence[Tensor | None],
     norm: Tensor | None,
     eps: float,
@@ -328,16 +389,20 @@ def _whole(
 ) -> list[Tensor]:
     rows, inside = inputs.shape
     depth = power_of_two(inside)
-    slab = _held(inputs.element_size(), gated) // depth
+    stored = _stored(weights)
+    itemsize = stored[0].element_size()
+    slab = _held(itemsize, gated) // depth
     used = weights[:1] if gated else weights
     numbers, tiles = _places(used, slab)
     width = sum(weight.shape[0] for weight in used)
     out = torch.empty(rows, width, dtype=inputs.dtype, device=inputs.device)
-    _slab[(tiles,)](
-        inputs, inputs if norm is None else norm, tuple(weights), _present(weights, biases),
+    # Of float32 a program takes all rows, of eight bits one.
+    _slab[(tiles, rows if itemsize == 1 else 1)](
+        inputs, inputs if norm is None else norm, stored, _scales(weights), _present(stored, biases),
         inputs if residual is None else residual.contiguous(), out, *numbers, rows, width, eps, INSIDE=inside,
-        DEPTH=depth, SLAB=slab, SINGLE=rows == 1, NORMED=norm is not None, ADDED=residual is not None,
-        BIASED=biases[0] is not None, GATED=gated, **programmatic_options(inputs.device), **launch_options(4),
+        DEPTH=depth, SLAB=slab, SINGLE=rows == 1 or itemsize == 1, NORMED=norm is not None,
+        ADDED=residual is not None, BIASED=biases[0] is not None, GATED=gated, NVIDIA=is_nvidia(),
+        **programmatic_options(inputs.device), **launch_options(4),
     )  # fmt: skip
     return list(out.split([weight.shape[0] for weight in used], dim=1))
 
@@ -390,7 +455,7 @@ def _gated(first: Tensor, second: Tensor) -> Tensor:
 
 def _held(itemsize: int, gated: bool) -> int:
     """Numbers that a program of `_slab` holds of a weight."""
-    return _SLAB * 2 // itemsize // (2 if gated else 1)
+    return (_SLAB // itemsize if itemsize > 1 else _BYTES) // (2 if gated else 1)
 
 
 def _stage_bytes(depth: int, gated: bool) -> int:
@@ -414,13 +479,17 @@ def specialisations() -> Iterator[Specialisation]:
         ("added", 2048, ("ADDED",)), ("added", 8192, ("ADDED",)), ("added", 14_336, ("ADDED",)),
         ("gated", 2048, ("NORMED", "GATED")), ("gated", 4096, ("NORMED", "GATED")),
     ]  # fmt: skip
-    for dtype, itemsize in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
+    for dtype, stored, itemsize in (
+        ("bf16", "bf16", 2), ("bf16", "i8", 1), ("fp16", "fp16", 2), ("fp32", "fp32", 4),
+    ):  # fmt: skip
         for case, inside, flags in cases if dtype == "bf16" else cases[:1]:
             used = 3 if "three" in case else 1
             gated = "GATED" in flags
             signature: dict[str, Any] = {
                 **dict.fromkeys(("inputs", "norm", "residual", "out"), f"*{dtype}"),
-                **dict.fromkeys(("weights", "biases"), (f"*{dtype}",) * (2 if gated else used)),
+                "weights": (f"*{stored}",) * (2 if gated else used),
+                "scales": ("*fp32" if stored == "i8" else f"*{dtype}",) * (2 if gated else used),
+                "biases": (f"*{dtype}",) * (2 if gated else used),
                 **dict.fromkeys(("sizes", "tiles", "columns"), ("i32",) * used),
                 "partials": "*fp32", "arrivals": "*i32", "width": "i32", "rows": "i32", "eps": "fp32",
             }  # fmt: skip
@@ -430,7 +499,7 @@ def specialisations() -> Iterator[Specialisation]:
                 "DEPTH": depth,
                 "SLAB": _held(itemsize, gated) // depth,
                 "GATED": gated,
-                "SINGLE": itemsize == 2,
+                "SINGLE": itemsize < 4,
             }
             kernels: list[tuple[Any, str, dict[str, Any], int]] = [
                 (_slab, "", {**own, **slab, "NORMED": "NORMED" in flags}, 3)
@@ -445,6 +514,8 @@ def specialisations() -> Iterator[Specialisation]:
                     kernels.append((_tile, f" of {tiles} tiles", {**own, **tile}, stages))
             for kernel, tiles_named, constants, stages in kernels:
                 constants = constants | {"PROGRAMMATIC": False}
+                if kernel is _slab:
+                    constants["NVIDIA"] = False
                 present = {
                     name: kind
                     for name, kind in signature.items()
@@ -452,7 +523,7 @@ def specialisations() -> Iterator[Specialisation]:
                 }
                 yield Specialisation(
                     operation="layers",
-                    name=f"{kernel.__name__[1:]} {case} {inside}{tiles_named} {dtype}",
+                    name=f"{kernel.__name__[1:]} {case} {inside}{tiles_named} {stored}",
                     kernel=kernel,
                     signature=present,
                     constants=constants,

@@ -15,7 +15,8 @@ shifted by.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -34,6 +35,7 @@ __all__ = [
     "REGISTERS",
     "Models",
     "Shape",
+    "apart",
     "arrive",
     "begin_programmatic",
     "best_split",
@@ -41,6 +43,7 @@ __all__ = [
     "cut_law",
     "divided",
     "gather_logits",
+    "is_nvidia",
     "launch_options",
     "load_logits",
     "load_record",
@@ -74,7 +77,8 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 # The interpreter takes milliseconds a program, however large its tile is.
 _MOST_SEQUENCES = 8_192 if INTERPRETED else 32
 
-_kept: dict[tuple[str, torch.dtype, torch.device], list[Tensor]] = {}
+_kept: dict[tuple[str, bool, torch.dtype, torch.device], list[Tensor]] = {}
+_is_apart = False
 
 
 class Models(NamedTuple):
@@ -115,6 +119,11 @@ def launch_options(warps: int, registers: int | None = None, waves: int | None =
     if torch.version.hip:
         return {"num_warps": waves or warps}
     return {"num_warps": warps} | ({} if registers is None else {"maxnreg": registers})
+
+
+def is_nvidia() -> bool:
+    """Whether kernels are compiled for NVIDIA's devices."""
+    return not INTERPRETED and not torch.version.hip
 
 
 @cache
@@ -184,11 +193,22 @@ def pack(logits: Sequence[Tensor], target_weights: Tensor, draft_weights: Tensor
     )
 
 
+@contextmanager
+def apart() -> Iterator[None]:
+    """Launches within share no kept storage with those outside, so that the two may run side by side."""
+    global _is_apart
+    before, _is_apart = _is_apart, True
+    try:
+        yield
+    finally:
+        _is_apart = before
+
+
 def zeros_kept(purpose: str, device: torch.device, count: int) -> Tensor:
     """Zeros, int32, at least `count`, which kernels leave as zeros: always the same for a purpose.
 
-    All launches on a device that are not to run side by side may share them; a captured launch runs on the
-    stream that replays it, whatever the stream of its capture was.
+    All launches on a device that are not to run side by side may share them, see `apart`; a captured launch
+    runs on the stream that replays it, whatever the stream of its capture was.
     """
     return _storage_kept(purpose, torch.int32, device, count)
 
@@ -199,7 +219,7 @@ def scratch_kept(purpose: str, device: torch.device, count: int) -> Tensor:
 
 
 def _storage_kept(purpose: str, dtype: torch.dtype, device: torch.device, count: int) -> Tensor:
-    kept = _kept.setdefault((purpose, dtype, device), [])
+    kept = _kept.setdefault((purpose, _is_apart, dtype, device), [])
     if not kept or kept[-1].shape[0] < count:
         # Smaller ones stay: a captured graph may have their address.
         kept.append(torch.zeros(max(power_of_two(count), 1024), dtype=dtype, device=device))

@@ -14,7 +14,7 @@ from speculative_eft.bench import engine
 from speculative_eft.bench.baselines import SingleModelDecoder
 from speculative_eft.bench.kernels import script as script_module
 from speculative_eft.bench.kernels.script import Script
-from speculative_eft.bench.shapes import LLAMA, QWEN, TINY, random_trio, step_bytes, weight_bytes
+from speculative_eft.bench.shapes import LLAMA, QWEN, TINY, StepBytes, random_trio, step_bytes, weight_bytes
 from speculative_eft.bench.windows import PlainLoop, Start, forced_acceptance, run_window, warm_up_rounds
 from speculative_eft.decoding import EFTConfig, EFTDecoder, NaiveEFTDecoder
 from speculative_eft.decoding.running import CapturedBatch
@@ -49,13 +49,13 @@ def test_every_decoder_has_its_row_and_every_bar_its_figure(
     assert script.path is not None
     assert json.loads(script.path.read_text()) == script.content
     rows = {(row["trio"], row["decoder"]): row for row in script.content["rows"]}
-    decoders = {engine.BY_COST_MODEL, "EFT, K=3", engine.NAIVE, engine.ALONE}
+    decoders = {engine.BY_COST_MODEL[0], "EFT, K=3", engine.NAIVE, engine.ALONE}
     assert {name for trio, name in rows if trio == "demo"} == decoders
     assert {name for trio, name in rows if trio == "tiny"} == decoders | {engine.PLAIN, "EFT, phases"}
     for (trio, name), row in rows.items():
         if name == "EFT, phases":
             assert list(row["phase_microseconds"]) == [
-                "draft", "score, large", "score, small base", "verify", "commit"
+                "draft", "score, large", "score, small", "score, side by side", "verify", "commit"
             ]  # fmt: skip
             continue
         assert row["kind"] == ("measured" if trio == "demo" else "simulated")
@@ -110,6 +110,10 @@ def test_a_round_reads_weights_and_caches_once_a_pass() -> None:
     assert weight_bytes(TINY, torch.bfloat16) == 2 * (3 * 2 * embedding + 4 * layer + 3 * 32)
     found = engine.roofline_bytes(models, drafted=4, tokens=50)
     assert found == large.of(50) + 6 * small.of(50)
+    copied = StepBytes(small.weights // 2, small.cache).of(50)
+    assert (
+        engine.roofline_bytes(models, 4, 50, eight_bits=True) == large.of(50) + 2 * small.of(50) + 4 * copied
+    )
     assert engine.roofline_bytes(models, 0, 50, alone=True) == large.weights + 50 * large.cache
 
 
@@ -158,7 +162,7 @@ def test_windows_of_captured_rounds_one_ahead_of_the_host() -> None:
         assert isinstance(decoder, EFTDecoder | SingleModelDecoder)
         graphs = _Uncaptured(CPU, 1)
         decoder.lagging, decoder.captured = True, CapturedBatch(graphs)
-        adaptive = name == engine.BY_COST_MODEL
+        adaptive = name in engine.BY_COST_MODEL
         lengths = [1, 2] if adaptive else [decoder.longest_draft]
         warm_up_rounds(decoder, start, lengths, narrowing=True)
         # Of all rows, and of those that are left as sequences end.
@@ -172,6 +176,17 @@ def test_windows_of_captured_rounds_one_ahead_of_the_host() -> None:
             # The round that was begun before the last report arrived is in the figures.
             assert len(window.drafted) >= 2
         assert decoder.captured.parts[0].output.data_ptr() == place
+
+
+def test_drafts_of_eight_bits_are_measured_for_one_sequence() -> None:
+    start = tiny_start(1, 30)
+    decoders = engine._decoders(start.models, [3], 1)
+    assert [name for name in decoders if "8 bits" in name] == [
+        engine.BY_COST_MODEL[1],
+        "EFT, drafts of 8 bits, K=3",
+    ]
+    assert run_window(decoders["EFT, drafts of 8 bits, K=3"], start, 0, None).tokens == 30
+    assert not any("8 bits" in name for name in engine._decoders(start.models, [3], 2))
 
 
 def test_what_does_not_fit_fails_or_comes_too_late_is_a_row(

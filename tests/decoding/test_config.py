@@ -10,6 +10,7 @@ from speculative_eft.decoding import EFTConfig, EFTDecoder
 
 from ..exactness.sampling import table_runners
 from ..table_models import random_tables
+from .test_generate import tiny_trio
 
 
 @pytest.mark.parametrize(
@@ -27,6 +28,7 @@ from ..table_models import random_tables
         ("draft_tokens", "many"),
         ("acceptance", "greedy"),
         ("draft", "base"),
+        ("draft_weights", "int4"),
         ("draft_temperature", 0.0),
         ("draft_temperature", math.inf),
         ("conservative_top_p", 0.0),
@@ -42,6 +44,14 @@ def test_the_argument_is_named(name: str, value: object) -> None:
 def test_alpha_must_fit_the_tuned_models() -> None:
     with pytest.raises(ValueError, match="alpha has 2 values for 1 tuned"):
         EFTDecoder(table_runners(random_tables(0, 4)), EFTConfig(alpha=(0.5, 0.5), draft_tokens=2))
+
+
+def test_drafts_of_eight_bits_need_models_like_llama() -> None:
+    config = EFTConfig(draft_tokens=2, draft_weights="int8")
+    with pytest.raises(ValueError, match="needs models, not their runners"):
+        EFTDecoder(table_runners(random_tables(0, 4)), config)
+    with pytest.raises(ValueError, match=r"draft_weights=.*, but small_tuned is a GPTNeoXForCausalLM"):
+        EFTDecoder(tiny_trio("gpt-neox"), config)
 
 
 def test_adaptive_lengths_need_a_cost_ratio() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -69,6 +70,30 @@ def test_greedy_equals_naive_by_every_rule_and_draft(acceptance: Any, draft: Any
         for drafted in (3, "auto"):
             config = EFTConfig(alpha, beta, drafted, acceptance, draft)
             assert torch.equal(EFTDecoder(models, config).generate(**prompts, max_new_tokens=24), wanted)
+
+
+@pytest.mark.parametrize("draft", ["tuned", "pair"])
+def test_drafts_of_eight_bits_leave_the_law(draft: Any) -> None:
+    models, prompts = tiny_trio("qwen2"), ragged_prompts()
+    greedy, sampled = {"max_new_tokens": 20}, {"max_new_tokens": 20, "do_sample": True, "seed": 3}
+    config = EFTConfig(0.8, draft_tokens=4, draft=draft, draft_weights="int8")
+    naive = NaiveEFTDecoder(models, config)
+    assert naive.runners.drafters == []
+    output = EFTDecoder(models, config).generate(**prompts, **greedy, return_dict_in_generate=True)
+    assert isinstance(output, EFTOutput) and output.stats is not None and output.trace is not None
+    assert torch.equal(output.sequences, naive.generate(**prompts, **greedy))
+    plain = EFTDecoder(models, EFTConfig(0.8, draft_tokens=4, draft=draft)).generate(
+        **prompts, **greedy, return_dict_in_generate=True
+    )
+    assert isinstance(plain, EFTOutput) and plain.stats is not None and plain.trace is not None
+    # The copies draft nearly as well, and the trace has what the models themselves say.
+    assert abs(output.stats.acceptance_rate - plain.stats.acceptance_rate) < 0.05
+    for own, other in ((output.trace.tuned[0], plain.trace.tuned[0]), (output.trace.base, plain.trace.base)):
+        torch.testing.assert_close(own, other, rtol=0, atol=1e-4)
+    for draft_tokens in (2, "auto"):
+        shared = replace(config, acceptance="shared_seed", draft_tokens=draft_tokens)
+        wanted = NaiveEFTDecoder(models, shared).generate(**prompts, **sampled)
+        assert torch.equal(EFTDecoder(models, shared).generate(**prompts, **sampled), wanted)
 
 
 @pytest.mark.parametrize("acceptance", ["block", "token", "shared_seed"])

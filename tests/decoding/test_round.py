@@ -41,8 +41,12 @@ def storages(state: object) -> Iterator[int]:
 )
 @pytest.mark.parametrize(
     "fields_of_config",
-    [{"draft_tokens": 3}, {"draft_tokens": "auto", "conservative_top_p": 0.8}],
-    ids=["fixed", "adaptive"],
+    [
+        {"draft_tokens": 3},
+        {"draft_tokens": "auto", "conservative_top_p": 0.8},
+        {"draft_tokens": 3, "draft_weights": "int8"},
+    ],
+    ids=["fixed", "adaptive", "eight bits"],
 )
 @pytest.mark.parametrize("batch", [1, 8])
 def test_no_host_synchronisation(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -10,7 +12,7 @@ import torch
 from speculative_eft.decoding import EFTConfig, EFTDecoder
 from speculative_eft.models import EFTRunners
 
-from ..table_models import TableRunner, Tables
+from ..table_models import TableRunner, Tables, drafter_of
 from .laws import ChiSquare, Law, chi_square, joint_law
 
 # Prompts of different lengths share each batch, padded on the left.
@@ -24,6 +26,14 @@ def table_runners(tables: Tables) -> EFTRunners:
         tuned=[TableRunner(table) for table in tables.tuned],
         base=TableRunner(tables.base),
     )
+
+
+def with_drafters(sampler: EFTDecoder) -> EFTRunners:
+    """A decoder's table models with others that draft in their place."""
+    runners = sampler.runners
+    drafting = [*runners.tuned, runners.base] if sampler._drafts_as_pair() else runners.tuned
+    places = [cast(TableRunner, runner) for runner in drafting]
+    return replace(runners, drafters=[drafter_of(place, seed) for seed, place in enumerate(places)])
 
 
 def ragged_batch(copies: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,10 +73,16 @@ def compare_with_law(
     seed: int = 0,
     decoder: type[EFTDecoder] = EFTDecoder,
     lagging: bool = False,
+    drafters: bool = False,
 ) -> list[ChiSquare]:
-    """Joint laws of the first and of the last four generated tokens, for each prompt of a ragged batch."""
+    """Joint laws of the first and of the last four generated tokens, for each prompt of a ragged batch.
+
+    `drafters` has others draft in the models' place.
+    """
     ids, mask = ragged_batch(copies)
     sampler = decoder(table_runners(tables), config)
+    if drafters:
+        sampler.runners = with_drafters(sampler)
     # On a GPU they always do.
     sampler.lagging |= lagging
     output = sampler.generate(

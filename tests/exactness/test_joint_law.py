@@ -94,6 +94,30 @@ def test_every_law(
     assert_exact(results, record_chi_square)
 
 
+@pytest.mark.parametrize(
+    ("rule", "name"),
+    [
+        ("block", "cool"),
+        ("token", "top_p"),
+        ("shared_seed", "all_filters"),
+        ("block", "experts_as_pair"),
+        ("token", "conservative_mixed"),
+        ("block", "draft_hot"),
+        ("block", "adaptive"),
+    ],
+)
+def test_others_that_draft_in_the_models_place(
+    rule: str, name: str, each_backend: str, request: pytest.FixtureRequest, record_chi_square: Record
+) -> None:
+    if is_spared(each_backend, request) and name != "experts_as_pair":
+        pytest.skip("Triton's interpreter is slow: one of the laws, or all with --every-law")
+    fields, options, experts = next(law[1:] for law in LAWS if law[0] == name)
+    config = EFTConfig(**{"acceptance": rule, "draft_tokens": 3, **fields})
+    tables, samples = random_tables(17, 4, experts), copies(each_backend)
+    results = compare_with_law(tables, config, options, 8, samples, drafters=True)
+    assert_exact(results, record_chi_square)
+
+
 @pytest.mark.parametrize("rule", ["block", "token"])
 def test_rounds_ahead_of_the_host(rule: str, each_backend: str, record_chi_square: Record) -> None:
     """As on a GPU: a draft is no longer than the host knew of when it started the round."""

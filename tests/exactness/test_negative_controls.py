@@ -44,8 +44,9 @@ def sharp_tables() -> Tables:
     return Tables(large, [tuned], base)
 
 
-def passes(config: EFTConfig, tables: Tables) -> bool:
-    return all(result.accepts for result in compare_with_law(tables, config, {}, 10, 12_000))
+def passes(config: EFTConfig, tables: Tables, drafters: bool = False) -> bool:
+    results = compare_with_law(tables, config, {}, 10, 12_000, drafters=drafters)
+    return all(result.accepts for result in results)
 
 
 @pytest.mark.usefixtures("each_backend")
@@ -136,6 +137,24 @@ def test_block_rule_keyed_by_position(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         monkeypatch.setattr(module, name, at_position(name))
     assert not passes(EFTConfig(acceptance="block", draft_tokens=3), random_tables(5, 4))
+
+
+@pytest.mark.parametrize("rule", ["block", "token"])
+def test_a_drafters_tokens_tested_by_the_models_own_law(
+    rule: AcceptanceRule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPECULATIVE_EFT_BACKEND", "torch")
+    config, tables = EFTConfig(acceptance=rule, draft_tokens=3, remembered=0), sharp_tables()
+    assert passes(config, tables, drafters=True)
+    real = round_module.verify
+
+    def wrong(large: Tensor, tuned: Any, base: Tensor, *rest: Any) -> Any:
+        tokens, lens, coefficients, *others, vocab_size, _, statistics = rest
+        own = dataclasses.replace(coefficients, draft_alpha=torch.ones_like(coefficients.draft_alpha))
+        return real(large, tuned, base, tokens, lens, own, *others, vocab_size, None, statistics)
+
+    monkeypatch.setattr(round_module, "verify", wrong)
+    assert not passes(config, tables, drafters=True)
 
 
 @pytest.mark.parametrize("rule", ["block", "token"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from speculative_eft.kernels import projections
+from speculative_eft.kernels import product, projections, quantised
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -69,6 +69,39 @@ def test_projections(
         assert error < TOLERANCES[dtype]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "rows"), [(FP32, 1), (FP32, 3), (BF16, 1), (BF16, 16), (BF16, 35), (FP16, 2)]
+)
+@pytest.mark.parametrize("case", ["normed", "added", "gated"])
+def test_projections_by_quantised_weights(case: str, rows: int, dtype: torch.dtype, both: Any) -> None:
+    inside, outside = 130, {"normed": (48, 24, 24), "added": (100,), "gated": (70, 70)}[case]
+    weights = [quantised(random(size, inside, dtype=dtype, seed=seed)) for seed, size in enumerate(outside)]
+    options: dict[str, Any] = {"norm": 1 + 0.1 * random(inside, dtype=dtype, seed=1), "eps": 1e-5}
+    if case == "normed":
+        options["biases"] = [random(size, dtype=dtype, seed=size) for size in outside]
+    elif case == "added":
+        options = {"residual": random(rows, *outside, dtype=dtype, seed=3)}
+    inputs = random(rows, inside, dtype=dtype, seed=2)
+    expected, found = both(lambda: projections(inputs, weights, gated=case == "gated", **options))
+    assert len(found) == len(expected)
+    for own, other in zip(expected, found, strict=True):
+        assert (other.shape, other.dtype) == (own.shape, dtype)
+        assert (other - own).abs().max() < TOLERANCES[dtype] * own.abs().max()
+
+
+def test_a_quantised_weight_is_the_nearest_by_rows() -> None:
+    weight = random(300, 70, dtype=BF16, seed=0)
+    weight[5] = 0
+    found = quantised(weight)
+    error = (found.numbers * found.scales[:, None] - weight.float()).abs()
+    largest = weight.float().abs().amax(dim=1)
+    assert (error <= largest[:, None] / 254 * 1.001).all()
+    assert torch.equal(found.numbers.abs().amax(dim=1), torch.where(largest > 0, 127, 0).to(torch.int8))
+    inputs = random(3, 70, dtype=FP32, seed=1)
+    exact = inputs.double() @ (found.numbers.double() * found.scales.double()[:, None]).T
+    assert (product(inputs, found) - exact).abs().max() < 1e-5 * exact.abs().max()
+
+
 @pytest.mark.parametrize("tiles", [128, 96, 64, 32])
 def test_weights_of_many_tiles_and_of_few(tiles: int, both: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from speculative_eft.kernels.gpu import layers
@@ -94,6 +127,7 @@ def test_the_kernels_take_weights_of_the_inputs_dtype() -> None:
     assert takes(inputs, [weight])
     assert not takes(inputs.float(), [weight])
     assert not takes(inputs, [weight, weight[:8].T.contiguous().T])
+    assert takes(inputs.float(), [quantised(weight)])
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

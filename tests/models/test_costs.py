@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,6 +68,22 @@ def test_costs_tell_what_a_drafted_token_adds_to_a_plain_step(
     costs = costs_module.measure_step_costs(runners, runners.tuned, 1)
     assert (costs.cost_ratio, costs.row_cost) == pytest.approx(expected, rel=0.1)
     assert EFTConfig(cost_ratio=costs.cost_ratio, row_cost=costs.row_cost).cost_ratio == costs.cost_ratio
+
+
+def test_a_round_with_drafters_is_their_steps_and_the_models_passes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    models, passes = tiny_trio("llama"), []
+
+    def seconds(rounds: Any, device: torch.device) -> list[float]:
+        passes.extend(len(calls) for calls in rounds)
+        return [1.4, 2.4, 1.0]
+
+    monkeypatch.setattr(costs_module, "_seconds", seconds)
+    models.step_costs(False, 1, quantised=True)
+    # All score in one call.
+    assert passes == [1, 4 + 1, 1]
 
 
 def test_costly_drafts_are_not_made() -> None:
