@@ -6,6 +6,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Keeps the repository's root off sys.path, where kernels/ would hide the Hub's package of that name.
 export PYTHONSAFEPATH := 1
+# Setup compiles no bytecode. Where none could be kept either, every process would compile torch's and
+# transformers' modules anew, for ten seconds and more.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help setup demo test bench lint types compile wheel gpu clean
 
