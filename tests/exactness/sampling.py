@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -36,11 +36,11 @@ def with_drafters(sampler: EFTDecoder) -> EFTRunners:
     return replace(runners, drafters=[drafter_of(place, seed) for seed, place in enumerate(places)])
 
 
-def ragged_batch(copies: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every prompt `copies` times: ids and attention mask [len(PROMPTS) * copies, longest]."""
-    width = max(map(len, PROMPTS))
-    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in PROMPTS])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in PROMPTS])
+def ragged_batch(copies: int, prompts: Sequence[list[int]] = PROMPTS) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every prompt `copies` times: ids and attention mask [len(prompts) * copies, longest]."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     return ids.repeat_interleave(copies, 0), mask.repeat_interleave(copies, 0)
 
 
@@ -74,12 +74,13 @@ def compare_with_law(
     decoder: type[EFTDecoder] = EFTDecoder,
     lagging: bool = False,
     drafters: bool = False,
+    prompts: Sequence[list[int]] = PROMPTS,
 ) -> list[ChiSquare]:
     """Joint laws of the first and of the last four generated tokens, for each prompt of a ragged batch.
 
     `drafters` has others draft in the models' place.
     """
-    ids, mask = ragged_batch(copies)
+    ids, mask = ragged_batch(copies, prompts)
     sampler = decoder(table_runners(tables), config)
     if drafters:
         sampler.runners = with_drafters(sampler)
@@ -102,7 +103,7 @@ def compare_with_law(
             count_windows(tokens[index * copies : (index + 1) * copies, start : start + WINDOW], vocab_size),
             joint_law(tables, law, prompt, start, WINDOW),
         )
-        for index, prompt in enumerate(PROMPTS)
+        for index, prompt in enumerate(prompts)
         for start in (0, new_tokens - WINDOW)
     ]
 
