@@ -67,7 +67,7 @@ def load_weights(pointer, offsets, mask):
 def _real(numbers, NVIDIA: tl.constexpr):
     """Weights in float32; of eight bits, on NVIDIA's, by way of floats from 2^23 on, whose last bits count.
 
-    Their own conversion of an integer takes a multiprocessor four times as long as a step of this.
+    A step of Llama-3.2-1B takes 0.60 ms on an H200 so, 0.63 by their own conversion of integers.
     """
     if NVIDIA and numbers.dtype == tl.int8:
         return tl.inline_asm_elementwise(
