@@ -31,8 +31,9 @@ class EFTConfig:
         draft: "tuned" (the tuned models draft alone), "pair" (with the small base) or "auto": "tuned"
             where the alphas sum to 1, since the base then cancels in the draft law.
         draft_weights: "own", or "int8" for drafts by copies of the models' weights in eight bits, half of 16
-            bits to read a step; the models themselves score what is drafted. For Llama-like models on a GPU,
-            up to 16 sequences. Rounds with logits processors draft by the models' own.
+            bits to read a step; the models themselves score what is drafted. For Llama-like models on a GPU
+            and one sequence: with more it is exact, but slower. Rounds with logits processors draft by the
+            models' own.
         draft_temperature: temperature of the draft law; None for the target's.
         conservative_top_p: where set, the large model's delta applies only inside the top-p set of the
             small pair's law (the EFT paper's filter of up-scaling weights).

@@ -227,7 +227,8 @@ class EFTModels:
     def quantised_drafters(self, pair: bool) -> list[Callable[[torch.Tensor, int], torch.Tensor]]:
         """For `EFTRunners.drafters`: each model that drafts with weights of eight bits, copied once.
 
-        Raises ValueError for a model that is not like Llama, or has adapters.
+        Raises ValueError for a model that is not like Llama, or has adapters, and where a GPU's memory does
+        not hold the copies.
         """
         drafting = self.drafting_runners(pair)
         for network, runner in zip([*self._networks[1:-1], self._networks[-1]], drafting, strict=False):
@@ -237,6 +238,13 @@ class EFTModels:
                     'draft_weights="int8" needs models like Llama without adapters, but '
                     f"{network.argument} is a {kind}{' with one' if network.adapters else ''}"
                 )
+        needed = sum(runner.bytes_to_quantise for runner in drafting)
+        free = free_bytes(self.runners().large.device)
+        if free is not None and needed > free:
+            raise ValueError(
+                f'draft_weights="int8" needs {needed / 2**30:.1f} GiB for its copies, and '
+                f"{free / 2**30:.1f} GiB are free"
+            )
         for runner in drafting:
             runner.quantise()
         return [runner.quantised_forward for runner in drafting]

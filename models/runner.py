@@ -177,6 +177,13 @@ class ModelRunner:
             and is_ordinary(cast(nn.Parameter, head.weight))
         )
 
+    @property
+    def bytes_to_quantise(self) -> int:
+        """Memory that `quantise` will take."""
+        if self._quantised is not None:
+            return 0
+        return sum(weight.numel() for weight in self.model.parameters() if weight.ndim == 2)
+
     @torch.inference_mode()
     def quantise(self) -> None:
         """Copy the weights in eight bits for `quantised_forward`; later changes to them are not seen."""

@@ -74,6 +74,7 @@ def test_answers_at_once(arguments: list[str], words: list[str]) -> None:
         (["generate", "--alpha", "1", "--alpha", "2", "x"], ["--alpha", "2 values for 1"]),
         (["generate", "--acceptance", "luck", "x"], ["--acceptance", "block"]),
         (["generate", "--draft", "none", "x"], ["--draft", "pair"]),
+        (["generate", "--draft-weights", "int4", "x"], ["--draft-weights", "int8"]),
         (["generate", "--dtype", "int8", "x"], ["--dtype", "bfloat16"]),
         (["generate", "--temperature", "-1", "x"], ["--temperature", "at least 0"]),
         (["generate", "--temperature", "nan", "x"], ["--temperature", "finite"]),

@@ -60,8 +60,10 @@ def test_a_drawn_seed_gives_the_text_again(run: Callable[..., Outcome], trio: Tr
 
 def test_shared_seed_gives_naive_text(run: Callable[..., Outcome], trio: Trio) -> None:
     options = (*trio.options, *OPTIONS, "--alpha", "0.5", "--beta", "1.5")
-    speculative = run("generate", PROMPT, *options, "--acceptance", "shared_seed", "--draft-tokens", "3")
-    assert speculative.out == run("generate", PROMPT, *options, "--naive").out != ""
+    shared = (*options, "--acceptance", "shared_seed", "--draft-tokens", "3")
+    naive = run("generate", PROMPT, *options, "--naive")
+    assert run("generate", PROMPT, *shared).out == naive.out != ""
+    assert run("generate", PROMPT, *shared, "--draft-weights", "int8").out == naive.out
 
 
 def test_several_tuned_models_take_an_alpha_each(run: Callable[..., Outcome], trio: Trio) -> None:

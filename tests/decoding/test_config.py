@@ -7,6 +7,7 @@ import math
 import pytest
 
 from speculative_eft.decoding import EFTConfig, EFTDecoder
+from speculative_eft.models import eft_models
 
 from ..exactness.sampling import table_runners
 from ..table_models import random_tables
@@ -52,6 +53,20 @@ def test_drafts_of_eight_bits_need_models_like_llama() -> None:
         EFTDecoder(table_runners(random_tables(0, 4)), config)
     with pytest.raises(ValueError, match=r"draft_weights=.*, but small_tuned is a GPTNeoXForCausalLM"):
         EFTDecoder(tiny_trio("gpt-neox"), config)
+
+
+def test_copies_of_eight_bits_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    models, config = tiny_trio("llama"), EFTConfig(draft_tokens=2, draft_weights="int8")
+    monkeypatch.setattr(eft_models, "free_bytes", lambda device: 1000)
+    with pytest.raises(
+        ValueError, match=r"needs .* GiB for its copies, and 0.0 GiB are free"
+    ):
+        EFTDecoder(models, config)
+    monkeypatch.setattr(eft_models, "free_bytes", lambda device: None)
+    EFTDecoder(models, config)
+    monkeypatch.setattr(eft_models, "free_bytes", lambda device: 0)
+    # They are there by now.
+    EFTDecoder(models, config)
 
 
 def test_adaptive_lengths_need_a_cost_ratio() -> None:
