@@ -47,7 +47,7 @@ from .draft_length import DraftLengthPolicy
 from .general import ScoreBuffers, general_round, new_score_buffers
 from .output import CACHE_FIELD, EFTOutput, EFTStats, EFTTrace, ordinary
 from .own_prompts import FirstRound, first_round_of_own_prompts
-from .past import EFTPast, extended, fill_cache, kept_lengths
+from .past import DEFAULT_CHUNK, EFTPast, extended, fill_cache, kept_lengths
 from .processors import PrefixFunction
 from .request import GenerationOptions, Prompts, read_prompts
 from .round import (
@@ -264,9 +264,13 @@ class EFTDecoder:
         context = self.max_context
         if context is not None and prompts.longest > context:
             raise ValueError(f"{prompts.longest} tokens exceed the context of {context} tokens")
+        runners, batch = self.all_runners(), prompts.tokens.shape[0]
+        # Of a chunk every model's logits, and in float32 the mix, its normalised law, and one on the way.
+        beside = (2 * len(runners) + 12) * min(prompts.longest, DEFAULT_CHUNK) * self.vocab_size
+        check_caches(runners, batch, [prompts.longest] * len(runners), 0, beside, "input_ids")
         self._past = None
         with torch.inference_mode():
-            coefficients = self._coefficients(prompts.tokens.shape[0], self.runners.large.device)
+            coefficients = self._coefficients(batch, self.runners.large.device)
             return score_tokens(self.runners, prompts, coefficients, self.vocab_size)
 
     def custom_generate(

@@ -58,9 +58,7 @@ def test_drafts_of_eight_bits_need_models_like_llama() -> None:
 def test_copies_of_eight_bits_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     models, config = tiny_trio("llama"), EFTConfig(draft_tokens=2, draft_weights="int8")
     monkeypatch.setattr(eft_models, "free_bytes", lambda device: 1000)
-    with pytest.raises(
-        ValueError, match=r"needs .* GiB for its copies, and 0.0 GiB are free"
-    ):
+    with pytest.raises(ValueError, match=r"needs .* GiB for its copies, and 0.0 GiB are free"):
         EFTDecoder(models, config)
     monkeypatch.setattr(eft_models, "free_bytes", lambda device: None)
     EFTDecoder(models, config)

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from speculative_eft.decoding import EFTConfig, EFTDecoder, EFTOutput, SlotBatch
 from speculative_eft.models import EFTModels, IncompatibleModelsError, caches_fit, eft_models, memory
 
-from ..decoding.test_generate import tiny_trio
+from ..decoding.test_generate import ragged_prompts, tiny_trio
 from .families import tiny_model
 
 DRAFTED = 3
@@ -63,6 +63,15 @@ def test_a_call_that_does_not_fit_names_what_does(free: Callable[[int], None]) -
     owner.generate(prompts[:2], **options)
     with pytest.raises(ValueError, match="at most 4 sequences"):
         owner.generate(prompts, **options)
+
+
+def test_scores_of_what_does_not_fit_are_refused(free: Callable[[int], None]) -> None:
+    scorer = EFTDecoder(tiny_trio("llama"))
+    free(10_000)
+    with pytest.raises(ValueError, match=r"input_ids: 4 sequences of 11 tokens need .* would fit"):
+        scorer.score(**ragged_prompts(4))
+    free(2**30)
+    assert scorer.score(**ragged_prompts(4)).log_probs.shape == (4, 10)
 
 
 def test_so_many_tokens_fit_and_one_more_does_not(free: Callable[[int], None]) -> None:
