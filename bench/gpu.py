@@ -115,6 +115,7 @@ STAGES = (
     _kernel_script("verify", 420),
     *(_kernel_script(name, 120) for name in ("filters", "draft", "noise", "commit", "memory")),
     _kernel_script("attention", 300),
+    _kernel_script("layers", 300),
     _script("engine", 900),
     Stage("compile", _compile, 600),
     _tests("tests/kernels", 600),

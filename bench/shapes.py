@@ -11,7 +11,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from speculative_eft.models import EFTModels
 from speculative_eft.models.describe import cache_bytes_per_token
 
-__all__ = ["LLAMA", "QWEN", "TINY", "StepBytes", "TrioShape", "random_trio", "step_bytes", "weight_bytes"]
+__all__ = [
+    "LLAMA",
+    "QWEN",
+    "TINY",
+    "StepBytes",
+    "TrioShape",
+    "random_model",
+    "random_trio",
+    "step_bytes",
+    "weight_bytes",
+]
 
 
 @dataclass(frozen=True)
@@ -74,7 +84,7 @@ TINY = TrioShape("tiny", {**_TINY, "num_hidden_layers": 2}, {**_TINY, "num_hidde
 def weight_bytes(shape: TrioShape, dtype: torch.dtype) -> int:
     """Memory of the three models' weights."""
     with torch.device("meta"):
-        large, small = (_random_model(settings, dtype) for settings in (shape.large, shape.small))
+        large, small = (random_model(settings, dtype) for settings in (shape.large, shape.small))
     return sum(
         parameter.numel() * parameter.element_size()
         for model in (large, small, small)
@@ -87,12 +97,13 @@ def random_trio(shape: TrioShape, dtype: torch.dtype, device: torch.device) -> E
     torch.manual_seed(0)
     with device:
         large, tuned, base = (
-            _random_model(settings, dtype) for settings in (shape.large, shape.small, shape.small)
+            random_model(settings, dtype) for settings in (shape.large, shape.small, shape.small)
         )
     return EFTModels(large, tuned, base)
 
 
-def _random_model(settings: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
+def random_model(settings: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
+    """A model of random weights and these settings, one of which is its `model_type`."""
     config = AutoConfig.for_model(**settings)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     return model

@@ -18,7 +18,7 @@ from speculative_eft.bench.kernels.timing import reference_kernels, time_operati
 from speculative_eft.kernels import noise as noise_module
 
 CPU = torch.device("cpu")
-SCRIPTS = ("verify", "filters", "draft", "noise", "commit", "memory", "attention")
+SCRIPTS = ("verify", "filters", "draft", "noise", "commit", "memory", "attention", "layers")
 
 
 @pytest.fixture(scope="module", autouse=True)
