@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -20,16 +21,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--every-law", action="store_true", help="also in Triton's interpreter, for an hour")
     parser.addoption("--write-docs", action="store_true", help="write the tables that tests make into docs/")
     parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where the tests' tensors lie")
+    # Before anything imports Triton, as the next folder's conftest may: on a CPU its kernels run in the
+    # interpreter. Workers inherit it.
+    if "PYTEST_XDIST_WORKER" not in os.environ and parser.parse_known_args(sys.argv[1:]).device == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):
         # What is measured of tests' models is not kept for those of users.
         os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="speculative-eft-tests-")
-    if config.getoption("--device") == "cpu":
-        # Before anything imports Triton: on a CPU its kernels run in the interpreter.
-        os.environ["TRITON_INTERPRET"] = "1"
-    elif not torch.cuda.is_available():
+    if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda needs a GPU that torch can use")
 
 
