@@ -6,14 +6,28 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numba import prange
 from torch import Tensor
 
 from ..noise import Stream
-from .compile import CUBE, FLAGS, FLOAT, MATRIX, TABLE, TABLES, VECTOR, arrays, entry
+from .compile import (
+    CUBE,
+    FLAGS,
+    FLOAT,
+    MATRIX,
+    TABLE,
+    TABLES,
+    VECTOR,
+    arrays,
+    compiled,
+    entry,
+    in_parallel,
+    stay_a_function,
+)
 from .early_stop import EARLY_STOP, early_stop_arrays, ends_draft
 from .filters import SAMPLING, sampling_arrays
 from .memory import MEMORY, memory_arrays, recall
-from .sampler import draft_rows
+from .sampler import draft_share
 
 if TYPE_CHECKING:
     from ..early_stop import EarlyStop
@@ -80,6 +94,79 @@ def begin_draft(
     return longest
 
 
+_SHARES = (
+    f"{TABLES}, {MATRIX}, {SAMPLING}, {TABLE}, {TABLE}, int64, int64, {MEMORY}, {VECTOR}, {CUBE}, int64, "
+    f"{TABLE}, {TABLE}, {VECTOR}"
+)
+
+
+@compiled(f"void({_SHARES}, int64)")
+def _draw_share(
+    table: Any,
+    law_weights: Any,
+    temperature: Any,
+    top_k: Any,
+    top_p: Any,
+    min_p: Any,
+    seeds: Any,
+    counter: Any,
+    row: int,
+    stream: int,
+    ratios: Any,
+    remembered: Any,
+    mean: Any,
+    count: Any,
+    beta: Any,
+    correction: Any,
+    step: int,
+    takes_part: Any,
+    drawn: Any,
+    chances: Any,
+    sequence: int,
+) -> None:
+    """What is remembered of one sequence's last token, if anything, and its draw."""
+    stay_a_function()
+    if takes_part[sequence] and correction.shape[1]:
+        recall(
+            ratios, remembered, mean, count, sequence, drawn[sequence], beta[sequence],
+            correction[sequence, step],
+        )  # fmt: skip
+    draft_share(
+        table, law_weights, temperature, top_k, top_p, min_p, seeds, counter, row, stream,
+        correction.shape[2], takes_part, drawn, chances, sequence,
+    )  # fmt: skip
+
+
+@in_parallel(f"void({_SHARES})")
+def _draw_together(
+    table: Any,
+    law_weights: Any,
+    temperature: Any,
+    top_k: Any,
+    top_p: Any,
+    min_p: Any,
+    seeds: Any,
+    counter: Any,
+    row: int,
+    stream: int,
+    ratios: Any,
+    remembered: Any,
+    mean: Any,
+    count: Any,
+    beta: Any,
+    correction: Any,
+    step: int,
+    takes_part: Any,
+    drawn: Any,
+    chances: Any,
+) -> None:
+    for share in prange(drawn.shape[0]):
+        _draw_share(
+            table, law_weights, temperature, top_k, top_p, min_p, seeds, counter, row, stream, ratios,
+            remembered, mean, count, beta, correction, step, takes_part, drawn, chances, np.int64(share),
+        )  # fmt: skip
+
+
 @entry(f"int64(int64, {TABLES}, {TABLE}, {TABLE}, {TABLE}, {DRAWS})")
 def draw(
     step: int,
@@ -115,7 +202,7 @@ def draw(
     correction: Any,
 ) -> int:
     """The tokens that follow `step`, for all but its last; how many steps the longest draft takes now."""
-    batch, vocab_size = drawn.shape[0], correction.shape[2]
+    batch = drawn.shape[0]
     table = np.zeros_like(places)
     for model in range(places.shape[0]):
         table[model, 0], table[model, 1] = places[model, 0] + 4 * step * places[model, 2], places[model, 1]
@@ -123,16 +210,18 @@ def draw(
     for sequence in range(batch):
         counter[sequence] = counters[sequence] + (step if shared else 0)
         takes_part[sequence] = step + 1 < counts[sequence]
-        if takes_part[sequence] and correction.shape[1]:
-            recall(
-                ratios, remembered, mean, count, sequence, drawn[sequence], beta[sequence],
-                correction[sequence, step],
-            )  # fmt: skip
     chances = np.empty(batch if may_end else 0, FLOAT)
-    draft_rows(
-        table, law_weights, temperature, top_k, top_p, min_p, seeds, counter, 0 if shared else step, stream,
-        vocab_size, takes_part, drawn, chances,
-    )  # fmt: skip
+    row = 0 if shared else step
+    if batch > 1:
+        _draw_together(
+            table, law_weights, temperature, top_k, top_p, min_p, seeds, counter, row, stream, ratios,
+            remembered, mean, count, beta, correction, step, takes_part, drawn, chances,
+        )  # fmt: skip
+    else:
+        _draw_share(
+            table, law_weights, temperature, top_k, top_p, min_p, seeds, counter, row, stream, ratios,
+            remembered, mean, count, beta, correction, step, takes_part, drawn, chances, 0,
+        )  # fmt: skip
     longest = 0
     for sequence in range(batch):
         block[sequence, step + 1] = drawn[sequence]

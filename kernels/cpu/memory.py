@@ -23,13 +23,14 @@ from .compile import (
     entry,
     in_parallel,
     logits_table,
+    stay_a_function,
     use_threads,
 )
 
 if TYPE_CHECKING:
     from ..memory import DraftMemory
 
-__all__ = ["MEMORY", "memory_arrays", "recall", "remember", "remember_rows"]
+__all__ = ["MEMORY", "memory_arrays", "recall", "remember", "remember_rows", "remember_sequence"]
 
 MEMORY = f"{CUBE}, {TABLES}, {MATRIX}, {TABLE}"
 """Types of `memory_arrays`."""
@@ -75,7 +76,7 @@ def recall(
 
 
 @compiled(f"void({MEMORY}, {TABLES}, {TABLES}, {TABLE}, {FLAGS}, int64)")
-def _remember_share(
+def remember_sequence(
     ratios: Any,
     tokens: Any,
     mean: Any,
@@ -86,6 +87,8 @@ def _remember_share(
     done: Any,
     sequence: int,
 ) -> None:
+    """`remember_rows` for one sequence."""
+    stay_a_function()
     vocab_size, slots = mean.shape[1], tokens.shape[1]
     own = mean[sequence]
     for row in range(0 if done[sequence] else accepted_lens[sequence] + 1):
@@ -119,7 +122,7 @@ def _remember_together(
     done: Any,
 ) -> None:
     for share in prange(block.shape[0]):
-        _remember_share(
+        remember_sequence(
             ratios, tokens, mean, count, table, block, accepted_lens, done, np.int64(share)
         )  # fmt: skip
 
@@ -139,4 +142,4 @@ def remember_rows(
     if block.shape[0] > 1:
         _remember_together(ratios, tokens, mean, count, table, block, accepted_lens, done)
     else:
-        _remember_share(ratios, tokens, mean, count, table, block, accepted_lens, done, 0)
+        remember_sequence(ratios, tokens, mean, count, table, block, accepted_lens, done, 0)

@@ -31,10 +31,11 @@ def _words(seed: int, counter: int, row: int, stream: int, out: Any) -> None:
         key_0, key_1 = seed_0, seed_1
         word_0, word_1, word_2, word_3 = np.uint64(block), own_row, own_counter, own_stream
         for _ in range(10):
-            product_0, product_1 = word_0 * _MULTIPLIER_0, word_2 * _MULTIPLIER_1
+            # A multiplication of vectors' lower halves cuts the rest off by itself; elsewhere it may stay.
+            product_0, product_1 = (word_0 & _WORD) * _MULTIPLIER_0, (word_2 & _WORD) * _MULTIPLIER_1
             word_0 = (product_1 >> _SHIFT) ^ word_1 ^ key_0
             word_2 = (product_0 >> _SHIFT) ^ word_3 ^ key_1
-            word_1, word_3 = product_1 & _WORD, product_0 & _WORD
+            word_1, word_3 = product_1, product_0
             key_0, key_1 = (key_0 + _WEYL_0) & _WORD, (key_1 + _WEYL_1) & _WORD
         first[block], second[block] = np.uint32(word_0), np.uint32(word_1)
         third[block], fourth[block] = np.uint32(word_2), np.uint32(word_3)

@@ -31,6 +31,7 @@ from .compile import (
     largest,
     log,
     logits_table,
+    stay_a_function,
     use_threads,
 )
 from .filters import (
@@ -49,7 +50,10 @@ if TYPE_CHECKING:
     from ..mix import Coefficients
     from ..noise import NoiseKey
 
-__all__ = ["RULES", "draft", "draft_rows", "verify", "verify_rows"]
+__all__ = [
+    "RULES", "VERIFICATION", "draft", "draft_rows", "draft_share", "shares_of", "verify", "verify_rows",
+    "verify_sequence",
+]  # fmt: skip
 
 RULES = {"token": 0, "block": 1, "shared_seed": 2}
 _TOKEN, _BLOCK, _SHARED_SEED = range(3)
@@ -108,15 +112,20 @@ def verify(
     expected = torch.empty(batch, drafted)
     log_target, target, draft_law = (np.empty((batch, drafted + 1, vocab_size), np.float32) for _ in range(3))
     log_probs = torch.empty(batch, drafted + 1)
-    use_threads()
     verify_rows(
         table, *arrays(coefficients, "target_weights", "draft_weights"), *conservative_arrays(coefficients),
         draft_tokens.contiguous().numpy(), (draft_lens + 1).numpy(),
         *sampling_arrays(sampling), *sampling_arrays(draft_sampling),
         *arrays(noise, "seeds", "rounds", "positions"), *streams, rule, log_target, target, draft_law,
-        accepted.numpy(), next_tokens.numpy(), expected.numpy(), log_probs.numpy(),
+        accepted.numpy(), next_tokens.numpy(), expected.numpy(), log_probs.numpy(), shares_of(batch),
     )  # fmt: skip
     return accepted, next_tokens, expected, log_probs
+
+
+def shares_of(batch: int) -> int:
+    """In how many shares whole sequences are verified; 0 if they are so few that threads share their rows."""
+    threads = use_threads()
+    return threads if batch >= 2 * threads else 0
 
 
 @compiled(f"void({TABLES}, {VECTOR}, int64, int64, {VECTOR})")
@@ -126,26 +135,36 @@ def _mix(table: Any, weights: Any, sequence: int, row: int, out: Any) -> None:
     last = -1
     for model in range(table.shape[0]):
         last = model if weights[model] != FLOAT(0) else last
-    for token in range(size):
-        out[token] = FLOAT(0)
+    is_first = True
     for model in range(last + 1):
         weight = weights[model]
         if weight != FLOAT(0):
             offset = sequence * table[model, 1] + row * table[model, 2]
             logits = array_at(table[model, 0] + 4 * offset, (size,))
-            if model < last:
+            if is_first and model < last:
+                for token in range(size):
+                    out[token] = weight * logits[token]
+            elif model < last:
                 for token in range(size):
                     out[token] += weight * logits[token]
+            elif is_first:
+                for token in range(size):
+                    total = weight * logits[token]
+                    out[token] = total if abs(total) <= FLOAT(3.4028235e38) else FLOAT(-np.inf)
             else:
                 # In a loop of its own the choice would take longer than all the sums.
                 for token in range(size):
                     total = out[token] + weight * logits[token]
                     out[token] = total if abs(total) <= FLOAT(3.4028235e38) else FLOAT(-np.inf)
+            is_first = False
+    if is_first:
+        for token in range(size):
+            out[token] = FLOAT(0)
 
 
 @compiled(f"float32({VECTOR}, float32, {VECTOR})")
-def _normalise(logits: Any, temperature: float, law: Any) -> Any:
-    """Turn `logits` into log-probabilities, write the probabilities to `law`, and return the normaliser.
+def _softmax(logits: Any, temperature: float, law: Any) -> Any:
+    """Divide `logits` by the temperature, write their probabilities to `law`, and return their normaliser.
 
     A row of only -inf, which is no law, becomes the point mass on id 0.
     """
@@ -166,11 +185,35 @@ def _normalise(logits: Any, temperature: float, law: Any) -> Any:
             part += shares[token]
         whole += np.float64(part)
     total = FLOAT(whole)
-    scale, shift = FLOAT(1) / total, highest + log(total)
+    scale = FLOAT(1) / total
     for token in range(size):
         law[token] *= scale
+    return highest + log(total)
+
+
+@compiled(f"float32({VECTOR}, float32, {VECTOR})")
+def _normalise(logits: Any, temperature: float, law: Any) -> Any:
+    """`_softmax`, of which the normaliser is subtracted: `logits` become log-probabilities."""
+    shift = _softmax(logits, temperature, law)
+    for token in range(logits.shape[0]):
         logits[token] -= shift
     return shift
+
+
+@compiled(f"float32({VECTOR}, {VECTOR}, {SAMPLING}, int64)")
+def _filtered_law(
+    logits: Any, law: Any, temperature: Any, top_k: Any, top_p: Any, min_p: Any, sequence: int
+) -> Any:
+    """Write to `law` the law of `logits` after temperature and filters.
+
+    Returns what `logits`, which are overwritten, then exceed its log-probabilities by: few of these are read,
+    so none is computed for all ids unless a filter needs them.
+    """
+    if not is_filtered(temperature, top_k, top_p, min_p, sequence, logits.shape[0]):
+        return _softmax(logits, temperature[sequence], law)
+    _normalise(logits, temperature[sequence], law)
+    filter_law(logits, law, temperature, top_k, top_p, min_p, sequence)
+    return FLOAT(0)
 
 
 @compiled(f"void({TABLES}, {VECTOR}, {VECTOR}, float32, int64, int64, {VECTOR}, {VECTOR})")
@@ -211,7 +254,7 @@ def _mix_conservatively(
     f"void({TABLES}, {MATRIX}, {SAMPLING}, {TABLE}, {TABLE}, int64, int64, int64, {TABLE}, {TABLE}, "
     f"{VECTOR}, int64)"
 )
-def _draft_share(
+def draft_share(
     table: Any,
     weights: Any,
     temperature: Any,
@@ -228,6 +271,7 @@ def _draft_share(
     chances: Any,
     sequence: int,
 ) -> None:
+    stay_a_function()
     if takes_part[sequence] == 0:
         return
     values = np.empty(vocab_size, FLOAT)
@@ -269,7 +313,7 @@ def _draft_together(
     chances: Any,
 ) -> None:
     for share in prange(tokens.shape[0]):
-        _draft_share(
+        draft_share(
             table, weights, temperature, top_k, top_p, min_p, seeds, counters, row, stream, vocab_size,
             takes_part, tokens, chances, np.int64(share),
         )  # fmt: skip
@@ -306,7 +350,7 @@ def draft_rows(
             takes_part, tokens, chances,
         )  # fmt: skip
     else:
-        _draft_share(
+        draft_share(
             table, weights, temperature, top_k, top_p, min_p, seeds, counters, row, stream, vocab_size,
             takes_part, tokens, chances, 0,
         )  # fmt: skip
@@ -314,9 +358,10 @@ def draft_rows(
 
 @compiled(
     f"void({TABLES}, {MATRIX}, {MATRIX}, {CONSERVATIVE}, {TABLES}, {TABLE}, {SAMPLING}, {SAMPLING}, "
-    f"{TABLE}, {TABLE}, int64, int64, {CUBE}, {CUBE}, {CUBE}, {MATRIX}, {TABLES}, int64)"
+    f"{TABLE}, {TABLE}, int64, int64, {MATRIX}, {MATRIX}, {MATRIX}, {VECTOR}, {VECTOR}, {TABLE}, int64, "
+    "int64)"
 )
-def _laws_share(
+def _row_laws(
     table: Any,
     target_weights: Any,
     draft_weights: Any,
@@ -340,20 +385,22 @@ def _laws_share(
     log_target: Any,
     target: Any,
     draft: Any,
+    shifts: Any,
     log_ratio: Any,
     winners: Any,
-    share: int,
+    sequence: int,
+    row: int,
 ) -> None:
     """One row's laws, and what compares them at the drafted token or races for the winner.
 
-    None beyond a sequence's own draft and bonus token. For a greedy sequence `draft` stays unset, and
-    `log_ratio` is unused.
+    `log_target`, `target` and `draft` [rows, vocabulary], `shifts`, `log_ratio` and `winners` [rows] are the
+    sequence's own. `log_target` exceeds the log-probabilities by the row's shift. None beyond a sequence's
+    own draft and bonus token. For a greedy sequence `draft` stays unset, and `log_ratio` is unused.
     """
-    rows = log_target.shape[1]
-    sequence, row = share // rows, share % rows
+    stay_a_function()
     if row >= counts[sequence]:
         return
-    logits, law = log_target[sequence, row], target[sequence, row]
+    logits, law = log_target[row], target[row]
     size = logits.shape[0]
     if conservative.shape[0] > 0:
         _mix_conservatively(
@@ -363,29 +410,31 @@ def _laws_share(
     else:
         _mix(table, target_weights[sequence], sequence, row, logits)
     if temperature[sequence] == FLOAT(0):
-        winners[sequence, row] = argmax(logits)
-        _normalise(logits, FLOAT(1), law)
+        winners[row] = argmax(logits)
+        shifts[row] = _softmax(logits, FLOAT(1), law)
         return
-    _normalise(logits, temperature[sequence], law)
-    filter_law(logits, law, temperature, top_k, top_p, min_p, sequence)
+    shift = _filtered_law(logits, law, temperature, top_k, top_p, min_p, sequence)
     if rule == _SHARED_SEED:
-        winners[sequence, row] = race_of_logits(
+        for token in range(size):
+            logits[token] -= shift
+        shift = FLOAT(0)
+        winners[row] = race_of_logits(
             logits, FLOAT(1), seeds[sequence], positions[sequence] + row, 0, shared_stream
         )
-    if row < rows - 1:
+    shifts[row] = shift
+    if row < log_target.shape[0] - 1:
         small = np.empty(size, FLOAT)
         _mix(table, draft_weights[sequence], sequence, row, small)
-        _normalise(small, draft_temperature[sequence], draft[sequence, row])
-        filter_law(
-            small, draft[sequence, row], draft_temperature, draft_top_k, draft_top_p, draft_min_p, sequence
+        small_shift = _filtered_law(
+            small, draft[row], draft_temperature, draft_top_k, draft_top_p, draft_min_p, sequence
         )
         token = draft_tokens[sequence, row]
-        log_ratio[sequence, row] = logits[token] - small[token]
+        log_ratio[row] = (logits[token] - shift) - (small[token] - small_shift)
 
 
 @in_parallel(
     f"void({TABLES}, {MATRIX}, {MATRIX}, {CONSERVATIVE}, {TABLES}, {TABLE}, {SAMPLING}, {SAMPLING}, "
-    f"{TABLE}, {TABLE}, int64, int64, {CUBE}, {CUBE}, {CUBE}, {MATRIX}, {TABLES})"
+    f"{TABLE}, {TABLE}, int64, int64, {CUBE}, {CUBE}, {CUBE}, {MATRIX}, {MATRIX}, {TABLES})"
 )
 def _laws(
     table: Any,
@@ -411,15 +460,17 @@ def _laws(
     log_target: Any,
     target: Any,
     draft: Any,
+    shifts: Any,
     log_ratio: Any,
     winners: Any,
 ) -> None:
     for share in prange(log_target.shape[0] * log_target.shape[1]):
-        _laws_share(
+        sequence, row = divmod(np.int64(share), log_target.shape[1])
+        _row_laws(
             table, target_weights, draft_weights, conservative, plain_weights, delta_weights, draft_tokens,
             counts, temperature, top_k, top_p, min_p, draft_temperature, draft_top_k, draft_top_p,
-            draft_min_p, seeds, positions, shared_stream, rule, log_target, target, draft, log_ratio, winners,
-            np.int64(share),
+            draft_min_p, seeds, positions, shared_stream, rule, log_target[sequence], target[sequence],
+            draft[sequence], shifts[sequence], log_ratio[sequence], winners[sequence], sequence, row,
         )  # fmt: skip
 
 
@@ -477,64 +528,104 @@ def _replacement(
 
 
 @compiled(
-    f"void({TABLES}, {TABLE}, {VECTOR}, {TABLE}, {TABLE}, int64, int64, int64, {CUBE}, {CUBE}, {MATRIX}, "
-    f"{TABLES}, {TABLE}, {TABLE}, {MATRIX}, int64)"
+    f"Tuple((int64, float32))({TABLES}, {TABLE}, {VECTOR}, {TABLE}, {TABLE}, int64, int64, {MATRIX}, "
+    f"{MATRIX}, {VECTOR}, {TABLE}, {VECTOR}, int64)"
 )
-def _decide_share(
+def _accept(
     draft_tokens: Any,
     counts: Any,
     temperature: Any,
     seeds: Any,
     counters: Any,
     accept_stream: int,
-    residual_stream: int,
     rule: int,
     target: Any,
     draft: Any,
     log_ratio: Any,
     winners: Any,
-    accepted: Any,
-    next_tokens: Any,
     expected: Any,
     sequence: int,
-) -> None:
-    drafted, length = draft_tokens.shape[1], counts[sequence] - 1
-    if length < 0:
-        accepted[sequence] = next_tokens[sequence] = 0
-        for row in range(drafted):
-            expected[sequence, row] = FLOAT(0)
-        return
+) -> Any:
+    """How many of a sequence's drafted tokens are accepted, and the scale of its residual's target law.
+
+    From the laws of its drafted rows; those from `target` on are as in `_row_laws`. The chances of acceptance
+    go to `expected` [drafted].
+    """
+    stay_a_function()
+    length = counts[sequence] - 1
     greedy = temperature[sequence] == FLOAT(0)
-    for row in range(drafted):
+    for row in range(expected.shape[0]):
         overlap = FLOAT(0)
         if row >= length:
             overlap = FLOAT(0)
         elif greedy:
-            overlap = FLOAT(winners[sequence, row] == draft_tokens[sequence, row])
+            overlap = FLOAT(winners[row] == draft_tokens[sequence, row])
         else:
-            law, small = target[sequence, row], draft[sequence, row]
+            law, small = target[row], draft[row]
             for token in range(law.shape[0]):
                 overlap += min(law[token], small[token])
-        expected[sequence, row] = overlap
+        expected[row] = overlap
+    seed, counter = seeds[sequence], counters[sequence]
     if greedy or rule == _SHARED_SEED:
         count = 0
-        while count < length and winners[sequence, count] == draft_tokens[sequence, count]:
+        while count < length and winners[count] == draft_tokens[sequence, count]:
             count += 1
-        accepted[sequence], next_tokens[sequence] = count, winners[sequence, count]
-        return
-    laws, smalls, ratios = target[sequence], draft[sequence], log_ratio[sequence]
-    seed, counter, scale = seeds[sequence], counters[sequence], FLOAT(1)
+        return count, FLOAT(1)
     if rule == _TOKEN:
-        count = _accept_token(ratios, length, seed, counter, accept_stream)
+        return _accept_token(log_ratio, length, seed, counter, accept_stream), FLOAT(1)
+    return _accept_block(target, draft, log_ratio, length, seed, counter, accept_stream)
+
+
+@compiled(
+    f"void({TABLES}, {TABLE}, {VECTOR}, {TABLE}, {TABLE}, int64, int64, {MATRIX}, {MATRIX}, {MATRIX}, "
+    f"{VECTOR}, {TABLE}, int64, float32, {TABLE}, {TABLE}, {VECTOR}, int64)"
+)
+def _follow(
+    draft_tokens: Any,
+    counts: Any,
+    temperature: Any,
+    seeds: Any,
+    counters: Any,
+    residual_stream: int,
+    rule: int,
+    log_target: Any,
+    target: Any,
+    draft: Any,
+    shifts: Any,
+    winners: Any,
+    count: int,
+    scale: float,
+    accepted: Any,
+    next_tokens: Any,
+    log_probs: Any,
+    sequence: int,
+) -> None:
+    """The token that follows `count` accepted ones, and the log-probabilities of all of them."""
+    stay_a_function()
+    if temperature[sequence] == FLOAT(0) or rule == _SHARED_SEED:
+        following = winners[count]
     else:
-        count, scale = _accept_block(laws, smalls, ratios, length, seed, counter, accept_stream)
-    accepted[sequence] = count
-    next_tokens[sequence] = _replacement(laws, smalls, count, length, scale, seed, counter, residual_stream)
+        following = _replacement(
+            target, draft, count, counts[sequence] - 1, scale, seeds[sequence], counters[sequence],
+            residual_stream,
+        )  # fmt: skip
+    accepted[sequence], next_tokens[sequence] = count, following
+    for row in range(count):
+        log_probs[row] = log_target[row, draft_tokens[sequence, row]] - shifts[row]
+    log_probs[count] = log_target[count, following] - shifts[count]
+
+
+@compiled(f"void({TABLE}, {TABLE}, {VECTOR}, int64)")
+def _skip(accepted: Any, next_tokens: Any, expected: Any, sequence: int) -> None:
+    """The verdict on a sequence of which none is wanted."""
+    accepted[sequence] = next_tokens[sequence] = 0
+    for row in range(expected.shape[0]):
+        expected[row] = FLOAT(0)
 
 
 @in_parallel(
-    f"void({TABLES}, {TABLE}, {VECTOR}, {TABLE}, {TABLE}, int64, int64, int64, {CUBE}, {CUBE}, {MATRIX}, "
-    f"{TABLES}, {TABLE}, {TABLE}, {MATRIX})"
+    f"void({TABLES}, {TABLE}, {VECTOR}, {TABLE}, {TABLE}, int64, int64, int64, {CUBE}, {CUBE}, {CUBE}, "
+    f"{MATRIX}, {MATRIX}, {TABLES}, {TABLE}, {TABLE}, {MATRIX}, {MATRIX})"
 )
 def _decide(
     draft_tokens: Any,
@@ -545,26 +636,160 @@ def _decide(
     accept_stream: int,
     residual_stream: int,
     rule: int,
+    log_target: Any,
     target: Any,
     draft: Any,
+    shifts: Any,
     log_ratio: Any,
     winners: Any,
     accepted: Any,
     next_tokens: Any,
     expected: Any,
+    log_probs: Any,
 ) -> None:
     for share in prange(counts.shape[0]):
-        _decide_share(
-            draft_tokens, counts, temperature, seeds, counters, accept_stream, residual_stream, rule,
-            target, draft, log_ratio, winners, accepted, next_tokens, expected, np.int64(share),
-        )  # fmt: skip
+        sequence = np.int64(share)
+        if counts[sequence] == 0:
+            _skip(accepted, next_tokens, expected[sequence], sequence)
+        else:
+            count, scale = _accept(
+                draft_tokens, counts, temperature, seeds, counters, accept_stream, rule, target[sequence],
+                draft[sequence], log_ratio[sequence], winners[sequence], expected[sequence], sequence,
+            )  # fmt: skip
+            _follow(
+                draft_tokens, counts, temperature, seeds, counters, residual_stream, rule,
+                log_target[sequence], target[sequence], draft[sequence], shifts[sequence], winners[sequence],
+                count, scale, accepted, next_tokens, log_probs[sequence], sequence,
+            )  # fmt: skip
 
 
-@entry(
-    f"void({TABLES}, {MATRIX}, {MATRIX}, {CONSERVATIVE}, {TABLES}, {TABLE}, {SAMPLING}, {SAMPLING}, "
-    f"{TABLE}, {TABLE}, {TABLE}, int64, int64, int64, int64, {CUBE}, {CUBE}, {CUBE}, {TABLE}, {TABLE}, "
-    f"{MATRIX}, {MATRIX})"
+VERIFICATION = (
+    f"{TABLES}, {MATRIX}, {MATRIX}, {CONSERVATIVE}, {TABLES}, {TABLE}, {SAMPLING}, {SAMPLING}, {TABLE}, "
+    f"{TABLE}, {TABLE}, int64, int64, int64, int64, {CUBE}, {CUBE}, {CUBE}, {TABLE}, {TABLE}, {MATRIX}, "
+    f"{MATRIX}"
 )
+"""Types of what `verify_rows` takes."""
+
+
+@compiled(f"void({VERIFICATION}, int64, int64)")
+def verify_sequence(
+    table: Any,
+    target_weights: Any,
+    draft_weights: Any,
+    conservative: Any,
+    plain_weights: Any,
+    delta_weights: Any,
+    draft_tokens: Any,
+    counts: Any,
+    temperature: Any,
+    top_k: Any,
+    top_p: Any,
+    min_p: Any,
+    draft_temperature: Any,
+    draft_top_k: Any,
+    draft_top_p: Any,
+    draft_min_p: Any,
+    seeds: Any,
+    counters: Any,
+    positions: Any,
+    accept_stream: int,
+    residual_stream: int,
+    shared_stream: int,
+    rule: int,
+    log_target: Any,
+    target: Any,
+    draft: Any,
+    accepted: Any,
+    next_tokens: Any,
+    expected: Any,
+    log_probs: Any,
+    share: int,
+    sequence: int,
+) -> None:
+    """`verify_rows` for one sequence, in room that its share of the sequences uses again and again.
+
+    So laws are read where they were written, in a core's own cache. The bonus token's is made only where all
+    drafted tokens are accepted.
+    """
+    stay_a_function()
+    if counts[sequence] == 0:
+        _skip(accepted, next_tokens, expected[sequence], sequence)
+        return
+    rows, length = log_target.shape[1], counts[sequence] - 1
+    logits, law, small = log_target[share], target[share], draft[share]
+    shifts, log_ratio = np.empty(rows, FLOAT), np.empty(rows, FLOAT)
+    winners = np.empty(rows, np.int64)
+    for row in range(length):
+        _row_laws(
+            table, target_weights, draft_weights, conservative, plain_weights, delta_weights, draft_tokens,
+            counts, temperature, top_k, top_p, min_p, draft_temperature, draft_top_k, draft_top_p,
+            draft_min_p, seeds, positions, shared_stream, rule, logits, law, small, shifts, log_ratio,
+            winners, sequence, row,
+        )  # fmt: skip
+    count, scale = _accept(
+        draft_tokens, counts, temperature, seeds, counters, accept_stream, rule, law, small, log_ratio,
+        winners, expected[sequence], sequence,
+    )  # fmt: skip
+    if count == length:
+        _row_laws(
+            table, target_weights, draft_weights, conservative, plain_weights, delta_weights, draft_tokens,
+            counts, temperature, top_k, top_p, min_p, draft_temperature, draft_top_k, draft_top_p,
+            draft_min_p, seeds, positions, shared_stream, rule, logits, law, small, shifts, log_ratio,
+            winners, sequence, length,
+        )  # fmt: skip
+    _follow(
+        draft_tokens, counts, temperature, seeds, counters, residual_stream, rule, logits, law, small, shifts,
+        winners, count, scale, accepted, next_tokens, log_probs[sequence], sequence,
+    )  # fmt: skip
+
+
+@in_parallel(f"void({VERIFICATION}, int64)")
+def _verify_together(
+    table: Any,
+    target_weights: Any,
+    draft_weights: Any,
+    conservative: Any,
+    plain_weights: Any,
+    delta_weights: Any,
+    draft_tokens: Any,
+    counts: Any,
+    temperature: Any,
+    top_k: Any,
+    top_p: Any,
+    min_p: Any,
+    draft_temperature: Any,
+    draft_top_k: Any,
+    draft_top_p: Any,
+    draft_min_p: Any,
+    seeds: Any,
+    counters: Any,
+    positions: Any,
+    accept_stream: int,
+    residual_stream: int,
+    shared_stream: int,
+    rule: int,
+    log_target: Any,
+    target: Any,
+    draft: Any,
+    accepted: Any,
+    next_tokens: Any,
+    expected: Any,
+    log_probs: Any,
+    shares: int,
+) -> None:
+    for share in prange(shares):
+        own = np.int64(share)
+        for sequence in range(own, counts.shape[0], shares):
+            verify_sequence(
+                table, target_weights, draft_weights, conservative, plain_weights, delta_weights,
+                draft_tokens, counts, temperature, top_k, top_p, min_p, draft_temperature, draft_top_k,
+                draft_top_p, draft_min_p, seeds, counters, positions, accept_stream, residual_stream,
+                shared_stream, rule, log_target, target, draft, accepted, next_tokens, expected, log_probs,
+                own, sequence,
+            )  # fmt: skip
+
+
+@entry(f"void({VERIFICATION}, int64)")
 def verify_rows(
     table: Any,
     target_weights: Any,
@@ -596,24 +821,26 @@ def verify_rows(
     next_tokens: Any,
     expected: Any,
     log_probs: Any,
+    shares: int,
 ) -> None:
-    """`verify` of arrays; `log_target`, `target` and `draft` are room for the laws."""
+    """`verify` of arrays, in `shares_of` shares; `log_target`, `target` and `draft` are room for the laws."""
     batch, rows = log_target.shape[:2]
-    log_ratio = np.empty((batch, rows), FLOAT)
+    if shares > 0:
+        _verify_together(
+            table, target_weights, draft_weights, conservative, plain_weights, delta_weights, draft_tokens,
+            counts, temperature, top_k, top_p, min_p, draft_temperature, draft_top_k, draft_top_p,
+            draft_min_p, seeds, counters, positions, accept_stream, residual_stream, shared_stream, rule,
+            log_target, target, draft, accepted, next_tokens, expected, log_probs, shares,
+        )  # fmt: skip
+        return
+    shifts, log_ratio = np.empty((batch, rows), FLOAT), np.empty((batch, rows), FLOAT)
     winners = np.empty((batch, rows), np.int64)
     _laws(
         table, target_weights, draft_weights, conservative, plain_weights, delta_weights, draft_tokens,
         counts, temperature, top_k, top_p, min_p, draft_temperature, draft_top_k, draft_top_p, draft_min_p,
-        seeds, positions, shared_stream, rule, log_target, target, draft, log_ratio, winners,
+        seeds, positions, shared_stream, rule, log_target, target, draft, shifts, log_ratio, winners,
     )  # fmt: skip
     _decide(
-        draft_tokens, counts, temperature, seeds, counters, accept_stream, residual_stream, rule, target,
-        draft, log_ratio, winners, accepted, next_tokens, expected,
+        draft_tokens, counts, temperature, seeds, counters, accept_stream, residual_stream, rule, log_target,
+        target, draft, shifts, log_ratio, winners, accepted, next_tokens, expected, log_probs,
     )  # fmt: skip
-    for sequence in range(batch):
-        count = accepted[sequence]
-        if counts[sequence] == 0:
-            continue
-        for row in range(count):
-            log_probs[sequence, row] = log_target[sequence, row, draft_tokens[sequence, row]]
-        log_probs[sequence, count] = log_target[sequence, count, next_tokens[sequence]]

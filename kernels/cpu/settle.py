@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numba import prange
 from torch import Tensor
 
 from ..verify import AcceptanceRule, Verdict, verification_streams
 from .commit import COMMIT, commit_arrays, commit_rows, rule_arguments
-from .compile import CUBE, MATRIX, TABLE, TABLES, arrays, entry, logits_table, use_threads
+from .compile import CUBE, FLAGS, MATRIX, TABLE, TABLES, arrays, entry, in_parallel, logits_table
 from .early_stop import EARLY_STOP, early_stop_arrays, learn_rows
 from .filters import CONSERVATIVE, SAMPLING, conservative_arrays, sampling_arrays
-from .memory import MEMORY, memory_arrays, remember_rows
-from .sampler import RULES, verify_rows
+from .memory import MEMORY, memory_arrays, remember_rows, remember_sequence
+from .sampler import RULES, VERIFICATION, shares_of, verify_rows, verify_sequence
 
 if TYPE_CHECKING:
     from ..commit import DraftLengthRule, RoundState
@@ -76,15 +77,73 @@ def bind_settle(
         *early_stop_arrays(state.early_stop), *commit_arrays(state), eos_token_ids.numpy(),
         *rule_arguments(draft_length_rule),
         np.array([(lengths.data_ptr(), stepped) for lengths, stepped in caches]), report.numpy(),
+        shares_of(batch),
     )  # fmt: skip
-    use_threads()
     return verdict, report, call
+
+
+@in_parallel(f"void({VERIFICATION}, boolean, {MEMORY}, {TABLES}, {TABLES}, {FLAGS}, int64)")
+def _verify_and_remember(
+    table: Any,
+    target_weights: Any,
+    draft_weights: Any,
+    conservative: Any,
+    plain_weights: Any,
+    delta_weights: Any,
+    draft_tokens: Any,
+    counts: Any,
+    temperature: Any,
+    top_k: Any,
+    top_p: Any,
+    min_p: Any,
+    draft_temperature: Any,
+    draft_top_k: Any,
+    draft_top_p: Any,
+    draft_min_p: Any,
+    seeds: Any,
+    counters: Any,
+    positions: Any,
+    accept_stream: int,
+    residual_stream: int,
+    shared_stream: int,
+    rule: int,
+    log_target: Any,
+    target: Any,
+    draft: Any,
+    accepted_lens: Any,
+    next_token: Any,
+    expected: Any,
+    log_probs: Any,
+    remembers: bool,
+    ratios: Any,
+    remembered: Any,
+    mean: Any,
+    count: Any,
+    pair: Any,
+    block: Any,
+    done: Any,
+    shares: int,
+) -> None:
+    for share in prange(shares):
+        own = np.int64(share)
+        for sequence in range(own, counts.shape[0], shares):
+            verify_sequence(
+                table, target_weights, draft_weights, conservative, plain_weights, delta_weights,
+                draft_tokens, counts, temperature, top_k, top_p, min_p, draft_temperature, draft_top_k,
+                draft_top_p, draft_min_p, seeds, counters, positions, accept_stream, residual_stream,
+                shared_stream, rule, log_target, target, draft, accepted_lens, next_token, expected,
+                log_probs, own, sequence,
+            )  # fmt: skip
+            if remembers:
+                remember_sequence(
+                    ratios, remembered, mean, count, pair, block, accepted_lens, done, sequence
+                )  # fmt: skip
 
 
 @entry(
     f"void({TABLES}, {TABLES}, {TABLE}, {MATRIX}, {MATRIX}, {CONSERVATIVE}, {SAMPLING}, {SAMPLING}, {TABLE}, "
     f"int64, int64, int64, int64, {CUBE}, {CUBE}, {CUBE}, {TABLE}, {TABLE}, {MATRIX}, {MATRIX}, boolean, "
-    f"{MEMORY}, boolean, {EARLY_STOP}, {COMMIT}, {TABLES}, {TABLES})"
+    f"{MEMORY}, boolean, {EARLY_STOP}, {COMMIT}, {TABLES}, {TABLES}, int64)"
 )
 def _settle(
     table: Any,
@@ -154,6 +213,7 @@ def _settle(
     prior_tested: float,
     caches: Any,
     report: Any,
+    shares: int,
 ) -> None:
     batch, drafted = expected.shape
     draft_tokens = np.empty((batch, drafted), np.int64)
@@ -161,17 +221,27 @@ def _settle(
         for column in range(drafted):
             draft_tokens[sequence, column] = block[sequence, column + 1]
         draft_lens[sequence] = max(counts[sequence] - 1, 0)
-    verify_rows(
-        table, target_weights, draft_weights, conservative, plain_weights, delta_weights, draft_tokens,
-        counts, temperature, top_k, top_p, min_p, draft_temperature, draft_top_k, draft_top_p, draft_min_p,
-        seeds, rounds, positions, accept_stream, residual_stream, shared_stream, rule, log_target, target,
-        draft, accepted_lens, next_token, expected, log_probs,
-    )  # fmt: skip
+    pair = np.empty((2, 3), np.int64)
     if remembers:
         # Of the large base and the small one, which stands before the correction.
-        pair = np.empty((2, 3), np.int64)
         pair[0], pair[1] = table[0], table[draft_weights.shape[1] - 2]
-        remember_rows(ratios, remembered, mean, count, pair, block, accepted_lens, done)
+    if shares > 0:
+        _verify_and_remember(
+            table, target_weights, draft_weights, conservative, plain_weights, delta_weights, draft_tokens,
+            counts, temperature, top_k, top_p, min_p, draft_temperature, draft_top_k, draft_top_p,
+            draft_min_p, seeds, rounds, positions, accept_stream, residual_stream, shared_stream, rule,
+            log_target, target, draft, accepted_lens, next_token, expected, log_probs, remembers, ratios,
+            remembered, mean, count, pair, block, done, shares,
+        )  # fmt: skip
+    else:
+        verify_rows(
+            table, target_weights, draft_weights, conservative, plain_weights, delta_weights, draft_tokens,
+            counts, temperature, top_k, top_p, min_p, draft_temperature, draft_top_k, draft_top_p,
+            draft_min_p, seeds, rounds, positions, accept_stream, residual_stream, shared_stream, rule,
+            log_target, target, draft, accepted_lens, next_token, expected, log_probs, shares,
+        )  # fmt: skip
+        if remembers:
+            remember_rows(ratios, remembered, mean, count, pair, block, accepted_lens, done)
     if learns:
         learn_rows(
             accepted_by_grade, tested_by_grade, least, reach, grades, least_chances, grade_fading,
