@@ -142,8 +142,9 @@ class RunningBatch:
         if self._captured is not None and not first and self.plan.draft_length_rule is None:
             # One graph for all rounds of a fixed length, also where the last tokens leave less to draft.
             drafted = self.state.tested_at.shape[0]
-        span = self._span(sequences, drafted)
         bound = None if self._captured is not None or first else self._bound_round(drafted)
+        # Passes that are bound look up lengths themselves.
+        span = self._span(sequences, drafted) if bound is None or bound.pays_for_done else 0
         if bound is not None:
             state, plan, trace = self._parts
             bound.run(state, plan, span, timer, trace)
