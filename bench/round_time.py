@@ -78,11 +78,11 @@ class _Steps:
         """`RunningBatch.advance`, after which the sequences that took part pass again."""
 
         def advance(running: RunningBatch, *arguments: Any, **options: Any) -> Report | None:
-            took_part = ~running.state.done
             report = _ADVANCE(running, *arguments, **options)
             begun = perf_counter()
-            torch.logical_not(took_part, out=self._done)
             self._again()
+            # Who takes part in the next round: looked up before that, it would count to the next draft.
+            self._done.copy_(running.state.done)
             self.spent += perf_counter() - begun
             return report
 
