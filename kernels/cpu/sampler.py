@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from ..noise import NoiseKey
 
 __all__ = [
-    "RULES", "VERIFICATION", "draft", "draft_rows", "draft_share", "shares_of", "verify", "verify_rows",
+    "RULES", "VERIFICATION", "draft", "draft_rows", "draft_share", "verify", "verify_rows",
     "verify_sequence",
 ]  # fmt: skip
 
@@ -112,20 +112,15 @@ def verify(
     expected = torch.empty(batch, drafted)
     log_target, target, draft_law = (np.empty((batch, drafted + 1, vocab_size), np.float32) for _ in range(3))
     log_probs = torch.empty(batch, drafted + 1)
+    use_threads()
     verify_rows(
         table, *arrays(coefficients, "target_weights", "draft_weights"), *conservative_arrays(coefficients),
         draft_tokens.contiguous().numpy(), (draft_lens + 1).numpy(),
         *sampling_arrays(sampling), *sampling_arrays(draft_sampling),
         *arrays(noise, "seeds", "rounds", "positions"), *streams, rule, log_target, target, draft_law,
-        accepted.numpy(), next_tokens.numpy(), expected.numpy(), log_probs.numpy(), shares_of(batch),
+        accepted.numpy(), next_tokens.numpy(), expected.numpy(), log_probs.numpy(),
     )  # fmt: skip
     return accepted, next_tokens, expected, log_probs
-
-
-def shares_of(batch: int) -> int:
-    """In how many shares whole sequences are verified; 0 if they are so few that threads share their rows."""
-    threads = use_threads()
-    return threads if batch >= 2 * threads else 0
 
 
 @compiled(f"void({TABLES}, {VECTOR}, int64, int64, {VECTOR})")
@@ -706,7 +701,7 @@ def verify_sequence(
     share: int,
     sequence: int,
 ) -> None:
-    """`verify_rows` for one sequence, in room that its share of the sequences uses again and again.
+    """`verify_rows` for one sequence, in the room of a share of the sequences, which uses it again and again.
 
     So laws are read where they were written, in a core's own cache. The bonus token's is made only where all
     drafted tokens are accepted.
@@ -743,53 +738,7 @@ def verify_sequence(
     )  # fmt: skip
 
 
-@in_parallel(f"void({VERIFICATION}, int64)")
-def _verify_together(
-    table: Any,
-    target_weights: Any,
-    draft_weights: Any,
-    conservative: Any,
-    plain_weights: Any,
-    delta_weights: Any,
-    draft_tokens: Any,
-    counts: Any,
-    temperature: Any,
-    top_k: Any,
-    top_p: Any,
-    min_p: Any,
-    draft_temperature: Any,
-    draft_top_k: Any,
-    draft_top_p: Any,
-    draft_min_p: Any,
-    seeds: Any,
-    counters: Any,
-    positions: Any,
-    accept_stream: int,
-    residual_stream: int,
-    shared_stream: int,
-    rule: int,
-    log_target: Any,
-    target: Any,
-    draft: Any,
-    accepted: Any,
-    next_tokens: Any,
-    expected: Any,
-    log_probs: Any,
-    shares: int,
-) -> None:
-    for share in prange(shares):
-        own = np.int64(share)
-        for sequence in range(own, counts.shape[0], shares):
-            verify_sequence(
-                table, target_weights, draft_weights, conservative, plain_weights, delta_weights,
-                draft_tokens, counts, temperature, top_k, top_p, min_p, draft_temperature, draft_top_k,
-                draft_top_p, draft_min_p, seeds, counters, positions, accept_stream, residual_stream,
-                shared_stream, rule, log_target, target, draft, accepted, next_tokens, expected, log_probs,
-                own, sequence,
-            )  # fmt: skip
-
-
-@entry(f"void({VERIFICATION}, int64)")
+@entry(f"void({VERIFICATION})")
 def verify_rows(
     table: Any,
     target_weights: Any,
@@ -821,18 +770,9 @@ def verify_rows(
     next_tokens: Any,
     expected: Any,
     log_probs: Any,
-    shares: int,
 ) -> None:
-    """`verify` of arrays, in `shares_of` shares; `log_target`, `target` and `draft` are room for the laws."""
+    """`verify` of arrays, whose rows threads share; `log_target`, `target` and `draft` are room for laws."""
     batch, rows = log_target.shape[:2]
-    if shares > 0:
-        _verify_together(
-            table, target_weights, draft_weights, conservative, plain_weights, delta_weights, draft_tokens,
-            counts, temperature, top_k, top_p, min_p, draft_temperature, draft_top_k, draft_top_p,
-            draft_min_p, seeds, counters, positions, accept_stream, residual_stream, shared_stream, rule,
-            log_target, target, draft, accepted, next_tokens, expected, log_probs, shares,
-        )  # fmt: skip
-        return
     shifts, log_ratio = np.empty((batch, rows), FLOAT), np.empty((batch, rows), FLOAT)
     winners = np.empty((batch, rows), np.int64)
     _laws(

@@ -17,11 +17,22 @@ from torch import Tensor
 
 from ..verify import AcceptanceRule, Verdict, verification_streams
 from .commit import COMMIT, commit_arrays, commit_rows, rule_arguments
-from .compile import CUBE, FLAGS, MATRIX, TABLE, TABLES, arrays, entry, in_parallel, logits_table
+from .compile import (
+    CUBE,
+    FLAGS,
+    MATRIX,
+    TABLE,
+    TABLES,
+    arrays,
+    entry,
+    in_parallel,
+    logits_table,
+    use_threads,
+)
 from .early_stop import EARLY_STOP, early_stop_arrays, learn_rows
 from .filters import CONSERVATIVE, SAMPLING, conservative_arrays, sampling_arrays
 from .memory import MEMORY, memory_arrays, remember_rows, remember_sequence
-from .sampler import RULES, VERIFICATION, shares_of, verify_rows, verify_sequence
+from .sampler import RULES, VERIFICATION, verify_rows, verify_sequence
 
 if TYPE_CHECKING:
     from ..commit import DraftLengthRule, RoundState
@@ -77,9 +88,15 @@ def bind_settle(
         *early_stop_arrays(state.early_stop), *commit_arrays(state), eos_token_ids.numpy(),
         *rule_arguments(draft_length_rule),
         np.array([(lengths.data_ptr(), stepped) for lengths, stepped in caches]), report.numpy(),
-        shares_of(batch),
+        _shares(batch),
     )  # fmt: skip
     return verdict, report, call
+
+
+def _shares(batch: int) -> int:
+    """In how many shares whole sequences are verified; 0 if they are so few that threads share their rows."""
+    threads = use_threads()
+    return threads if batch >= 2 * threads else 0
 
 
 @in_parallel(f"void({VERIFICATION}, boolean, {MEMORY}, {TABLES}, {TABLES}, {FLAGS}, int64)")
@@ -238,7 +255,7 @@ def _settle(
             table, target_weights, draft_weights, conservative, plain_weights, delta_weights, draft_tokens,
             counts, temperature, top_k, top_p, min_p, draft_temperature, draft_top_k, draft_top_p,
             draft_min_p, seeds, rounds, positions, accept_stream, residual_stream, shared_stream, rule,
-            log_target, target, draft, accepted_lens, next_token, expected, log_probs, shares,
+            log_target, target, draft, accepted_lens, next_token, expected, log_probs,
         )  # fmt: skip
         if remembers:
             remember_rows(ratios, remembered, mean, count, pair, block, accepted_lens, done)
