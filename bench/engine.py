@@ -32,7 +32,16 @@ from .baselines import SingleModelDecoder
 from .comparison import Spread
 from .kernels.script import Script, run
 from .kernels.timing import time_operation
-from .shapes import LLAMA, QWEN, TINY, TrioShape, random_trio, step_bytes, weight_bytes
+from .shapes import (
+    LLAMA,
+    QWEN,
+    TINY,
+    TrioShape,
+    fill_with_noise,
+    random_trio,
+    step_bytes,
+    weight_bytes,
+)
 from .windows import (
     PlainLoop,
     RoundDecoder,
@@ -195,9 +204,7 @@ def _measure_shape(script: Script, sweep: Sweep, models: EFTModels, labels: dict
     batch, context, device = labels["batch"], labels["context"], script.device
     # The same models with caches of their own, of which none is reserved yet.
     models = EFTModels(models.large_base, models.small_tuned, models.small_base)
-    # They empty the caches, so before they are filled.
-    for weights in _draft_weights(batch):
-        models.step_costs(False, batch, weights == "int8")
+    _measure_costs(models, batch)
     # All tokens of a window's rounds and of the warm-up.
     limit = (sweep.rounds + 3) * 17
     start = Start(
@@ -240,9 +247,7 @@ def _measure_demo(script: Script, sweep: Sweep, batch: int) -> None:
     for model in (models.large_base, *models.small_tuned, models.small_base):
         model.to(script.device)  # type: ignore[arg-type]
     assert models.tokenizer is not None
-    # They empty the caches, so before they are filled.
-    for weights in _draft_weights(batch):
-        models.step_costs(False, batch, weights == "int8")
+    _measure_costs(models, batch)
     prompts = [models.tokenizer(prompt).input_ids for prompt in held_out_prompts()[:batch]]
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     longest = int(lengths.max())
@@ -267,6 +272,12 @@ def _measure_demo(script: Script, sweep: Sweep, batch: int) -> None:
 def _draft_weights(batch: int) -> tuple[DraftWeights, ...]:
     # Copies of eight bits are for one sequence.
     return ("own", "int8") if batch == 1 else ("own",)
+
+
+def _measure_costs(models: EFTModels, batch: int) -> None:
+    """For the cost model; it empties the caches, so before they are filled."""
+    for weights in _draft_weights(batch):
+        models.step_costs(False, batch, weights == "int8")
 
 
 def _decoders(models: EFTModels, draft_lens: Sequence[int], batch: int) -> dict[str, RoundDecoder]:
@@ -319,11 +330,7 @@ def _fill_with_noise(runners: EFTRunners, batch: int, length: int) -> None:
         raise _LeftOut(str(error)) from error
     for runner in every:
         assert isinstance(runner, ModelRunner)
-        runner.reserve(batch, length)
-        # Layers are allocated in their first pass.
-        runner.forward(torch.zeros(batch, 1, dtype=torch.int64, device=runner.device), 1)
-        for stored in runner.cache.storage():
-            stored.normal_()
+        fill_with_noise(runner, batch, length)
 
 
 def _plain_loop(script: Script, models: EFTModels, labels: dict[str, Any], start: Start) -> PlainLoop | None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from speculative_eft.models import EFTModels
+from speculative_eft.models import EFTModels, ModelRunner
 from speculative_eft.models.describe import cache_bytes_per_token
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "TINY",
     "StepBytes",
     "TrioShape",
+    "fill_with_noise",
     "random_model",
     "random_trio",
     "step_bytes",
@@ -107,6 +108,16 @@ def random_model(settings: dict[str, Any], dtype: torch.dtype) -> PreTrainedMode
     config = AutoConfig.for_model(**settings)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     return model
+
+
+@torch.inference_mode()
+def fill_with_noise(runner: ModelRunner, batch: int, length: int) -> None:
+    """Give `runner` a cache for `batch` sequences of `length` tokens that holds random numbers."""
+    runner.reserve(batch, length)
+    # Layers are allocated in their first pass.
+    runner.forward(torch.zeros(batch, 1, dtype=torch.int64, device=runner.device), 1)
+    for stored in runner.cache.storage():
+        stored.normal_()
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from speculative_eft.models import ModelRunner
 
-from ..shapes import LLAMA, QWEN, TINY, random_model, step_bytes
+from ..shapes import LLAMA, QWEN, TINY, fill_with_noise, random_model, step_bytes
 from .script import DTYPE, Script, run
 
 __all__ = ["measure"]
@@ -67,11 +67,7 @@ def _sizes(script: Script) -> tuple[tuple[Shape, ...], tuple[int, ...], tuple[in
 def _compare(script: Script, shape: Shape, model: PreTrainedModel, batch: int, context: int) -> None:
     ours, reference = ModelRunner(model), ModelRunner(model, attention="sdpa")
     for runner in (ours, reference):
-        runner.reserve(batch, context + max(_ROWS))
-        # Layers are allocated in their first pass.
-        runner.forward(torch.zeros(batch, 1, dtype=torch.int64, device=script.device), 1)
-        for stored in runner.cache.storage():
-            stored.normal_()
+        fill_with_noise(runner, batch, context + max(_ROWS))
         runner.lengths.fill_(context)
     for rows in _ROWS:
         block = torch.zeros(batch, rows, dtype=torch.int64, device=script.device)

@@ -129,7 +129,7 @@ def is_nvidia() -> bool:
 @cache
 def _is_programmatic(device: torch.device) -> bool:
     """Whether launches on `device` may overlap by programmatic dependent launch."""
-    if INTERPRETED or device.type != "cuda" or torch.version.hip:
+    if not is_nvidia() or device.type != "cuda":
         return False
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
