@@ -203,6 +203,7 @@ def run_benchmark(
     on_setting: Callable[[Setting], None],
     on_run: Callable[[], None],
     on_result: Callable[[], None],
+    give_way: Callable[[], None] = lambda: None,
 ) -> None:
     """Measure the settings that the report does not have yet, and add them.
 
@@ -211,6 +212,7 @@ def run_benchmark(
         on_setting: called before a setting.
         on_run: called after each run, warm-ups included.
         on_result: called when the report has another result.
+        give_way: called where nobody's clock runs, for another process to have its turn.
     """
     plan = report.plan
     device = models.runners().large.device
@@ -229,6 +231,7 @@ def run_benchmark(
             turn_seconds=_TURN_SECONDS if pausing else None,
             device=device,
             on_run=lambda _: on_run(),
+            give_way=give_way,
             max_new_tokens=setting.new_tokens,
             top_k=0,
             # Every decoder makes the same number of tokens.

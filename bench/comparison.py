@@ -233,6 +233,7 @@ def compare(
     turn_seconds: float | None = None,
     device: torch.device | None = None,
     on_run: Callable[[str], None] | None = None,
+    give_way: Callable[[], None] = lambda: None,
     **generation_kwargs: Any,
 ) -> Comparison:
     """Run the decoders in turn, batch by batch, after one warm-up each; a turn starts with another decoder.
@@ -246,6 +247,7 @@ def compare(
             caches of their own; longer for decoders that take longer than the reference. None for whole runs.
         device: where the decoders run and memory is looked at; the CPU unless given.
         on_run: called with the decoder's name after its warm-up and its first run of each turn.
+        give_way: called where nobody's clock runs, for another process to have its turn.
         **generation_kwargs: options of `generate`.
 
     Raises:
@@ -270,6 +272,7 @@ def compare(
         watches[name] = Watch()
         done: list[_Run] = []
         memory[name] = peak_memory(device or torch.device("cpu"), lambda: run(name, 0, done))
+        give_way()
         return done[0].seconds
 
     def repeated(name: str, turn: int, done: dict[str, list[_Run]]) -> Iterator[None]:
@@ -288,7 +291,7 @@ def compare(
                     watch.turn = turn_seconds * max(1.0, latest[name] / max(latest[reference], turn_seconds))
             first = turn % len(names)
             done: dict[str, list[_Run]] = {name: [] for name in names[first:] + names[:first]}
-            take_turns([repeated(name, turn, done) for name in done], turn_seconds is not None)
+            take_turns([repeated(name, turn, done) for name in done], turn_seconds is not None, give_way)
             for name, own in done.items():
                 turns[name].append(own)
                 latest[name] = _seconds(own)

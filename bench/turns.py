@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from time import perf_counter
 
@@ -57,14 +57,20 @@ class Watch:
         self.away += self._began - left
 
 
-def take_turns(jobs: Sequence[Iterator[None]], pausing: bool) -> None:
-    """Run every job to its end, each a piece at a time: to its next pause, or else to its next yield."""
+def take_turns(
+    jobs: Sequence[Iterator[None]], pausing: bool, give_way: Callable[[], None] = lambda: None
+) -> None:
+    """Run every job to its end, each a piece at a time: to its next pause, or else to its next yield.
+
+    `give_way` is called where nobody's clock runs: after a piece of every job, or else after each piece.
+    """
     if not pausing:
         waiting = deque(jobs)
         while waiting:
             job = waiting.popleft()
             if next(job, job) is None:
                 waiting.append(job)
+                give_way()
         return
     from greenlet import greenlet
 
@@ -74,6 +80,7 @@ def take_turns(jobs: Sequence[Iterator[None]], pausing: bool) -> None:
             for worker in workers:
                 worker.switch()
             workers = [worker for worker in workers if not worker.dead]
+            give_way()
     finally:
         # After an exception the others end here, and not when somebody happens to let go of them.
         for worker in workers:

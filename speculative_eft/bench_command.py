@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import shlex
 import sys
+from contextlib import ExitStack
 from pathlib import Path
+from shutil import which
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -31,6 +33,7 @@ from .command_options import (
 )
 
 if TYPE_CHECKING:
+    from .bench.against import Line
     from .bench.benchmark import Report
     from .models import EFTModels
 
@@ -61,6 +64,14 @@ def _counts(values: list[int] | None) -> list[int] | None:
         if value < 1:
             raise typer.BadParameter(f"{value} is not at least 1.")
     return values
+
+
+def _program(value: str | None) -> str | None:
+    """The program's place, as a shell would find it."""
+    found = value if value is None else which(value)
+    if value is not None and found is None:
+        raise typer.BadParameter(f"there is no program {value!r}.")
+    return found
 
 
 def _projection(value: str) -> tuple[str, str, int]:
@@ -219,6 +230,16 @@ def bench(
     output: Annotated[Path, option("Writes PREFIX.json and PREFIX.html.", "PREFIX", OUTPUT)] = Path(
         "speculative-eft-bench"
     ),
+    against: Annotated[
+        str | None,
+        option(
+            "Another version's speculative-eft, which measures the same in turns with this one, into "
+            "PREFIX-against.json, for both to be compared; status 1 if this one is slower anywhere.",
+            "PROGRAM",
+            OUTPUT,
+            callback=_program,
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", rich_help_panel=OUTPUT, help="Go on where PREFIX.json ends.")
     ] = False,
@@ -232,18 +253,26 @@ def bench(
     """Measure speculative EFT and every baseline, interleaved in one process, and write a report."""
     if invocation.invoked_subcommand is not None:
         return
+    from .bench.against import inherited_line, other_version
     from .bench.plots import require_matplotlib
 
+    # The other version is told what this one was told.
+    line = inherited_line()
+    if line is not None:
+        against = None
     if with_html:
         require_matplotlib()
     json_file = _with_suffix(output, ".json")
+    other_output = _with_suffix(output, "-against")
+    other_file = _with_suffix(other_output, ".json")
     if not json_file.absolute().parent.is_dir():
         raise typer.BadParameter(
             f"there is no folder {str(json_file.absolute().parent)!r}.", param_hint="'--output'"
         )
-    if json_file.exists() != resume:
-        what = "does not exist" if resume else "exists; --resume goes on with it"
-        raise typer.BadParameter(f"{json_file} {what}.", param_hint="'--resume'" if resume else "'--output'")
+    for file in (json_file, other_file) if against else (json_file,):
+        if file.exists() != resume:
+            what = "does not exist" if resume else "exists; --resume goes on with it"
+            raise typer.BadParameter(f"{file} {what}.", param_hint="'--resume'" if resume else "'--output'")
     named = (large, tuned, base)
     if any(named) and not all(named):
         raise typer.BadParameter(
@@ -252,7 +281,8 @@ def bench(
     if simulate_acceptance is not None and prompts is not None:
         raise typer.BadParameter("a simulation has no text to take prompts from.", param_hint="'--prompts'")
 
-    out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+    out = Console(highlight=False)
+    err = Console(stderr=True, highlight=False, quiet=line is not None)
     defaults = _QUICK if quick else _FULL
     plan_values = {
         "temperatures": tuple(temperature or defaults["temperature"]),
@@ -272,7 +302,7 @@ def bench(
             )
     models = _models(large, tuned or [], base, dtype, device, simulate_acceptance, err)
 
-    from .bench.benchmark import check_contexts, new_report
+    from .bench.benchmark import Report, check_contexts, new_report
     from .bench.plan import Plan
 
     plan = Plan(
@@ -288,12 +318,18 @@ def bench(
     projections = project or [("llama-2-70b", "llama-2-7b", 2)]
     if resume:
         report = _resumed(json_file, report)
-    _measure(models, ids, report, json_file, err)
+    with ExitStack() as stack:
+        if against is not None:
+            arguments = [*sys.argv[1:], "--output", str(other_output), "--no-html"]
+            line = stack.enter_context(other_version(against, arguments))
+        _measure(models, ids, report, json_file, err, line)
     _add_projections(report, projections, bandwidth)
     _write(report, json_file, with_html)
     _show(report, out)
     written = f"Written: {json_file}" + (f" and {_with_suffix(output, '.html')}" if with_html else "")
     out.print(written, markup=False, soft_wrap=True)
+    if against is not None:
+        _show_changes(Report.load(other_file), report, out)
 
 
 def _with_suffix(prefix: Path, suffix: str) -> Path:
@@ -361,7 +397,9 @@ def _resumed(file: Path, fresh: Report) -> Report:
     return saved
 
 
-def _measure(models: EFTModels, ids: list[list[int]], report: Report, file: Path, err: Console) -> None:
+def _measure(
+    models: EFTModels, ids: list[list[int]], report: Report, file: Path, err: Console, line: Line | None
+) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from .bench.benchmark import run_benchmark, total_runs
@@ -391,6 +429,7 @@ def _measure(models: EFTModels, ids: list[list[int]], report: Report, file: Path
             on_setting=lambda setting: announce(setting.label),
             on_run=lambda: progress.advance(task),
             on_result=lambda: report.save(file),
+            give_way=(lambda: None) if line is None else line.give_way,
         )
 
 
@@ -483,15 +522,19 @@ def compare(
 
     The exit status is 1 if it is anywhere.
     """
-    from . import console_tables as tables
     from .bench.benchmark import Report
+
+    _show_changes(Report.load(before), Report.load(after), Console(highlight=False))
+
+
+def _show_changes(before: Report, after: Report, out: Console) -> None:
+    """Print them, and exit with status 1 if anything became slower."""
+    from . import console_tables as tables
     from .bench.regressions import changes
 
-    reports = Report.load(before), Report.load(after)
-    out = Console(highlight=False)
-    if reports[0].environment != reports[1].environment:
+    if before.environment != after.environment:
         out.print("The machines or versions differ: tokens a second compare only loosely, ratios better.")
-    found = changes(*reports)
+    found = changes(before, after)
     out.print(tables.changes_table(found))
     slower = sum(change.verdict == "slower" for change in found)
     out.print(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,39 @@ def test_bench_writes_a_report_and_goes_on_with_it(
     assert compared.status == 1 and "1 of 11 slower" in compared.out
 
 
+def test_two_versions_take_turns_and_are_compared(
+    run: Callable[..., Outcome], trio: Trio, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other"
+    other.write_text(f"#!{sys.executable}\nfrom speculative_eft.cli import main\nraise SystemExit(main())\n")
+    other.chmod(0o755)
+    options = ("--against", str(other), "--no-html")
+    # The other version is told what the shell told this one.
+    command = ("bench", *trio.options, "--prompts", str(prompts), *SHORT, "--output", str(tmp_path / "b"))
+    monkeypatch.setattr(sys, "argv", ["speculative-eft", *command, *options])
+    outcome = run(*command, *options)
+    assert outcome.status in (0, 1), outcome.err
+    assert " of 11 slower by more than the noise." in outcome.out
+    assert outcome.err.splitlines()[-2:] == ["Measuring T=1, batch 1", "Measuring T=1, batch 1, beta 1.5"]
+    both = [json.loads((tmp_path / name).read_text()) for name in ("b.json", "b-against.json")]
+    own, others = (
+        [(row["name"], row["run_tokens"]) for result in saved["results"] for row in result["measurements"]]
+        for saved in both
+    )
+    assert own == others and both[0]["plan"] == both[1]["plan"]
+    assert both[1]["derived"]
+
+    again = run(*command, *options)
+    assert again.status == 2 and "b.json exists" in again.err
+    (tmp_path / "b.json").unlink()
+    again = run(*command, *options)
+    assert again.status == 2 and "b-against.json exists" in again.err
+    other.write_text("#!/bin/sh\nexit 2\n")
+    (tmp_path / "b-against.json").unlink()
+    failed = run(*command, *options)
+    assert failed.status == 2 and f"{other} ended with status 2" in failed.err
+
+
 def test_a_simulation_says_so(
     run: Callable[..., Outcome], trio: Trio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,6 +139,7 @@ def test_a_simulation_says_so(
         (("--resume",), "does not exist"),
         (("--output", "/nowhere/b"), "no folder"),
         (("--simulate-acceptance", "1.5"), "at most 1"),
+        (("--against", "no-such-program"), "there is no program"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_loaded(
