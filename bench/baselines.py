@@ -285,6 +285,9 @@ class UniformRunner:
         logits.zero_()
         return _nothing_to_do
 
+    def bind_together(self, *_: Any) -> None:
+        return None
+
     def bind_draft(self, *_: Any) -> None:
         return None
 

@@ -34,6 +34,9 @@ _MOST_WEIGHTS = 2**30
 _MOST_STATE = 2**32
 """Bytes of all decoders' own state with which runs pause."""
 
+_COPIES = 2
+"""Of the reference, where runs pause."""
+
 _LAWS_OF_A_SEQUENCE = 128
 """About as many rows of the vocabulary in float32 a decoder keeps: what it remembers, logits, laws."""
 
@@ -188,7 +191,7 @@ def _missing(report: Report) -> list[Setting]:
 
 def _fits_many_times(report: Report, setting: Setting, ids: Sequence[Sequence[int]]) -> bool:
     """Whether every decoder may have caches of its own."""
-    decoders = len(decoder_names(report.plan, setting, report.simulated_acceptance is not None))
+    decoders = len(decoder_names(report.plan, setting, report.simulated_acceptance is not None)) + _COPIES
     positions = max(map(len, ids)) + setting.new_tokens
     a_sequence: int = positions * sum(row["cache_bytes_per_token"] for row in report.models)
     a_sequence += _LAWS_OF_A_SEQUENCE * 4 * max(row["vocabulary"] for row in report.models)
@@ -223,10 +226,12 @@ def run_benchmark(
         if setting.temperature > 0:
             sampling = {"do_sample": True, "temperature": setting.temperature}
         pausing = device.type == "cpu" and can_pause() and _fits_many_times(report, setting, ids)
+        subject = (plan, setting, models, report.simulated_acceptance, pausing)
         comparison = compare(
-            build_decoders(plan, setting, models, report.simulated_acceptance, own_caches=pausing),
+            build_decoders(*subject),
             prompt_batches(ids, setting.batch, plan.runs(setting, len(prompts))),
             reference=NAIVE,
+            copies=[build_decoders(*subject, [NAIVE])[NAIVE] for _ in range(_COPIES if pausing else 0)],
             seed=plan.seed,
             turn_seconds=_TURN_SECONDS if pausing else None,
             device=device,

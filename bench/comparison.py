@@ -3,7 +3,8 @@
 Every decoder answers a batch of prompts before the next batch's turn comes: A B C, B C A, ... Where runs can
 pause, they do so every few milliseconds for the others of the turn, and a decoder that is faster than the
 reference answers again until the reference has, so that all meet the same moods. A pair is one decoder's time
-and the reference's in the same turn, and ratios of speed are taken within pairs.
+and the reference's in the same turn, and ratios of speed are taken within pairs. How lucky the reference is
+shows in every ratio, so it may run several times a turn, in places far from each other.
 """
 
 from __future__ import annotations
@@ -229,6 +230,7 @@ def compare(
     batches: Sequence[PromptBatch],
     *,
     reference: str,
+    copies: Sequence[Decoder] = (),
     seed: int = 0,
     turn_seconds: float | None = None,
     device: torch.device | None = None,
@@ -242,6 +244,7 @@ def compare(
         decoders: by name.
         batches: of one size; one turn each.
         reference: the decoder that ratios refer to.
+        copies: more decoders like the reference, whose runs count as its own.
         seed: turn i has seed + i, so that every run of a decoder draws anew and a pair shares a seed.
         turn_seconds: after which a run gives way to the others', which takes greenlet and decoders with
             caches of their own; longer for decoders that take longer than the reference. None for whole runs.
@@ -258,40 +261,50 @@ def compare(
     sizes = {batch.input_ids.shape[0] for batch in batches}
     if len(sizes) != 1:
         raise ValueError("batches must hold at least one batch, and all the same number of prompts")
-    names = list(decoders)
-    turns: dict[str, list[list[_Run]]] = {name: [] for name in names}
-    watches: dict[str, Watch] = {}
+    jobs = [(name, decoder, Watch()) for name, decoder in decoders.items()]
+    for index, copy in enumerate(copies):
+        jobs.insert((index + 1) * len(jobs) // (len(copies) + 1), (reference, copy, Watch()))
+    turns: dict[str, list[list[_Run]]] = {name: [] for name in decoders}
     memory: dict[str, int | None] = {}
+    latest: dict[str, float] = {}
 
-    def run(name: str, turn: int, done: list[_Run]) -> None:
-        done.append(_run(decoders[name], batches[turn], seed + turn, watches[name], generation_kwargs))
+    def run(job: tuple[str, Decoder, Watch], turn: int, done: list[_Run]) -> None:
+        name, decoder, watch = job
+        done.append(_run(decoder, batches[turn], seed + turn, watch, generation_kwargs))
         if on_run is not None and len(done) == 1:
             on_run(name)
 
-    def warm_up(name: str) -> float:
-        watches[name] = Watch()
-        done: list[_Run] = []
-        memory[name] = peak_memory(device or torch.device("cpu"), lambda: run(name, 0, done))
+    def warm_up(job: tuple[str, Decoder, Watch]) -> None:
+        name, done = job[0], list[_Run]()
+        if name in latest:
+            _run(job[1], batches[0], seed, job[2], generation_kwargs)
+        else:
+            memory[name] = peak_memory(device or torch.device("cpu"), lambda: run(job, 0, done))
+            latest[name] = done[0].seconds
         give_way()
-        return done[0].seconds
 
-    def repeated(name: str, turn: int, done: dict[str, list[_Run]]) -> Iterator[None]:
-        watches[name].begin()
-        while not done[name] or (latest[name] < latest[reference] and not done[reference]):
-            run(name, turn, done[name])
+    def repeated(job: tuple[str, Decoder, Watch], turn: int, done: dict[str, list[_Run]]) -> Iterator[None]:
+        name, _, watch = job
+        watch.begin()
+        run(job, turn, done[name])
+        yield
+        while latest[name] < latest[reference] and len(done[reference]) <= len(copies):
+            run(job, turn, done[name])
             yield
 
     # Whether gradients are wanted is the thread's own state, and jobs that take turns leave it in any order.
     with torch.inference_mode():
-        latest = {name: warm_up(name) for name in names}
+        for job in jobs:
+            warm_up(job)
         for turn in range(len(batches)):
             if turn_seconds is not None:
                 # Who takes longer than the reference has longer turns, so that all end together.
-                for name, watch in watches.items():
+                for name, _, watch in jobs:
                     watch.turn = turn_seconds * max(1.0, latest[name] / max(latest[reference], turn_seconds))
-            first = turn % len(names)
-            done: dict[str, list[_Run]] = {name: [] for name in names[first:] + names[:first]}
-            take_turns([repeated(name, turn, done) for name in done], turn_seconds is not None, give_way)
+            first = turn % len(jobs)
+            done: dict[str, list[_Run]] = {name: [] for name in decoders}
+            work = [repeated(job, turn, done) for job in jobs[first:] + jobs[:first]]
+            take_turns(work, turn_seconds is not None, give_way)
             for name, own in done.items():
                 turns[name].append(own)
                 latest[name] = _seconds(own)
@@ -324,7 +337,11 @@ def _run(
         **generation_kwargs,
     )
     tokens = output.sequences[:, width:].tolist()
-    seconds = watch.now() - start
+    end = watch.now()
+    for came, row in zip(arrivals.tokens, tokens, strict=True):
+        if not came:
+            # Of what a decoder does not stream, all comes at the end.
+            came.append((end, len(row)))
     stats: EFTStats = output.stats
     # Tokens are handed out in the phase "other".
     spent = stats.seconds | {"other": stats.seconds.get("other", 0.0) - (watch.away - away)}
@@ -335,7 +352,9 @@ def _run(
         for _ in range(count)
     ]
     first = statistics.fmean(own[0][0] for own in arrivals.tokens) - start
-    return _Run(tokens, seconds, first, waits or [1000 * first], dataclasses.replace(stats, seconds=spent))
+    return _Run(
+        tokens, end - start, first, waits or [1000 * first], dataclasses.replace(stats, seconds=spent)
+    )
 
 
 def _measurement(

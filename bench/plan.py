@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -206,8 +207,12 @@ def build_decoders(
     models: EFTModels,
     simulated_acceptance: float | None,
     own_caches: bool = False,
+    names: Sequence[str] | None = None,
 ) -> dict[str, Decoder]:
-    """The decoders of `decoder_names`; with caches of their own, several can be in the middle of a run."""
+    """The decoders of these names, of `decoder_names` unless given.
+
+    With caches of their own, several can be in the middle of a run.
+    """
     sizes = [
         sum(parameter.numel() for parameter in model.parameters())
         for model in (models.large_base, *models.small_tuned, models.small_base)
@@ -246,5 +251,6 @@ def build_decoders(
         rule, draft_tokens = speculative[name.removesuffix(AGAIN)]
         return EFTDecoder(subject, EFTConfig(acceptance=rule, draft_tokens=draft_tokens, **shared))
 
-    names = decoder_names(plan, setting, simulated_acceptance is not None)
+    if names is None:
+        names = decoder_names(plan, setting, simulated_acceptance is not None)
     return {name: build(name) for name in names}

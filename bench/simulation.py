@@ -123,6 +123,9 @@ class _ForcedRunner:
     def bind(self, *_: object) -> None:
         return None
 
+    def bind_together(self, *_: object) -> None:
+        return None
+
     def bind_draft(self, *_: object) -> None:
         # Drafting goes step by step through `forward`, where the logits are replaced.
         return None

@@ -8,13 +8,13 @@ their places, and what is called has found them before the first round.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from speculative_eft.kernels import RoundState, Stream, Verdict, backend
-from speculative_eft.models import DraftStart, EFTRunners, Runner
+from speculative_eft.models import DraftStart, EFTRunners, Runner, bind_passes, steps_together
 
 from .round import PhaseTimer, RoundPlan, TraceBuffers, caches_of, record_trace
 
@@ -116,13 +116,12 @@ def _bind_draft(
     drawn, takes_part = (torch.zeros(batch, dtype=torch.int64) for _ in range(2))
     passes: list[list[Callable[[], None]]] = []
     for step in range(steps):
-        calls = [
-            runner.bind(drawn[:, None], takes_part, logits[step][:, None])
-            for runner, logits in zip(runners, by_step, strict=True)
-        ]
-        passes.append([call for call in calls if call is not None])
-        if len(passes[-1]) < len(runners):
+        calls = bind_passes(
+            runners, drawn[:, None], takes_part, [logits[step][:, None] for logits in by_step]
+        )
+        if calls is None:
             return None
+        passes.append(calls)
     rows = [tensor.numpy() for tensor in (block, counts, drawn, takes_part)]
     first = (*arrays(start, "last_token", "draft_lens", "done"), *rows)
     logits = [None, *by_step] if plan.drafts_as_pair else [None, *by_step, None]
@@ -161,6 +160,8 @@ def bind_round(
     from speculative_eft.kernels.cpu.settle import bind_settle
 
     batch, vocab_size = state.last_token.shape[0], plan.vocab_size
+    if drafted == 0 and steps_together(runners, batch):
+        plan = replace(plan, drafts_as_pair=True)
     # What a sequence does not draft is read, though it plays no part.
     block = torch.zeros(batch, drafted + 1, dtype=torch.int64)
     counts = torch.zeros(batch, dtype=torch.int64)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from .protocol import DraftStart as DraftStart
     from .protocol import EFTRunners as EFTRunners
     from .protocol import Runner as Runner
+    from .protocol import bind_passes as bind_passes
+    from .protocol import steps_together as steps_together
     from .runner import ModelRunner as ModelRunner
     from .slot_cache import SlotCache as SlotCache
     from .sources import find_sources as find_sources
@@ -39,11 +41,13 @@ _HOMES = {
     "SlotCache": "slot_cache",
     "StepCosts": "costs",
     "TrioReport": "eft_models",
+    "bind_passes": "protocol",
     "caches_fit": "memory",
     "check_caches": "memory",
     "find_sources": "sources",
     "graph_budget": "graphs",
     "inspect_trio": "eft_models",
+    "steps_together": "protocol",
 }
 
 __all__ = list(_HOMES)

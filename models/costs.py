@@ -20,7 +20,7 @@ from torch import Tensor
 
 from speculative_eft.kernels import Coefficients, NoiseKey, Sampling, Stream, side_by_side
 
-from .protocol import DraftStart, EFTRunners, Runner
+from .protocol import DraftStart, EFTRunners, Runner, bind_passes, steps_together
 
 __all__ = ["StepCosts", "bind_plain_draft", "kept_step_costs", "measure_step_costs"]
 
@@ -29,7 +29,7 @@ _SECONDS = 1.5
 _PROMPT = 32
 _DRAFTED = 4
 _LEAST_COST = 1 / 128
-_METHOD = 5
+_METHOD = 6
 """Of the measurement: what an earlier one found is not read."""
 
 Pass: TypeAlias = Callable[[], object]
@@ -85,17 +85,19 @@ def measure_step_costs(runners: EFTRunners, drafting: Sequence[Runner], batch: i
         runner.reserve(batch, _PROMPT + _DRAFTED + 1)
         runner.lengths.fill_(_PROMPT)
     drawn = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+    together = device.type == "cpu" and not drafters and steps_together(runners, batch)
 
     def passes(drafted: int) -> list[Pass]:
         steps: list[Pass] = [partial(step, drawn, _PROMPT + 1) for step in drafters]
         last: list[Pass] = []
+        stepping = drafting if drafted or not together else small
         if device.type == "cpu" and not drafters:
-            draft = _steps(drafting, batch, drafted)
+            draft = _steps(stepping, batch, drafted)
         else:
             # A model's last step is made as the others score.
             last = [] if drafters else [_pass(runner, batch, 1) for runner in drafting]
             draft = (steps or last) * drafted
-        scoring = [runner for runner in small if drafters or runner not in drafting]
+        scoring = [runner for runner in small if drafters or runner not in stepping]
         scores = [*last, *(_pass(runner, batch, drafted + 1) for runner in scoring)]
         large = _pass(runners.large, batch, drafted + 1)
         return [*draft, lambda: side_by_side(device, large, lambda: _run(scores))]
@@ -132,7 +134,11 @@ def _steps(drafting: Sequence[Runner], batch: int, drafted: int) -> list[Pass]:
     start = DraftStart(zeros, torch.full((batch,), drafted), torch.zeros(batch, dtype=torch.bool))
     draft = None if others else bind_plain_draft(first, start, zeros.clone(), drafted, 1.0)
     if draft is None:
-        return [_pass(runner, batch, 1) for _ in range(drafted + 1) for runner in drafting]
+        step = bind_passes(
+            drafting, zeros[:, None], torch.ones_like(zeros),
+            [torch.empty(batch, 1, runner.vocab_size) for runner in drafting],
+        )  # fmt: skip
+        return [*(step or (_pass(runner, batch, 1) for runner in drafting))] * (drafted + 1)
     return [draft, lambda: first.lengths.fill_(_PROMPT)]
 
 

@@ -70,11 +70,16 @@ class Layer:
 
     @property
     def is_fusable(self) -> bool:
-        """Whether `projections` can do what the layer does: no adapters, a SiLU, no odd biases."""
+        """Whether `projections` can do what the layer does: adapters of its dtype, a SiLU, no odd biases."""
         linears = (self.query, self.key, self.value, self.output, self.gate, self.up, self.down)
+        adapted = [linear for linear in linears if linear.low_ranks]
         return (
             self.activation is F.silu
-            and not any(linear.low_ranks for linear in linears)
+            and all(
+                isinstance(linear.weight, Tensor) and part.down.dtype == part.up.dtype == linear.weight.dtype
+                for linear in adapted
+                for part in linear.low_ranks
+            )
             and self.gate.bias is None
             and self.up.bias is None
             and len({linear.bias is None for linear in (self.query, self.key, self.value)}) == 1
@@ -201,12 +206,13 @@ class LlamaBody:
         return self._norm(hidden, self.decoder.norm.weight).view(batch, length, -1)
 
     def _fused(self, hidden: Tensor, cache: SlotCache, batch: int, length: int, span: int) -> Tensor:
-        """The layers of `__call__` in five launches each, or seven or eight for a few rows, not twenty."""
+        """The layers of `__call__` in five launches each, or seven or eight for a few rows, not twenty.
+
+        Adapters of all parts of a layer make them some twenty where they would be fifty.
+        """
         count, dim, lengths = batch * length, self.dim, cache.lengths
         for index, layer in enumerate(self.layers):
-            parts = (layer.query, layer.key, layer.value)
-            weights, biases = [part.weight for part in parts], [part.bias for part in parts]
-            both = projections(hidden, weights, biases, layer.attention_norm, self.eps)
+            both = self._products(hidden, [layer.query, layer.key, layer.value], layer.attention_norm)
             query, key, value = (part.view(batch, length, -1, dim) for part in both)
             if layer.query_norm is not None and layer.key_norm is not None:
                 query, key = self._norm(query, layer.query_norm), self._norm(key, layer.key_norm)
@@ -215,12 +221,33 @@ class LlamaBody:
                 *cache.layer_storage(index, self.kv_heads, dim, key.dtype), lengths, span,
                 self.windows[layer.kind],
             ).view(count, self.heads * dim)  # fmt: skip
-            (hidden,) = projections(mixed, [layer.output.weight], [layer.output.bias], residual=hidden)
-            (inner,) = projections(
-                hidden, [layer.gate.weight, layer.up.weight], None, layer.mlp_norm, self.eps, gated=True
-            )
-            (hidden,) = projections(inner, [layer.down.weight], [layer.down.bias], residual=hidden)
+            (hidden,) = self._products(mixed, [layer.output], residual=hidden)
+            (inner,) = self._products(hidden, [layer.gate, layer.up], layer.mlp_norm, gated=True)
+            (hidden,) = self._products(inner, [layer.down], residual=hidden)
         return self._norm(hidden, self.decoder.norm.weight).view(batch, length, -1)
+
+    def _products(
+        self,
+        inputs: Tensor,
+        linears: Sequence[Linear],
+        norm: Tensor | None = None,
+        residual: Tensor | None = None,
+        gated: bool = False,
+    ) -> list[Tensor]:
+        """`projections` by `linears`, with what adapters add."""
+        weights = [linear.weight for linear in linears]
+        biases = None if gated else [linear.bias for linear in linears]
+        if not any(linear.low_ranks for linear in linears):
+            return projections(inputs, weights, biases, norm, self.eps, residual, gated)
+        if norm is not None:
+            inputs = self._norm(inputs, norm)
+        parts = projections(inputs, weights, biases, residual=residual)
+        for out, linear in zip(parts, linears, strict=True):
+            for added in linear.low_ranks:
+                out.addmm_(F.linear(inputs, added.down), added.up.T, alpha=added.scaling)
+                if added.bias is not None:
+                    out.add_(added.bias, alpha=added.scaling)
+        return [F.silu(parts[0]) * parts[1]] if gated else parts
 
     def _norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(hidden, (hidden.shape[-1],), weight, self.eps)
@@ -241,21 +268,22 @@ def _read(layer: Any, kind: str, adapters: Sequence[str]) -> Layer:
     return Layer(
         kind=kind,
         attention_norm=layer.input_layernorm.weight,
-        query=_linear(attention.q_proj, adapters),
-        key=_linear(attention.k_proj, adapters),
-        value=_linear(attention.v_proj, adapters),
+        query=linear_of(attention.q_proj, adapters),
+        key=linear_of(attention.k_proj, adapters),
+        value=linear_of(attention.v_proj, adapters),
         query_norm=attention.q_norm.weight if hasattr(attention, "q_norm") else None,
         key_norm=attention.k_norm.weight if hasattr(attention, "k_norm") else None,
-        output=_linear(attention.o_proj, adapters),
+        output=linear_of(attention.o_proj, adapters),
         mlp_norm=layer.post_attention_layernorm.weight,
-        gate=_linear(mlp.gate_proj, adapters),
-        up=_linear(mlp.up_proj, adapters),
-        down=_linear(mlp.down_proj, adapters),
+        gate=linear_of(mlp.gate_proj, adapters),
+        up=linear_of(mlp.up_proj, adapters),
+        down=linear_of(mlp.down_proj, adapters),
         activation=F.silu if mlp.config.hidden_act == "silu" else mlp.act_fn,
     )
 
 
-def _linear(module: Any, adapters: Sequence[str]) -> Linear:
+def linear_of(module: Any, adapters: Sequence[str]) -> Linear:
+    """`module`, torch's linear layer or one that `is_low_rank`, with what `adapters` add."""
     if is_adapter_layer(module):
         return Linear(module.base_layer.weight, module.base_layer.bias, low_ranks(module, adapters))
     return Linear(module.weight, module.bias, [])

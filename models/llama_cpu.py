@@ -2,14 +2,16 @@
 
 A step of a small model is a few hundred kilobytes to a few tens of megabytes of weights, read in less time
 than torch needs to dispatch its operations. Here one call runs the whole network, its products are made for
-few rows, and two parallel regions follow each other within two microseconds.
+few rows, and two parallel regions follow each other within two microseconds. Where LoRA adapters share their
+base, one call also runs several networks, of which each row gets what its own adapters add.
 
 Importing this module needs Numba, the extra `[cpu]`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -33,13 +35,15 @@ from speculative_eft.kernels.cpu.compile import (
     entry,
     exp,
     in_parallel,
+    integers_at,
     largest,
     use_threads,
 )
 from speculative_eft.kernels.cpu.drafting import DRAWS, begin_draft, draw, draw_arguments
 from speculative_eft.kernels.cpu.products import dot_products
 
-from .llama import LlamaBody, is_ordinary, is_plain
+from .adapters import is_low_rank
+from .llama import Linear, LlamaBody, is_ordinary, is_plain, linear_of
 from .protocol import DraftStart
 from .slot_cache import SlotCache
 
@@ -54,27 +58,25 @@ class CompiledLlama:
     """Rows of all sequences beyond which torch's matrix products are as fast."""
 
     @staticmethod
-    def fits(body: LlamaBody, head: object) -> bool:
-        """Whether `body` with output layer `head` is a float32 model on a CPU that these functions know.
-
-        A model with adapters is not; its base without them is.
-        """
-        if body.adapters:
-            return False
-        if type(head) is not nn.Linear or not is_plain(head) or not all(map(is_ordinary, head.parameters())):
+    def fits(body: LlamaBody, head: Any) -> bool:
+        """Whether `body` with output layer `head` is a float32 model on a CPU that these functions know."""
+        if type(head) is not nn.Linear and not (body.adapters and is_low_rank(head, body.adapters)):
             return False
         parameters = [*body.decoder.parameters(), *head.parameters()]
         return (
-            all(p.dtype == torch.float32 and p.device.type == "cpu" and p.is_contiguous() for p in parameters)
+            is_plain(head)
+            and all(map(is_ordinary, head.parameters()))
+            and all(p.dtype == torch.float32 and p.device.type == "cpu" for p in parameters)
+            and all(p.is_contiguous() for p in parameters)
             and body.decoder.config.hidden_act == "silu"
             and body.dim % 2 == 0
         )
 
-    def __init__(self, body: LlamaBody, head: nn.Linear) -> None:
+    def __init__(self, body: LlamaBody, head: Any) -> None:
         """Take a `body` and a `head` that fit."""
         self.body = body
         self.head = head
-        self.vocab_size = head.out_features
+        self.vocab_size: int = head.out_features
         config = body.decoder.config
         widths = (config.hidden_size, config.intermediate_size, head.out_features)
         self._sizes = np.array([body.heads, body.kv_heads, body.dim, *widths])
@@ -82,11 +84,14 @@ class CompiledLlama:
         self._windows = np.array([0 if window is None else window for window in windows])
         self._weights = np.zeros((len(windows), _WEIGHTS), dtype=np.int64)
         self._ends = np.zeros(_ENDS, dtype=np.int64)
+        self._stores: np.ndarray[Any, Any] = np.zeros((len(windows), 2), dtype=np.int64)
+        self._added: list[list[_LowRankRows]] = []
         self._network: tuple[Any, ...] = ()
 
     def prepare(self, cache: SlotCache) -> None:
-        """Find the weights and the storage of `cache`, after the body has prepared for it."""
+        """Find the weights, and the storage of `cache`, after the body has prepared for it."""
         body = self.body
+        self._added = []
         for row, layer in zip(self._weights, body.layers, strict=True):
             norms = (layer.attention_norm, layer.query_norm, layer.key_norm, layer.mlp_norm)
             linears = (
@@ -94,19 +99,21 @@ class CompiledLlama:
             )  # fmt: skip
             parts = [part for linear in linears for part in (cast(Tensor, linear.weight), linear.bias)]
             row[:] = _addresses(*norms, *parts)
-        decoder = body.decoder
+            self._added.append(_low_ranks(dict(zip(range(_QUERY, _WEIGHTS, 2), linears, strict=True))))
+        decoder, head = body.decoder, linear_of(self.head, body.adapters)
         self._ends[:] = _addresses(
-            decoder.embed_tokens.weight, decoder.norm.weight, self.head.weight, self.head.bias
+            decoder.embed_tokens.weight, decoder.norm.weight, cast(Tensor, head.weight), head.bias
         )
-        stores = [
-            cache.layer_storage(index, body.kv_heads, body.dim, torch.float32)
-            for index in range(len(body.layers))
-        ]
-        stores_at = np.array([[keys.data_ptr(), values.data_ptr()] for keys, values in stores])
-        self._network = (
-            self._sizes, body.eps, self._windows, self._ends, self._weights, stores_at,
-            body.rotations.numpy(),
-        )  # fmt: skip
+        # Of the first layer are the tables with which the head runs.
+        self._added[0] += _low_ranks({_HEAD: head})
+        self.use_storage(cache)
+
+    def use_storage(self, cache: SlotCache) -> None:
+        """Go on with `cache`, of as many positions as the one that was prepared for."""
+        body = self.body
+        for index, row in enumerate(self._stores):
+            row[:] = _addresses(*cache.layer_storage(index, body.kv_heads, body.dim, torch.float32))
+        self._network = _network([self])
 
     def __call__(self, tokens: Tensor, cache: SlotCache) -> Tensor:
         """Logits [batch, q, vocab_size] of int64 `tokens` [batch, q], which stand at `cache.lengths`."""
@@ -125,7 +132,7 @@ class CompiledLlama:
 
         `tokens` and float32 `logits` [batch, q, vocab_size] are contiguous; without room for logits none are
         made. Of each sequence only the first `counts` tokens run, int64 [batch]; all without them. It is good
-        until `cache` changes its storage or its number of sequences.
+        until `cache` changes its storage or its number of sequences, or is prepared for anew.
         """
         rows = logits.view(-1, self.vocab_size)
         if counts is None:
@@ -133,6 +140,35 @@ class CompiledLlama:
         return partial(
             _forward, tokens.numpy(), counts.numpy(), cache.lengths.numpy(), *self._network, rows.numpy(),
             use_threads(),
+        )  # fmt: skip
+
+    def shares_weights(self, other: CompiledLlama) -> bool:
+        """Whether `other` is this network but for what adapters add, with as much room for a sequence."""
+        return (
+            np.array_equal(self._weights, other._weights)
+            and np.array_equal(self._ends, other._ends)
+            and self.body.decoder is other.body.decoder
+            and self.body.rotations.shape == other.body.rotations.shape
+        )
+
+    @staticmethod
+    def bind_together(
+        networks: Sequence[tuple[CompiledLlama, SlotCache]],
+        tokens: Tensor,
+        counts: Tensor,
+        logits: Sequence[Tensor],
+    ) -> Callable[[], None]:
+        """One call in the place of `bind`'s of several networks that share weights, which it reads once.
+
+        Each has its own of `logits`, float32 [batch, q, vocab_size].
+        """
+        members = [network for network, _ in networks]
+        room = torch.empty(len(members) * tokens.numel(), members[0].vocab_size)
+        lengths = [cache.lengths for _, cache in networks]
+        places = np.array([_addresses(*both) for both in zip(lengths, logits, strict=True)])
+        return partial(
+            _call_with, (lengths, logits), _forward_together, tokens.numpy(), counts.numpy(), places,
+            *_network(members), room.numpy(), use_threads(),
         )  # fmt: skip
 
     def bind_draft(
@@ -172,8 +208,61 @@ class CompiledLlama:
         )  # fmt: skip
 
 
+def _call_with(kept: object, function: Callable[..., None], *arguments: Any) -> None:
+    """Call `function`, which is told addresses of what is `kept`."""
+    function(*arguments)
+
+
 def _addresses(*weights: Tensor | None) -> list[int]:
     return [0 if weight is None else weight.data_ptr() for weight in weights]
+
+
+@dataclass(frozen=True)
+class _LowRankRows:
+    """What an adapter adds to a linear layer, ready for `_add_low_rank`.
+
+    Attributes:
+        matrix: the layer's column in the tables of addresses.
+        down: float32 [rank, in], as the model has it.
+        up: float32 [rank, out], or with the bias as another row; scaled.
+    """
+
+    matrix: int
+    down: Tensor
+    up: Tensor
+
+
+def _low_ranks(linears: dict[int, Linear]) -> list[_LowRankRows]:
+    return [
+        _LowRankRows(
+            matrix,
+            part.down,
+            # Its columns lie together: sums over a rank are too short to be taken in vectors.
+            torch.vstack([part.up.detach().T, *([] if part.bias is None else [part.bias.detach()[None]])])
+            * part.scaling,
+        )
+        for matrix, linear in linears.items()
+        for part in linear.low_ranks
+    ]
+
+
+def _network(members: Sequence[CompiledLlama]) -> tuple[Any, ...]:
+    """Arguments of `_forward` for networks that share all weights but their adapters'."""
+    first = members[0]
+    added: list[list[list[int]]] = [[] for _ in first._weights]
+    for index, member in enumerate(members):
+        for rows, own in zip(added, member._added, strict=True):
+            for part in own:
+                shape = [part.down.shape[0], part.up.shape[0]]
+                rows.append([part.matrix, index, len(members), *shape, *_addresses(part.down, part.up)])
+    low_ranks = np.zeros((len(added), max(map(len, added)), _LOW_RANK), dtype=np.int64)
+    for table, rows in zip(low_ranks, added, strict=True):
+        # A column without a matrix stands for none.
+        table[: len(rows)] = np.array(rows, dtype=np.int64).reshape(-1, _LOW_RANK)
+    return (
+        first._sizes, first.body.eps, first._windows, first._ends, first._weights,
+        np.hstack([member._stores for member in members]), first.body.rotations.numpy(), low_ranks,
+    )  # fmt: skip
 
 
 # Columns of the table of addresses; a bias follows its matrix, and 0 stands for what a layer does not have.
@@ -182,6 +271,10 @@ _QUERY, _KEY, _VALUE, _OUTPUT, _GATE, _UP, _DOWN = range(4, 18, 2)
 _WEIGHTS = 18
 _EMBEDDING, _FINAL_NORM, _HEAD = range(3)
 _ENDS = 4
+
+# Columns of the table of what adapters add: to which product, for which of how many networks, and what.
+_MATRIX_COLUMN, _NETWORK_INDEX, _NETWORKS, _RANK, _UP_ROWS, _DOWN_AT, _UP_AT = range(7)
+_LOW_RANK = 7
 
 
 # What the threads do between two meetings: every stage of a layer, then the last one.
@@ -204,7 +297,31 @@ def _normalised(hidden: Any, address: int, eps: float) -> Any:
     return out
 
 
-@compiled(f"void({MATRIX}, {TABLE}, int64, int64, {MATRIX}, int64, int64, int64, boolean)")
+@compiled(f"void({MATRIX}, {TABLE}, int64, int64, int64, {MATRIX}, int64)")
+def _add_low_rank(inputs: Any, part: Any, size: int, first: int, last: int, out: Any, column: int) -> None:
+    """Add what an adapter adds to the outputs `first` to `last - 1` of `size` of a linear layer."""
+    rows, width = inputs.shape
+    rank, count = part[_RANK], part[_UP_ROWS]
+    # All threads make these same sums: they are few, and a meeting takes longer. A bias is times 1.
+    narrow = np.ones((rows, count), FLOAT)
+    dot_products(inputs, array_at(part[_DOWN_AT], (rank, width)), 0, rank, narrow, 0, False)
+    up = array_at(part[_UP_AT], (count, size))
+    for r in range(rows):
+        target, factors = out[r, column + first : column + last], narrow[r]
+        for k in range(0, count // 4 * 4, 4):
+            a, b, c, d = factors[k], factors[k + 1], factors[k + 2], factors[k + 3]
+            up_a, up_b, up_c, up_d = (
+                up[k, first:last], up[k + 1, first:last], up[k + 2, first:last], up[k + 3, first:last],
+            )  # fmt: skip
+            for n in range(target.shape[0]):
+                target[n] += a * up_a[n] + b * up_b[n] + c * up_c[n] + d * up_d[n]
+        for k in range(count // 4 * 4, count):
+            factor, row = factors[k], up[k, first:last]
+            for n in range(target.shape[0]):
+                target[n] += factor * row[n]
+
+
+@compiled(f"void({MATRIX}, {TABLE}, int64, int64, {MATRIX}, int64, int64, int64, boolean, {TABLES}, {TABLE})")
 def _product(
     inputs: Any,
     table: Any,
@@ -215,6 +332,8 @@ def _product(
     share: int,
     threads: int,
     add: bool,
+    low_ranks: Any,
+    starts: Any,
 ) -> None:
     """One thread's share of the `size` outputs of a linear layer, put in `out` from `column` on."""
     first, last = share * size // threads, (share + 1) * size // threads
@@ -225,6 +344,14 @@ def _product(
                 out[r, column + n] = bias[n] + (out[r, column + n] if add else FLOAT(0))
         add = True
     dot_products(inputs, array_at(table[matrix], (size, inputs.shape[1])), first, last, out, column, add)
+    for index in range(low_ranks.shape[0]):
+        part = low_ranks[index]
+        if part[_MATRIX_COLUMN] == matrix:
+            sequences = (starts.shape[0] - 1) // part[_NETWORKS]
+            begin = starts[part[_NETWORK_INDEX] * sequences]
+            end = starts[(part[_NETWORK_INDEX] + 1) * sequences]
+            if begin < end:
+                _add_low_rank(inputs[begin:end], part, size, first, last, out[begin:end], column)
 
 
 @compiled(f"void({VECTOR}, int64, int64, float64, {VECTOR}, {MATRIX}, int64)")
@@ -334,9 +461,11 @@ def _attend(
     own, length = starts[sequence], starts[sequence + 1] - starts[sequence]
     if length == 0:
         return
-    offset = share * capacity * dim * 4
-    keys = array_at(stores[0] + offset, (capacity, dim))
-    values = array_at(stores[1] + offset, (capacity, dim))
+    # Each network has its own sequences, after those of the one before, and its own storage.
+    shares = (starts.shape[0] - 1) // (stores.shape[0] // 2) * kv_heads
+    at, offset = share // shares * 2, share % shares * capacity * dim * 4
+    keys = array_at(stores[at] + offset, (capacity, dim))
+    values = array_at(stores[at + 1] + offset, (capacity, dim))
     queries = np.empty((length * groups, dim), FLOAT)
     last = capacity - 1
     start = lengths[sequence]
@@ -372,7 +501,7 @@ def _attend(
 
 
 _BUFFERS = ", ".join([MATRIX] * 6)
-_LAYER = f"{TABLE}, {TABLE}, float64, {TABLE}, {TABLE}, int64, {MATRIX}, {TABLE}, int64"
+_LAYER = f"{TABLE}, {TABLE}, float64, {TABLE}, {TABLE}, int64, {MATRIX}, {TABLE}, int64, {TABLES}"
 
 
 @compiled(f"void(int64, int64, int64, {_BUFFERS}, {_LAYER})")
@@ -395,34 +524,49 @@ def _share(
     rotation: Any,
     stores: Any,
     kv_heads: int,
+    low_ranks: Any,
 ) -> None:
     """What one thread does of one stage."""
     if stage == _PROJECT:
         inputs = _normalised(hidden, table[_ATTENTION_NORM], eps)
         key_size = kv_heads * rotation.shape[1] // 2
         query_size = projected.shape[1] - 2 * key_size
-        _product(inputs, table, _QUERY, query_size, projected, 0, share, threads, False)
-        _product(inputs, table, _KEY, key_size, projected, query_size, share, threads, False)
-        _product(inputs, table, _VALUE, key_size, projected, query_size + key_size, share, threads, False)
+        _product(inputs, table, _QUERY, query_size, projected, 0, share, threads, False, low_ranks, starts)
+        _product(
+            inputs, table, _KEY, key_size, projected, query_size, share, threads, False, low_ranks, starts
+        )
+        _product(
+            inputs,
+            table,
+            _VALUE,
+            key_size,
+            projected,
+            query_size + key_size,
+            share,
+            threads,
+            False,
+            low_ranks,
+            starts,
+        )
     elif stage == _ATTEND:
         _attend(projected, starts, lengths, table, eps, window, rotation, stores, kv_heads, mixed, share)
     elif stage == _JOIN:
-        _product(mixed, table, _OUTPUT, hidden.shape[1], hidden, 0, share, threads, True)
+        _product(mixed, table, _OUTPUT, hidden.shape[1], hidden, 0, share, threads, True, low_ranks, starts)
     elif stage == _GATE_UP:
         inputs = _normalised(hidden, table[_MLP_NORM], eps)
         rows, inner = gated.shape
-        _product(inputs, table, _GATE, inner, gated, 0, share, threads, False)
-        _product(inputs, table, _UP, inner, up, 0, share, threads, False)
+        _product(inputs, table, _GATE, inner, gated, 0, share, threads, False, low_ranks, starts)
+        _product(inputs, table, _UP, inner, up, 0, share, threads, False, low_ranks, starts)
         first, last = share * inner // threads, (share + 1) * inner // threads
         for row in range(rows):
             gate, factor = gated[row, first:last], up[row, first:last]
             for k in range(gate.shape[0]):
                 gate[k] = gate[k] / (FLOAT(1) + exp(-gate[k])) * factor[k]
     elif stage == _CLOSE:
-        _product(gated, table, _DOWN, hidden.shape[1], hidden, 0, share, threads, True)
+        _product(gated, table, _DOWN, hidden.shape[1], hidden, 0, share, threads, True, low_ranks, starts)
     else:
         inputs = _normalised(hidden, ends[_FINAL_NORM], eps)
-        _product(inputs, ends, _HEAD, logits.shape[1], logits, 0, share, threads, False)
+        _product(inputs, ends, _HEAD, logits.shape[1], logits, 0, share, threads, False, low_ranks, starts)
 
 
 @in_parallel(f"void(int64, int64, int64, {_BUFFERS}, {_LAYER})")
@@ -445,15 +589,16 @@ def _together(
     rotation: Any,
     stores: Any,
     kv_heads: int,
+    low_ranks: Any,
 ) -> None:
     for share in prange(shares):
         _share(
             stage, threads, np.int64(share), hidden, projected, mixed, gated, up, logits,
-            table, ends, eps, starts, lengths, window, rotation, stores, kv_heads,
+            table, ends, eps, starts, lengths, window, rotation, stores, kv_heads, low_ranks,
         )  # fmt: skip
 
 
-_NETWORK = f"{TABLE}, float64, {TABLE}, {TABLE}, {TABLES}, {TABLES}, {MATRIX}"
+_NETWORK = f"{TABLE}, float64, {TABLE}, {TABLE}, {TABLES}, {TABLES}, {MATRIX}, int64[:, :, ::1]"
 
 
 @entry(f"void({TABLES}, {TABLE}, {TABLE}, {_NETWORK}, {MATRIX}, int64)")
@@ -468,6 +613,7 @@ def _forward(
     weights: Any,
     stores: Any,
     rotation: Any,
+    low_ranks: Any,
     logits: Any,
     threads: int,
 ) -> None:
@@ -501,12 +647,53 @@ def _forward(
             stage, threads, batch * kv_heads if stage == _ATTEND else threads,
             hidden, projected, mixed, gated, up, packed,
             weights[layer], ends, eps, starts, lengths, windows[layer], rotation, stores[layer], kv_heads,
+            low_ranks[layer],
         )  # fmt: skip
     for sequence in range(batch if is_ragged else 0):
         for step in range(counts[sequence]):
             row, out = packed[starts[sequence] + step], logits[sequence * length + step]
             for k in range(row.shape[0]):
                 out[k] = row[k]
+
+
+@entry(f"void({TABLES}, {TABLE}, {TABLES}, {_NETWORK}, {MATRIX}, int64)")
+def _forward_together(
+    tokens: Any,
+    counts: Any,
+    places: Any,
+    sizes: Any,
+    eps: float,
+    windows: Any,
+    ends: Any,
+    weights: Any,
+    stores: Any,
+    rotation: Any,
+    low_ranks: Any,
+    room: Any,
+    threads: int,
+) -> None:
+    """`_forward` of several networks, for each of which `places` says where lengths and logits are."""
+    batch, length = tokens.shape
+    networks = places.shape[0]
+    all_tokens = np.empty((networks * batch, length), np.int64)
+    all_counts, all_lengths = np.empty(networks * batch, np.int64), np.empty(networks * batch, np.int64)
+    for network in range(networks):
+        lengths = integers_at(places[network, 0], (batch,))
+        for sequence in range(batch):
+            at = network * batch + sequence
+            all_tokens[at] = tokens[sequence]
+            all_counts[at], all_lengths[at] = counts[sequence], lengths[sequence]
+    _forward(
+        all_tokens, all_counts, all_lengths, sizes, eps, windows, ends, weights, stores, rotation, low_ranks,
+        room, threads,
+    )  # fmt: skip
+    rows, vocabulary = batch * length, room.shape[1]
+    for network in range(networks):
+        out = array_at(places[network, 1], (rows, vocabulary))
+        for row in range(rows):
+            own, target = room[network * rows + row], out[row]
+            for k in range(vocabulary):
+                target[k] = own[k]
 
 
 @entry(f"void({TABLE}, {TABLE}, {FLAGS}, {TABLES}, {TABLE}, {TABLE}, {_NETWORK}, {CUBE}, int64, {DRAWS})")
@@ -524,6 +711,7 @@ def _draft(
     weights: Any,
     stores: Any,
     rotation: Any,
+    low_ranks: Any,
     logits: Any,
     threads: int,
     places: Any,
@@ -560,7 +748,7 @@ def _draft(
     while step < longest:
         _forward(
             drawn.reshape((batch, 1)), takes_part, lengths, sizes, eps, windows, ends, weights, stores,
-            rotation, logits[step], threads,
+            rotation, low_ranks, logits[step], threads,
         )  # fmt: skip
         for sequence in range(batch):
             lengths[sequence] += 1

@@ -87,6 +87,14 @@ class Runner(Protocol):
         the network has no such call: `forward` runs it.
         """
 
+    def bind_together(
+        self, others: Sequence[Runner], block: Tensor, counts: Tensor, logits: Sequence[Tensor]
+    ) -> Callable[[], None] | None:
+        """One call for `bind`'s of this network and `others`, which reads the weights that they share once.
+
+        Each has its own of `logits`, this network the first. None where they do not share their weights.
+        """
+
     def bind_draft(
         self,
         start: DraftStart,
@@ -125,6 +133,23 @@ class Runner(Protocol):
         """
 
 
+def bind_passes(
+    runners: Sequence[Runner], block: Tensor, counts: Tensor, logits: Sequence[Tensor]
+) -> list[Callable[[], None]] | None:
+    """`Runner.bind` of each, with its own of `logits`, in few calls; None where one has none."""
+    first, *others = runners
+    together = first.bind_together(others, block, counts, logits) if others else None
+    if together is not None:
+        return [together]
+    calls = []
+    for runner, own in zip(runners, logits, strict=True):
+        call = runner.bind(block, counts, own)
+        if call is None:
+            return None
+        calls.append(call)
+    return calls
+
+
 @dataclass(frozen=True)
 class EFTRunners:
     """A runner for each model, every one with a cache of its own.
@@ -139,3 +164,11 @@ class EFTRunners:
     tuned: list[Runner]
     base: Runner
     drafters: list[Callable[[Tensor, int], Tensor]] = field(default_factory=list)
+
+
+def steps_together(runners: EFTRunners, batch: int) -> bool:
+    """Whether the tuned models and the small base read their weights once for a step of all of them."""
+    first, *others = [*runners.tuned, runners.base]
+    block = torch.zeros(batch, 1, dtype=torch.int64)
+    logits = [torch.empty(batch, 1, runner.vocab_size) for runner in (first, *others)]
+    return first.bind_together(others, block, block[:, 0], logits) is not None

@@ -30,7 +30,7 @@ from .configs import TESTED_FAMILIES, position_limit, text_config
 from .describe import cache_bytes_per_token, vocabulary_rows
 from .llama import LlamaBody, is_ordinary, is_plain
 from .placement import home_device
-from .protocol import DraftStart
+from .protocol import DraftStart, Runner
 from .slot_cache import SlotCache, round_up
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ class ModelRunner:
     def _take(self, cache: SlotCache) -> None:
         self.cache = cache
         if self._compiled is not None:
-            self._compiled.prepare(cache)
+            self._compiled.use_storage(cache)
 
     def forward(self, tokens: Tensor, span: int) -> Tensor:
         """Run int64 `tokens` [batch, q] and return their logits [batch, q, vocab_size] in the model's dtype.
@@ -233,6 +233,22 @@ class ModelRunner:
         # Blocks are ragged: what a sequence drafts at most says little of what it drafts.
         compiled = self._compiled_for(block.shape[0] * min(block.shape[1], _ROWS_OF_A_SEQUENCE))
         return None if compiled is None else compiled.bind(block, self.cache, logits, counts)
+
+    def bind_together(
+        self, others: Sequence[Runner], block: Tensor, counts: Tensor, logits: Sequence[Tensor]
+    ) -> Callable[[], None] | None:
+        """`Runner.bind_together`: where the others are this model but for adapters, and rows are few."""
+        runners = [self, *(other for other in others if isinstance(other, ModelRunner))]
+        rows = len(runners) * block.numel()
+        own = self._compiled_for(rows)
+        networks = [
+            (compiled, runner.cache)
+            for runner in runners
+            if (compiled := runner._compiled_for(rows)) and own and own.shares_weights(compiled)
+        ]
+        if own is None or len(networks) < 1 + len(others):
+            return None
+        return own.bind_together(networks, block, counts, logits)
 
     def bind_draft(
         self,

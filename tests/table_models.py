@@ -72,6 +72,9 @@ class TableRunner:
     def bind(self, *_: Any) -> None:
         return None
 
+    def bind_together(self, *_: Any) -> None:
+        return None
+
     def bind_draft(self, *_: Any) -> None:
         return None
 

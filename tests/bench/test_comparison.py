@@ -127,6 +127,33 @@ def test_runs_pause_for_each_other(log: list[tuple[str, int, int]], monkeypatch:
     assert all(seen.count(name) == 3 for name in decoders)
 
 
+def test_copies_of_the_reference_count_as_its_own_runs(
+    log: list[tuple[str, int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("greenlet", reason="the extra [bench] is not installed")
+    clock = Clock()
+    monkeypatch.setattr(turns, "perf_counter", clock)
+    decoders = {
+        "reference": FakeDecoder("reference", log, clock, [4, 4, 4], tokens=4),
+        "other": FakeDecoder("other", log, clock, [4] * 9, tokens=4),
+        "fast": FakeDecoder("fast", log, clock, [2] * 30, tokens=4),
+    }
+    copies = [FakeDecoder(f"copy {index}", log, clock, [4, 6, 8], tokens=4) for index in range(2)]
+    seen: list[str] = []
+    result = compare(
+        decoders, PROMPTS, reference="reference", copies=copies, turn_seconds=2, on_run=seen.append,
+        max_new_tokens=9,
+    )  # fmt: skip
+    # Far from each other, and each turn begins with another.
+    assert [name for name, *_ in log[:5]] == ["reference", "copy 0", "other", "copy 1", "fast"]
+    assert result["reference"].run_seconds == pytest.approx([(4 + 6 + 6) / 3, (4 + 8 + 8) / 3])
+    assert result["reference"].ratio == Spread(1, 1, 1, 1, 1) and result["reference"].run_tokens == (4, 4)
+    assert result["other"].ratio.largest == pytest.approx(20 / 3 / 4)
+    # Who is fast answers until the reference and its copies have.
+    assert [name for name, *_ in log].count("fast") >= 6
+    assert [seen.count(name) for name in ("reference", "other", "fast")] == [3, 3, 3]
+
+
 def test_ratios_are_taken_within_pairs(result: comparison.Comparison) -> None:
     assert result["slow"].tokens_per_second == Spread(1.5, 1.0, 2.0, 1.0, 2.0)
     assert result["slow"].ratio == Spread(1, 1, 1, 1, 1)
@@ -165,6 +192,21 @@ def test_a_batch_is_watched_sequence_by_sequence(monkeypatch: pytest.MonkeyPatch
     assert row.seconds_to_first_token.median == 1.0
     assert row.milliseconds_per_token == Percentiles.of([1000.0] * 6)
     assert row.run_tokens == (8,) and row.tokens_per_round == 2 and row.drafted_per_round == 2
+
+
+def test_what_is_not_streamed_comes_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(turns, "perf_counter", clock)
+
+    class Whole(FakeDecoder):
+        def generate(self, *arguments: Any, streamer: Any, **options: Any) -> EFTOutput:
+            return super().generate(*arguments, streamer=lambda *_: None, **options)
+
+    batch = PromptBatch(torch.tensor([[1, 2], [3, 4]]))
+    decoder = Whole("slow", [], clock, [100.0, 4.0], tokens=4)
+    row = compare({"slow": decoder}, [batch], reference="slow", max_new_tokens=9)["slow"]
+    assert row.seconds_to_first_token.median == 4.0
+    assert row.milliseconds_per_token == Percentiles.of([4000.0])
 
 
 def test_json_has_it_all(result: comparison.Comparison) -> None:

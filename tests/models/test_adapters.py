@@ -17,6 +17,7 @@ from torch import Tensor
 from speculative_eft.bench.baselines import TransformersLoop
 from speculative_eft.cli import main
 from speculative_eft.decoding import EFTConfig, EFTDecoder, NaiveEFTDecoder
+from speculative_eft.kernels import backend
 from speculative_eft.models import EFTModels, IncompatibleModelsError, ModelRunner, inspect_trio
 from speculative_eft.models import adapters as adapters_module
 from speculative_eft.models.llama import LlamaBody
@@ -39,7 +40,7 @@ PLAIN: dict[str, Any] = {"target_modules": "all-linear"}
 
 def with_adapter(base: Any, seed: int, name: str = "default", **settings: Any) -> Any:
     """`base` under a LoRA whose random weights matter."""
-    config = peft.LoraConfig(r=3, lora_alpha=6, task_type="CAUSAL_LM", **settings)
+    config = peft.LoraConfig(r=5, lora_alpha=10, task_type="CAUSAL_LM", **settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if isinstance(base, peft.PeftModel):
@@ -98,6 +99,10 @@ def test_each_has_its_own_logits(
     runners = EFTModels(tiny_model("llama"), tuned, base).runners()
     both: list[Any] = [runners.tuned[0], runners.base]
     assert tuple(isinstance(runner._body, LlamaBody) for runner in both) == short_ways
+    if backend(both[0].device) == "numba":
+        saved_head = "lm_head" in settings.get("modules_to_save", ())
+        compiled = [runner._compiled is not None for runner in both]
+        assert compiled == [short_ways[0] and not saved_head, short_ways[1] and not saved_head]
     for step in range(2):
         mine, plain = logits_of(runners.tuned[0], step == 0), logits_of(runners.base, step == 0)
         with tuned.disable_adapter():
@@ -108,7 +113,28 @@ def test_each_has_its_own_logits(
         torch.testing.assert_close(plain, unadapted, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("target", ["embed_tokens", "q_proj"])
+@pytest.mark.parametrize(("family", "settings"), [
+    ("llama", PLAIN), ("qwen3", {"target_modules": ["q_proj", "up_proj", "o_proj"], "lora_bias": True}),
+])  # fmt: skip
+def test_fused_layers_add_what_adapters_add(
+    family: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    monkeypatch.setenv("SPECULATIVE_EFT_BACKEND", "triton")
+    base = tiny_model(family, 1)
+    tuned = with_adapter(base, 2, **settings)
+    runner: Any = ModelRunner(base, attention="triton", adapters=["default"])
+    for step in range(2):
+        mine, adapted = logits_of(runner, step == 0), own_logits(tuned, step)
+        assert runner._body.is_fusable
+        torch.testing.assert_close(mine, adapted, atol=2e-5, rtol=1e-4)
+    # Sums of a wider adapter are kept in its dtype until the end.
+    base.model.layers[0].self_attn.q_proj.lora_A.to(torch.float64)
+    runner.reserve(2, 9)
+    assert not runner._body.is_fusable
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "q_proj", "lm_head"])
 def test_a_plain_model_keeps_the_adapters_it_has_on(target: str) -> None:
     base = tiny_model("llama", 1)
     tuned = with_adapter(base, 2, target_modules=[target])
@@ -229,6 +255,98 @@ def test_several_adapters_of_one_base(settings: dict[str, Any]) -> None:
     tuned.base_model.set_adapter(["first", "second"])
     together = EFTModels(tiny_model("llama"), tuned).runners().tuned[0]
     torch.testing.assert_close(logits_of(together, True), own_logits(tuned, 0), atol=2e-5, rtol=1e-4)
+
+
+@pytest.fixture
+def together() -> Any:
+    """Runners of two adapters and their base, whose caches hold different numbers of tokens."""
+    tuned = with_adapter(tiny_model("qwen3", 1), 2, "first", **PLAIN)
+    with_adapter(tuned, 3, "second", target_modules=["k_proj", "lm_head"], lora_bias=True)
+    runners = EFTModels(tiny_model("llama"), [(tuned, "second"), (tuned, "first")]).runners()
+    if backend(runners.large.device) != "numba":
+        pytest.skip("only passes that Numba compiles read weights once for several models")
+    both = [*runners.tuned, runners.base]
+    for index, runner in enumerate(both):
+        runner.reserve(2, 9)
+        runner.prefill(PROMPTS[:, : 5 - index], LENGTHS - (LENGTHS > 2) * index)
+    return tuned, both
+
+
+@pytest.mark.parametrize("counts", [[3, 3], [2, 3], [0, 1]])
+def test_models_that_share_weights_take_steps_together(together: Any, counts: list[int]) -> None:
+    _, runners = together
+    block, taken = PROMPTS[:, 5:8].contiguous(), torch.tensor(counts)
+    rooms = [[torch.zeros(2, 3, runner.vocab_size) for runner in runners] for _ in range(2)]
+    for runner, logits in zip(runners, rooms[0], strict=True):
+        runner.bind(block, taken, logits)()
+    alone = [[stored.clone() for stored in runner.cache.storage()] for runner in runners]
+    for runner in runners:
+        for stored in runner.cache.storage():
+            # What the passes above wrote.
+            for row, (start, count) in enumerate(zip(runner.lengths.tolist(), counts, strict=True)):
+                stored[row, :, start : start + count] = 0
+    call = runners[0].bind_together(runners[1:], block, taken, rooms[1])
+    assert call is not None
+    call()
+    for one, other in zip(*rooms, strict=True):
+        for row, count in enumerate(counts):
+            assert torch.equal(one[row, :count], other[row, :count])
+            assert count == 0 or one[row, :count].abs().mean() > 0
+    assert not torch.equal(rooms[0][0], rooms[0][1])
+    for runner, stores in zip(runners, alone, strict=True):
+        assert all(map(torch.equal, runner.cache.storage(), stores))
+
+
+def test_steps_together_see_changed_adapters(together: Any) -> None:
+    tuned, runners = together
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if ".second" in name:
+                parameter.mul_(1.5)
+    tuned.set_adapter("second")
+    torch.testing.assert_close(logits_of(runners[0], True), own_logits(tuned, 0), atol=2e-5, rtol=1e-4)
+
+
+def test_only_models_of_one_base_and_room_take_steps_together(together: Any) -> None:
+    _, (first, second, base) = together
+    block, taken = PROMPTS[:, 5:6].contiguous(), torch.ones(2, dtype=torch.int64)
+
+    def shared(*runners: Any) -> bool:
+        logits = [torch.zeros(2, 1, runner.vocab_size) for runner in runners]
+        return runners[0].bind_together(runners[1:], block, taken, logits) is not None
+
+    assert shared(first, second, base) and shared(base, first)
+    other = ModelRunner(tiny_model("qwen3", 1))
+    other.reserve(2, 9)
+    assert not shared(base, other) and not shared(first, base, other)
+    second.reserve(2, 200)
+    assert not shared(first, second) and shared(first, base)
+
+
+def test_pairs_and_plain_steps_read_shared_weights_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = EFTModels(tiny_model("llama"), with_adapter(tiny_model("llama", 1), 2, **PLAIN))
+    runners: Any = models.runners()
+    if backend(runners.large.device) != "numba":
+        pytest.skip("only passes that Numba compiles read weights once for several models")
+    options: dict[str, Any] = {"max_new_tokens": 8, "eos_token_id": []}
+    calls: list[int] = []
+    kind = type(runners.base._compiled)
+    bind_together = kind.bind_together
+
+    def counted(*arguments: Any) -> Any:
+        call = bind_together(*arguments)
+        return lambda: (calls.append(1), call())
+
+    monkeypatch.setattr(kind, "bind_together", staticmethod(counted))
+    for decoder, most in (
+        (NaiveEFTDecoder(models), 8),
+        (EFTDecoder(models, EFTConfig(draft="pair", draft_tokens=3)), 32),
+        # In rounds that draft nothing, as the last one may.
+        (EFTDecoder(models, EFTConfig(draft_tokens=3)), 1),
+    ):
+        calls.clear()
+        decoder.generate(PROMPTS, **options)
+        assert 0 < len(calls) <= most
 
 
 def test_a_plain_loop_runs_each_in_its_role() -> None:
@@ -360,7 +478,7 @@ def test_the_command_line_takes_an_adapter(
     [
         ({"num_hidden_layers": 3}, "there is no model.layers.2"),
         ({"num_hidden_layers": 1}, "it has no weights for model.layers.1"),
-        ({"intermediate_size": 40}, r"lora_A.weight is \[3, 40\]"),
+        ({"intermediate_size": 40}, r"lora_A.weight is \[5, 40\]"),
     ],
 )
 def test_an_adapter_of_another_shape_is_refused(
