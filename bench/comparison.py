@@ -262,8 +262,9 @@ def compare(
     if len(sizes) != 1:
         raise ValueError("batches must hold at least one batch, and all the same number of prompts")
     jobs = [(name, decoder, Watch()) for name, decoder in decoders.items()]
+    everybody = len(decoders) + len(copies)
     for index, copy in enumerate(copies):
-        jobs.insert((index + 1) * len(jobs) // (len(copies) + 1), (reference, copy, Watch()))
+        jobs.insert((index + 1) * everybody // (len(copies) + 1), (reference, copy, Watch()))
     turns: dict[str, list[list[_Run]]] = {name: [] for name in decoders}
     memory: dict[str, int | None] = {}
     latest: dict[str, float] = {}
