@@ -150,7 +150,7 @@ def test_copies_of_the_reference_count_as_its_own_runs(
     assert result["reference"].ratio == Spread(1, 1, 1, 1, 1) and result["reference"].run_tokens == (4, 4)
     assert result["other"].ratio.largest == pytest.approx(20 / 3 / 4)
     # Who is fast answers until the reference and its copies have.
-    assert [name for name, *_ in log].count("fast") >= 6
+    assert [name for name, *_ in log].count("fast") > 3
     assert [seen.count(name) for name in ("reference", "other", "fast")] == [3, 3, 3]
 
 
