@@ -10,7 +10,7 @@ export PYTHONSAFEPATH := 1
 # transformers' modules anew, for ten seconds and more.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup demo test bench lint types compile wheel gpu clean
+.PHONY: help setup demo test bench lint types compile compile-cpu compile-gpu wheel gpu clean
 
 help:
 	@echo "make demo    set up, then sample from the bundled trio and measure it"
@@ -32,7 +32,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/speculative-eft demo
 
-# Each of the first three is one process at a time. Triton takes ten minutes and more for every variant and target.
+# What comes before the tests is one process each. Triton takes ten minutes and more for every variant and target.
 test: setup
 	$(MAKE) --jobs=2 compile lint types COMPILE_OPTIONS=--sparsely
 	$(BIN)/pytest -n 2
@@ -58,11 +58,16 @@ types: setup
 	$(call mapped_package,types)
 	cd .build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p speculative_eft
 
-# Triton is not to be had on every system. What Numba compiles is kept beside the source.
-compile: setup
+compile: compile-cpu compile-gpu
+
+# What Numba compiles is kept beside the source.
+compile-cpu: setup
 	@if $(BIN)/python -c 'import numba' 2> /dev/null; then \
 		$(BIN)/python -c 'import speculative_eft.models.llama_cpu, speculative_eft.kernels.cpu.settle'; \
 	else echo "Numba is not installed: nothing was compiled for CPUs"; fi
+
+# Triton is not to be had on every system.
+compile-gpu: setup
 	@if $(BIN)/python -c 'import triton' 2> /dev/null; then \
 		env -u TRITON_INTERPRET $(BIN)/python -m speculative_eft.kernels.compile $(COMPILE_OPTIONS); \
 	else echo "Triton is not installed: no kernel was compiled"; fi

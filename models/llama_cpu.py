@@ -532,22 +532,10 @@ def _share(
         key_size = kv_heads * rotation.shape[1] // 2
         query_size = projected.shape[1] - 2 * key_size
         _product(inputs, table, _QUERY, query_size, projected, 0, share, threads, False, low_ranks, starts)
-        _product(
-            inputs, table, _KEY, key_size, projected, query_size, share, threads, False, low_ranks, starts
-        )
-        _product(
-            inputs,
-            table,
-            _VALUE,
-            key_size,
-            projected,
-            query_size + key_size,
-            share,
-            threads,
-            False,
-            low_ranks,
-            starts,
-        )
+        for matrix, column in ((_KEY, query_size), (_VALUE, query_size + key_size)):
+            _product(
+                inputs, table, matrix, key_size, projected, column, share, threads, False, low_ranks, starts
+            )
     elif stage == _ATTEND:
         _attend(projected, starts, lengths, table, eps, window, rotation, stores, kv_heads, mixed, share)
     elif stage == _JOIN:
