@@ -27,9 +27,12 @@ __all__ = ["StepCosts", "bind_plain_draft", "kept_step_costs", "measure_step_cos
 _REPEATS = 25
 _SECONDS = 1.5
 _PROMPT = 32
-_DRAFTED = 4
+_DRAFTED, _DRAFTED_BY_MANY = 4, 2
+"""Tokens of a measured draft, and on a CPU of more than a few sequences: there no longer drafts pay, and rows
+beyond those of short ones may cost a pass more than theirs do."""
+_FEW = 4
 _LEAST_COST = 1 / 128
-_METHOD = 6
+_METHOD = 7
 """Of the measurement: what an earlier one found is not read."""
 
 Pass: TypeAlias = Callable[[], object]
@@ -80,6 +83,7 @@ def measure_step_costs(runners: EFTRunners, drafting: Sequence[Runner], batch: i
     decoding, (cost_ratio + row_cost) / (1 + 2 cost_ratio), is what was measured.
     """
     drafters, device = runners.drafters, runners.large.device
+    measured = _DRAFTED_BY_MANY if device.type == "cpu" and batch > _FEW else _DRAFTED
     small = [*runners.tuned, runners.base]
     for runner in (runners.large, *small):
         runner.reserve(batch, _PROMPT + _DRAFTED + 1)
@@ -102,8 +106,8 @@ def measure_step_costs(runners: EFTRunners, drafting: Sequence[Runner], batch: i
         large = _pass(runners.large, batch, drafted + 1)
         return [*draft, lambda: side_by_side(device, large, lambda: _run(scores))]
 
-    plain, drafts, large = _seconds([passes(0), passes(_DRAFTED), [_pass(runners.large, batch, 1)]], device)
-    token = max(drafts - plain, 0) / _DRAFTED / plain
+    plain, drafts, large = _seconds([passes(0), passes(measured), [_pass(runners.large, batch, 1)]], device)
+    token = max(drafts - plain, 0) / measured / plain
     cost_ratio = max(plain / large - 1, 0) / 2
     row_cost = token * (1 + 2 * cost_ratio) - cost_ratio
     if row_cost <= _LEAST_COST:
