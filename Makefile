@@ -32,7 +32,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/speculative-eft demo
 
-# What comes before the tests is one process each. Triton takes ten minutes and more for every variant and target.
+# Numba, linters and types are one process at a time. Triton takes ten minutes and more for every variant and target.
 test: setup
 	$(MAKE) --jobs=2 compile lint types COMPILE_OPTIONS=--sparsely
 	$(BIN)/pytest -n 2

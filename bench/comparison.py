@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -225,6 +225,15 @@ class _Run:
     stats: EFTStats
 
 
+@dataclass(frozen=True)
+class _Job:
+    """A decoder that takes turns; the reference's copies have its name."""
+
+    name: str
+    decoder: Decoder
+    watch: Watch = field(default_factory=Watch)
+
+
 def compare(
     decoders: Mapping[str, Decoder],
     batches: Sequence[PromptBatch],
@@ -261,36 +270,34 @@ def compare(
     sizes = {batch.input_ids.shape[0] for batch in batches}
     if len(sizes) != 1:
         raise ValueError("batches must hold at least one batch, and all the same number of prompts")
-    jobs = [(name, decoder, Watch()) for name, decoder in decoders.items()]
+    jobs = [_Job(name, decoder) for name, decoder in decoders.items()]
     everybody = len(decoders) + len(copies)
     for index, copy in enumerate(copies):
-        jobs.insert((index + 1) * everybody // (len(copies) + 1), (reference, copy, Watch()))
+        jobs.insert((index + 1) * everybody // (len(copies) + 1), _Job(reference, copy))
     turns: dict[str, list[list[_Run]]] = {name: [] for name in decoders}
     memory: dict[str, int | None] = {}
     latest: dict[str, float] = {}
 
-    def run(job: tuple[str, Decoder, Watch], turn: int, done: list[_Run]) -> None:
-        name, decoder, watch = job
-        done.append(_run(decoder, batches[turn], seed + turn, watch, generation_kwargs))
+    def run(job: _Job, turn: int, done: list[_Run]) -> None:
+        done.append(_run(job.decoder, batches[turn], seed + turn, job.watch, generation_kwargs))
         if on_run is not None and len(done) == 1:
-            on_run(name)
+            on_run(job.name)
 
-    def warm_up(job: tuple[str, Decoder, Watch]) -> None:
-        name, done = job[0], list[_Run]()
-        if name in latest:
-            _run(job[1], batches[0], seed, job[2], generation_kwargs)
+    def warm_up(job: _Job) -> None:
+        if job.name in latest:
+            _run(job.decoder, batches[0], seed, job.watch, generation_kwargs)
         else:
-            memory[name] = peak_memory(device or torch.device("cpu"), lambda: run(job, 0, done))
-            latest[name] = done[0].seconds
+            done: list[_Run] = []
+            memory[job.name] = peak_memory(device or torch.device("cpu"), lambda: run(job, 0, done))
+            latest[job.name] = done[0].seconds
         give_way()
 
-    def repeated(job: tuple[str, Decoder, Watch], turn: int, done: dict[str, list[_Run]]) -> Iterator[None]:
-        name, _, watch = job
-        watch.begin()
-        run(job, turn, done[name])
+    def repeated(job: _Job, turn: int, done: dict[str, list[_Run]]) -> Iterator[None]:
+        job.watch.begin()
+        run(job, turn, done[job.name])
         yield
-        while latest[name] < latest[reference] and len(done[reference]) <= len(copies):
-            run(job, turn, done[name])
+        while latest[job.name] < latest[reference] and len(done[reference]) <= len(copies):
+            run(job, turn, done[job.name])
             yield
 
     # Whether gradients are wanted is the thread's own state, and jobs that take turns leave it in any order.
@@ -300,8 +307,9 @@ def compare(
         for turn in range(len(batches)):
             if turn_seconds is not None:
                 # Who takes longer than the reference has longer turns, so that all end together.
-                for name, _, watch in jobs:
-                    watch.turn = turn_seconds * max(1.0, latest[name] / max(latest[reference], turn_seconds))
+                for job in jobs:
+                    slower = latest[job.name] / max(latest[reference], turn_seconds)
+                    job.watch.turn = turn_seconds * max(1.0, slower)
             first = turn % len(jobs)
             done: dict[str, list[_Run]] = {name: [] for name in decoders}
             work = [repeated(job, turn, done) for job in jobs[first:] + jobs[:first]]

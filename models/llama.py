@@ -72,12 +72,11 @@ class Layer:
     def is_fusable(self) -> bool:
         """Whether `projections` can do what the layer does: adapters of its dtype, a SiLU, no odd biases."""
         linears = (self.query, self.key, self.value, self.output, self.gate, self.up, self.down)
-        adapted = [linear for linear in linears if linear.low_ranks]
         return (
             self.activation is F.silu
             and all(
                 isinstance(linear.weight, Tensor) and part.down.dtype == part.up.dtype == linear.weight.dtype
-                for linear in adapted
+                for linear in linears
                 for part in linear.low_ranks
             )
             and self.gate.bias is None

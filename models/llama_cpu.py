@@ -52,6 +52,7 @@ class CompiledLlama:
     """Runs the blocks of few rows for a `LlamaBody`, from its weights and its cache as they are.
 
     Weights are read where the model has them: nothing is copied, and what is done to them in place is seen.
+    Half of what adapters add is copied by `prepare`, which sees what was done to it before.
     """
 
     most_rows = 256
@@ -257,7 +258,7 @@ def _network(members: Sequence[CompiledLlama]) -> tuple[Any, ...]:
                 rows.append([part.matrix, index, len(members), *shape, *_addresses(part.down, part.up)])
     low_ranks = np.zeros((len(added), max(map(len, added)), _LOW_RANK), dtype=np.int64)
     for table, rows in zip(low_ranks, added, strict=True):
-        # A column without a matrix stands for none.
+        # A row without a matrix stands for none.
         table[: len(rows)] = np.array(rows, dtype=np.int64).reshape(-1, _LOW_RANK)
     return (
         first._sizes, first.body.eps, first._windows, first._ends, first._weights,

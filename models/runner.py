@@ -238,16 +238,18 @@ class ModelRunner:
         self, others: Sequence[Runner], block: Tensor, counts: Tensor, logits: Sequence[Tensor]
     ) -> Callable[[], None] | None:
         """`Runner.bind_together`: where the others are this model but for adapters, and rows are few."""
-        runners = [self, *(other for other in others if isinstance(other, ModelRunner))]
-        rows = len(runners) * block.numel()
+        rows = (1 + len(others)) * block.numel()
         own = self._compiled_for(rows)
-        networks = [
-            (compiled, runner.cache)
-            for runner in runners
-            if (compiled := runner._compiled_for(rows)) and own and own.shares_weights(compiled)
-        ]
-        if own is None or len(networks) < 1 + len(others):
+        if own is None:
             return None
+        networks = [(own, self.cache)]
+        for other in others:
+            if not isinstance(other, ModelRunner):
+                return None
+            compiled = other._compiled_for(rows)
+            if compiled is None or not own.shares_weights(compiled):
+                return None
+            networks.append((compiled, other.cache))
         return own.bind_together(networks, block, counts, logits)
 
     def bind_draft(
