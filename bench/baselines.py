@@ -78,7 +78,10 @@ def _bind_step(runner: Runner, state: RoundState, plan: RoundPlan) -> BoundRound
     )  # fmt: skip
     step, runs_all = bind_pass(runner, block, counts, logits)
     steps = [("step", step), ("verify", lambda _: settle())]
-    return BoundRound(steps, counts, verdict, report, report.numpy().tolist, [logits], pays_for_done=runs_all)
+    return BoundRound(
+        steps, counts, counts.numpy().max, verdict, report, report.numpy().tolist, [logits],
+        pays_for_done=runs_all,
+    )  # fmt: skip
 
 
 def _step(runner: Runner, state: RoundState, plan: RoundPlan, span: int, timer: PhaseTimer) -> Tensor:

@@ -2,8 +2,8 @@
 
 The phases are those that `generate` times. Steps and draws alternate within a draft, so what the steps take
 is found by drafting once more after each round, greedily, with no noise, memory or filter; what is left of a
-draw then, the largest of the logits, counts to the steps. A pass of the large base and one of the small base
-follow, so that the next draft finds others' weights in the processor's caches, as it would without all this.
+draw then, the largest of the logits, counts to the steps. A pass of each model that scores
+follows, so that the next draft finds others' weights in the processor's caches, as it would without all this.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .report import environment_line
 
 __all__ = ["PASSES", "RoundTime", "load", "round_time", "table"]
 
-PASSES = ("steps of the draft", "large base", "small base")
+PASSES = ("steps of the draft", "large base", "small models")
 """Parts of a round that are passes; `RoundTime.milliseconds` has the others too."""
 
 _SETTINGS = ((1.0, 1, 4), (0.0, 1, 6), (1.0, 16, 1))
@@ -89,22 +89,23 @@ class _Steps:
         return advance
 
     def _again(self) -> None:
-        (tuned,) = self._runners.tuned
+        drafters = self._runners.drafters
+        (drafting,) = drafters or self._runners.tuned
         if not self._passes:
             # Only now do the caches have their places.
             start = DraftStart(torch.zeros_like(self._counts), self._draft_lens, self._done)
-            runners = (self._runners.large, self._runners.base)
+            runners = [self._runners.large, *(self._runners.tuned if drafters else []), self._runners.base]
             scoring = [_bound(runner, self._counts, self._drafted + 1) for runner in runners]
-            self._passes = [
-                _found(bind_plain_draft(tuned, start, self._counts, self._drafted, 0.0)),
-                *scoring,
-            ]
+            draft = bind_plain_draft(
+                drafting, start, self._counts, self._drafted, 0.0, is_given=bool(drafters)
+            )
+            self._passes = [_found(draft), *scoring]
         steps, *scoring = self._passes
-        before = tuned.lengths.clone()
+        before = drafting.lengths.clone()
         begun = perf_counter()
         steps()
         self.seconds += perf_counter() - begun
-        tuned.lengths.copy_(before)
+        drafting.lengths.copy_(before)
         for call in scoring:
             call()
 
@@ -125,8 +126,8 @@ def round_time(
     models: EFTModels, prompts: list[PromptBatch], temperature: float, draft_tokens: int, new_tokens: int
 ) -> RoundTime:
     """Time the rounds of speculative EFT, block rule, on each of `prompts`, after a run to warm up."""
-    decoder = EFTDecoder(models, EFTConfig(draft_tokens=draft_tokens))
     batch = prompts[0].input_ids.shape[0]
+    decoder = EFTDecoder(models, EFTConfig(draft_tokens=draft_tokens, expected_batch=batch))
     sampling: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:
         sampling["temperature"] = temperature

@@ -46,6 +46,7 @@ class BoundRound:
     Attributes:
         steps: the parts, in turn, and the phase each is charged to.
         counts: one more than each sequence drafted, 0 for one that was done; drafting writes it.
+        most: gives the largest of them.
         verdict, report: what the last part writes.
         read: gives the report as lists.
         logits: the large base's, the small base's and the tuned models'.
@@ -54,6 +55,7 @@ class BoundRound:
 
     steps: list[tuple[str, Step]]
     counts: Tensor
+    most: Callable[[], int]
     verdict: Verdict
     report: Tensor
     read: Callable[[], list[list[int]]]
@@ -68,8 +70,12 @@ class BoundRound:
             step(span)
             timer.mark(phase)
         if trace is not None:
-            submitted = self.counts - 1
-            record_trace(trace, state, self.report, self.verdict, submitted, self.logits, plan.vocab_size)
+            rows = max(int(self.most()), 1)
+            assert self.verdict.log_probs is not None
+            verdict = replace(self.verdict, log_probs=self.verdict.log_probs[:, :rows])
+            logits = [model[:, :rows] for model in self.logits]
+            report, submitted = self.report[:, : rows + 2], self.counts - 1
+            record_trace(trace, state, report, verdict, submitted, logits, plan.vocab_size)
             timer.mark("other")
 
 
@@ -97,17 +103,18 @@ def _bind_draft(
     block: Tensor,
     counts: Tensor,
     correction: Tensor,
+    keeps_logits: bool,
 ) -> Callable[[], None] | None:
     """A draft by `runners`, whose logits go to `by_step`, float32 [drafted + 1, batch, vocab_size] each.
 
-    `block`, `counts` and `correction` are as in `Runner.bind_draft`. None where a model has no such steps.
+    What follows is as in `Runner.bind_draft`. None where a model has no such steps.
     """
     start = DraftStart(state.last_token, state.draft_lens, state.done)
     stream = Stream.SHARED if plan.acceptance == "shared_seed" else Stream.DRAFT
     if len(runners) == 1:
         return runners[0].bind_draft(
             start, block, counts, plan.coefficients, plan.draft_sampling, state.noise, stream, state.memory,
-            state.early_stop, by_step[0], correction,
+            state.early_stop, by_step[0], correction, keeps_logits,
         )  # fmt: skip
     from speculative_eft.kernels.cpu.compile import arrays
     from speculative_eft.kernels.cpu.drafting import begin_draft, draw, draw_arguments
@@ -127,13 +134,13 @@ def _bind_draft(
     logits = [None, *by_step] if plan.drafts_as_pair else [None, *by_step, None]
     draws = draw_arguments(
         logits, plan.coefficients, plan.draft_sampling, state.noise, stream, state.memory, state.early_stop,
-        correction,
+        correction, keeps_logits,
     )  # fmt: skip
     lengths = [runner.lengths.numpy() for runner in runners]
 
     def draft() -> None:
         longest, step = begin_draft(*first), 0
-        while step < longest:
+        while step < longest - keeps_logits:
             for call in passes[step]:
                 call()
             for own in lengths:
@@ -142,7 +149,7 @@ def _bind_draft(
                 longest = draw(step, *rows, *draws)
             step += 1
         for own in lengths:
-            own += steps - step
+            own += (0 if keeps_logits else steps) - step
 
     return draft
 
@@ -155,12 +162,13 @@ def bind_round(
     That is where nothing can be bound, and where a model that drafts has no compiled steps for so many
     sequences.
     """
-    if runners.drafters or not can_bind(state):
+    if not can_bind(state):
         return None
     from speculative_eft.kernels.cpu.settle import bind_settle
 
     batch, vocab_size = state.last_token.shape[0], plan.vocab_size
-    if drafted == 0 and steps_together(runners, batch):
+    is_given = bool(runners.drafters)
+    if drafted == 0 and not is_given and steps_together(runners, batch):
         plan = replace(plan, drafts_as_pair=True)
     # What a sequence does not draft is read, though it plays no part.
     block = torch.zeros(batch, drafted + 1, dtype=torch.int64)
@@ -169,37 +177,41 @@ def bind_round(
     def logits_of(name: str, runner: Runner) -> Tensor:
         return room.take(name, batch, drafted + 1, runner.vocab_size)
 
-    large = logits_of("large", runners.large)
-    drafting = [*runners.tuned, runners.base] if plan.drafts_as_pair else runners.tuned
+    models = [*runners.tuned, runners.base]
+    drafting = runners.drafters or (models if plan.drafts_as_pair else runners.tuned)
     # A draft is made step by step, and each step's logits lie together.
     by_step = [
         logits_of(f"draft {index}", runner).view(drafted + 1, batch, -1)
         for index, runner in enumerate(drafting)
     ]
-    small = [logits.transpose(0, 1) for logits in by_step]
-    if not plan.drafts_as_pair:
-        small.append(logits_of("base", runners.base))
-    corrected = 0 if state.memory is None else drafted
+    corrected = drafted if is_given or state.memory is not None else 0
     correction = room.take("correction", batch, corrected, vocab_size)
-    draft = _bind_draft(drafting, by_step, state, plan, block, counts, correction)
+    draft = _bind_draft(drafting, by_step, state, plan, block, counts, correction, is_given)
     if draft is None:
         return None
+    large = logits_of("large", runners.large)
+    small = [] if is_given else [logits.transpose(0, 1) for logits in by_step]
+    scoring = models[len(small) :]
+    scores = [logits_of(f"small {index}", runner) for index, runner in enumerate(scoring)]
+    small += scores
     logits = [large, *small] + [correction] * (corrected > 0)
     laws = [room.take(name, batch, drafted + 1, vocab_size) for name in ("log target", "target", "draft")]
     verdict, report, settle = bind_settle(
-        state, logits, block, counts, plan.coefficients, plan.sampling, plan.draft_sampling, plan.acceptance,
-        plan.eos_token_ids, plan.draft_length_rule, caches_of(runners, plan), laws,
+        state, logits, block, counts, plan.coefficients.of_given_draft if is_given else plan.coefficients,
+        plan.sampling, plan.draft_sampling, plan.acceptance, plan.eos_token_ids, plan.draft_length_rule,
+        caches_of(runners, plan), laws,
     )  # fmt: skip
     scored, runs_all = bind_pass(runners.large, block, counts, large)
     steps: list[tuple[str, Step]] = [("draft", lambda _: draft()), ("large", scored)]
-    if not plan.drafts_as_pair:
-        scored, base_runs_all = bind_pass(runners.base, block, counts, small[-1])
+    for runner, rows in zip(scoring, scores, strict=True):
+        scored, small_runs_all = bind_pass(runner, block, counts, rows)
         steps.append(("base", scored))
-        runs_all |= base_runs_all
+        runs_all |= small_runs_all
     steps.append(("verify", lambda _: settle()))
     return BoundRound(
         steps=steps,
         counts=counts,
+        most=counts.numpy().max,
         verdict=verdict,
         report=report,
         read=report.numpy().tolist,

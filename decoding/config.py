@@ -12,7 +12,7 @@ from speculative_eft.kernels import AcceptanceRule
 __all__ = ["DraftKind", "DraftWeights", "EFTConfig"]
 
 DraftKind = Literal["auto", "tuned", "pair"]
-DraftWeights = Literal["own", "int8"]
+DraftWeights = Literal["auto", "own", "int8"]
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,10 @@ class EFTConfig:
         draft: "tuned" (the tuned models draft alone), "pair" (with the small base) or "auto": "tuned"
             where the alphas sum to 1, since the base then cancels in the draft law.
         draft_weights: "own", or "int8" for drafts by copies of the models' weights in eight bits, half of 16
-            bits to read a step; the models themselves score what is drafted. For Llama-like models on a GPU
-            and one sequence: with more it is exact, but slower. Rounds with logits processors draft by the
-            models' own.
+            bits to read a step; the models themselves score what is drafted. For Llama-like models without
+            adapters, and one sequence at a time: with more it is exact, but no faster, and on a GPU slower.
+            "auto" is "int8" where rounds of such models are compiled for a CPU and `expected_batch` is 1.
+            Rounds with logits processors draft by the models' own.
         draft_temperature: temperature of the draft law; None for the target's.
         conservative_top_p: where set, the large model's delta applies only inside the top-p set of the
             small pair's law (the EFT paper's filter of up-scaling weights).
@@ -56,7 +57,7 @@ class EFTConfig:
     draft_tokens: int | Literal["auto"] = "auto"
     acceptance: AcceptanceRule = "block"
     draft: DraftKind = "auto"
-    draft_weights: DraftWeights = "own"
+    draft_weights: DraftWeights = "auto"
     draft_temperature: float | None = None
     conservative_top_p: float | None = None
     cost_ratio: float | None = None

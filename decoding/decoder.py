@@ -85,7 +85,7 @@ class EFTDecoder:
         if len(self.config.alphas) not in (1, experts):
             raise ValueError(f"alpha has {len(self.config.alphas)} values for {experts} tuned models")
         self.vocab_size = min(runner.vocab_size for runner in self.all_runners())
-        if self.config.draft_weights == "int8" and not self.runners.drafters:
+        if self._drafts_by_copies():
             if self.models is None:
                 raise ValueError('draft_weights="int8" needs models, not their runners')
             drafters = self.models.quantised_drafters(self._drafts_as_pair())
@@ -114,7 +114,7 @@ class EFTDecoder:
             return DraftLengthPolicy(self.config.cost_ratio, self.config.row_cost)
         assert self.models is not None
         costs = self.models.step_costs(
-            self._drafts_as_pair(), self.config.expected_batch, self.config.draft_weights == "int8"
+            self._drafts_as_pair(), self.config.expected_batch, bool(self.runners.drafters)
         )
         return DraftLengthPolicy(costs.cost_ratio, costs.row_cost)
 
@@ -126,6 +126,18 @@ class EFTDecoder:
         if self.config.draft == "auto":
             return abs(sum(self._alphas()) - 1) > 1e-6
         return self.config.draft == "pair"
+
+    def _drafts_by_copies(self) -> bool:
+        """Whether copies of eight bits are to draft that do not yet."""
+        if self.runners.drafters or self.config.draft_weights == "own":
+            return False
+        if self.config.draft_weights == "int8":
+            return True
+        return (
+            self.config.expected_batch == 1
+            and self.models is not None
+            and self.models.drafts_faster_quantised(self._drafts_as_pair())
+        )
 
     def _coefficients(self, batch: int, device: torch.device) -> Coefficients:
         alphas = torch.tensor(self._alphas(), dtype=torch.float32, device=device)
@@ -395,9 +407,8 @@ class EFTDecoder:
         """
         if self.policy is None or self.lagging or self._drafts_as_pair() or self.config.expected_batch > 1:
             return False
-        if self.runners.drafters:
-            return False
-        return len(self.runners.tuned) == 1 and self.runners.tuned[0].ends_drafts
+        drafting = self.runners.drafters or self.runners.tuned
+        return len(drafting) == 1 and drafting[0].ends_drafts
 
     def _draft_length_rule(self, device: torch.device) -> DraftLengthRule | None:
         return None if self.policy is None else self.policy.rule(device, self._ends_drafts)
@@ -583,7 +594,9 @@ class EFTDecoder:
         watch: StopWatch | None,
         first: FirstRound | None,
     ) -> int:
-        runners = self.runners if first is None else first.runners
+        # They draft themselves here.
+        own = dataclasses.replace(self.runners, drafters=[])
+        runners = own if first is None else first.runners
         assert call.processing is not None
         drafted = int(state.draft_lens.max())
         rounds = 0
@@ -605,7 +618,7 @@ class EFTDecoder:
             drafted = max(row[1] for row in rows)
             if first is not None:
                 drafted = first.finish(state, drafted)
-                runners, first = self.runners, None
+                runners, first = own, None
             timer.mark("other")
         return rounds
 

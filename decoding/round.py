@@ -336,7 +336,7 @@ def caches_of(runners: EFTRunners, plan: RoundPlan) -> list[tuple[Tensor, bool]]
 def _draft(runners: EFTRunners, state: RoundState, plan: RoundPlan, drafted: int, span: int) -> Drafted:
     stream = Stream.SHARED if plan.acceptance == "shared_seed" else Stream.DRAFT
     drafting = [*runners.tuned, runners.base] if plan.drafts_as_pair else runners.tuned
-    steps = runners.drafters or [runner.forward for runner in drafting]
+    stepping = runners.drafters or drafting
     token = state.last_token
     tokens: list[Tensor] = []
     rows: list[list[Tensor]] = [[] for _ in drafting]
@@ -345,8 +345,8 @@ def _draft(runners: EFTRunners, state: RoundState, plan: RoundPlan, drafted: int
     if early is not None:
         measures = torch.empty(3, token.shape[0], device=token.device)
     for step in range(drafted):
-        for runner, forward, own in zip(drafting, steps, rows, strict=True):
-            own.append(forward(token[:, None], span)[:, 0])
+        for runner, own in zip(stepping, rows, strict=True):
+            own.append(runner.forward(token[:, None], span)[:, 0])
             runner.lengths.add_(1)
         if state.memory is not None:
             corrections.append(recall(state.memory, token, plan.coefficients.beta))

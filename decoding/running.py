@@ -174,6 +174,9 @@ class RunningBatch:
         return report
 
     def _bound_round(self, drafted: int) -> BoundRound | None:
+        if self.rows == 1 and drafted > 0:
+            # Of one sequence a round of the longest draft takes no more time for a shorter one.
+            drafted = self.state.tested_at.shape[0]
         if drafted not in self._bound:
             self._bound[drafted] = self._bind(drafted)
         return self._bound[drafted]

@@ -10,7 +10,7 @@ from .layers import projections, rotated_attention
 from .memory import DraftMemory, new_draft_memory, recall, remember
 from .mix import Coefficients, draft_logits, target_logits
 from .noise import NoiseKey, Stream, derive_seeds, exponential_noise, gumbel_noise, uniform_noise
-from .quantised import QuantisedWeight, Weight, product, quantised
+from .quantised import QuantisedWeight, Weight, product, quantise, quantised
 from .streams import side_by_side
 from .verify import AcceptanceRule, Verdict, verify
 
@@ -47,6 +47,7 @@ __all__ = [
     "new_early_stop",
     "product",
     "projections",
+    "quantise",
     "quantised",
     "recall",
     "remember",

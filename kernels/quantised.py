@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["QuantisedWeight", "Weight", "product", "quantised"]
+__all__ = ["QuantisedWeight", "Weight", "product", "quantise", "quantised"]
 
 _LARGEST = 127
 _AT_ONCE = 2**26
@@ -40,6 +40,12 @@ def quantised(weight: Tensor) -> QuantisedWeight:
     """The nearest weight of eight bits to `weight` [outside, inside], of whose rows the largest stays."""
     numbers = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scales = torch.empty(weight.shape[0], device=weight.device)
+    quantise(weight, numbers, scales)
+    return QuantisedWeight(numbers, scales)
+
+
+def quantise(weight: Tensor, numbers: Tensor, scales: Tensor) -> None:
+    """Write what is `quantised` of `weight` into int8 `numbers` [outside, inside] and `scales` [outside]."""
     step = max(_AT_ONCE // weight.shape[1], 1)
     for first in range(0, weight.shape[0], step):
         rows = slice(first, first + step)
@@ -47,7 +53,6 @@ def quantised(weight: Tensor) -> QuantisedWeight:
         largest = wide.abs().amax(dim=1)
         scales[rows] = largest / _LARGEST
         numbers[rows] = (wide * torch.where(largest > 0, _LARGEST / largest, 0.0)[:, None]).round_()
-    return QuantisedWeight(numbers, scales)
 
 
 def product(inputs: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:

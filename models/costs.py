@@ -32,7 +32,7 @@ _DRAFTED, _DRAFTED_BY_MANY = 4, 2
 beyond those of short ones may cost a pass more than theirs do."""
 _FEW = 4
 _LEAST_COST = 1 / 128
-_METHOD = 7
+_METHOD = 8
 """Of the measurement: what an earlier one found is not read."""
 
 Pass: TypeAlias = Callable[[], object]
@@ -92,11 +92,11 @@ def measure_step_costs(runners: EFTRunners, drafting: Sequence[Runner], batch: i
     together = device.type == "cpu" and not drafters and steps_together(runners, batch)
 
     def passes(drafted: int) -> list[Pass]:
-        steps: list[Pass] = [partial(step, drawn, _PROMPT + 1) for step in drafters]
+        steps: list[Pass] = [partial(drafter.forward, drawn, _PROMPT + 1) for drafter in drafters]
         last: list[Pass] = []
         stepping = drafting if drafted or not together else small
-        if device.type == "cpu" and not drafters:
-            draft = _steps(stepping, batch, drafted)
+        if device.type == "cpu":
+            draft = _steps(drafters or stepping, batch, drafted, bool(drafters))
         else:
             # A model's last step is made as the others score.
             last = [] if drafters else [_pass(runner, batch, 1) for runner in drafting]
@@ -131,23 +131,32 @@ def _pass(runner: Runner, batch: int, rows: int) -> Pass:
     return bound or partial(runner.forward, block, _PROMPT + rows)
 
 
-def _steps(drafting: Sequence[Runner], batch: int, drafted: int) -> list[Pass]:
-    """The steps of a draft; where rounds draft in one call, that call with its draws, else without draws."""
+def _steps(drafting: Sequence[Runner], batch: int, drafted: int, is_given: bool) -> list[Pass]:
+    """The steps of a draft; where rounds draft in one call, that call with its draws, else without draws.
+
+    `is_given` is for `EFTRunners.drafters`, which make no step after the last token.
+    """
     (first, *others) = drafting
     zeros = torch.zeros(batch, dtype=torch.int64)
     start = DraftStart(zeros, torch.full((batch,), drafted), torch.zeros(batch, dtype=torch.bool))
-    draft = None if others else bind_plain_draft(first, start, zeros.clone(), drafted, 1.0)
+    draft = None if others else bind_plain_draft(first, start, zeros.clone(), drafted, 1.0, is_given)
     if draft is None:
         step = bind_passes(
             drafting, zeros[:, None], torch.ones_like(zeros),
             [torch.empty(batch, 1, runner.vocab_size) for runner in drafting],
         )  # fmt: skip
-        return [*(step or (_pass(runner, batch, 1) for runner in drafting))] * (drafted + 1)
+        each = [*(step or (_pass(runner, batch, 1) for runner in drafting))]
+        return each * (drafted + (not is_given))
     return [draft, lambda: first.lengths.fill_(_PROMPT)]
 
 
 def bind_plain_draft(
-    runner: Runner, start: DraftStart, counts: Tensor, drafted: int, temperature: float
+    runner: Runner,
+    start: DraftStart,
+    counts: Tensor,
+    drafted: int,
+    temperature: float,
+    is_given: bool = False,
 ) -> Callable[[], None] | None:
     """A draft by `Runner.bind_draft` to be timed, without memory or filter; None where there is none.
 
@@ -155,6 +164,7 @@ def bind_plain_draft(
         start, counts: as there, in the host's memory.
         drafted: tokens of the longest draft.
         temperature: 0 for draws without noise.
+        is_given: whether `runner` is one of `EFTRunners.drafters`.
     """
     if runner.device.type != "cpu":
         return None
@@ -164,7 +174,8 @@ def bind_plain_draft(
         start, torch.zeros(batch, drafted + 1, dtype=torch.int64), counts,
         Coefficients(ones[:, None], ones, ones[:, None], None), Sampling(temperature * ones),
         NoiseKey(zeros, zeros, zeros), Stream.DRAFT, None, None,
-        torch.empty(drafted + 1, batch, runner.vocab_size), torch.empty(batch, 0, runner.vocab_size),
+        torch.empty(drafted + 1, batch, runner.vocab_size),
+        torch.empty(batch, drafted if is_given else 0, runner.vocab_size), is_given,
     )  # fmt: skip
 
 

@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from speculative_eft.kernels import Weight, product, projections, quantised, rotated_attention
+from speculative_eft.kernels import (
+    QuantisedWeight,
+    Weight,
+    product,
+    projections,
+    quantise,
+    quantised,
+    rotated_attention,
+)
 
 from .adapters import LowRank, is_adapter_layer, is_low_rank, low_ranks
 from .attention import Attention, attend, attend_ragged, attention_for, ragged_bias, visible_lengths
@@ -48,6 +56,26 @@ class Linear:
             narrow = F.linear(inputs.to(part.down.dtype), part.down)
             out = out + F.linear(narrow, part.up, part.bias) * part.scaling
         return out.to(plain.dtype)
+
+
+class EightBitCopies:
+    """Copies of weights in eight bits, by name; one stays where it is when its weight changes in place."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[tuple[int, int], QuantisedWeight]] = {}
+
+    def of(self, name: str, linear: Linear) -> Linear:
+        """`linear` with the copy of this `name`, made anew if its weight is another than it was made of."""
+        weight = linear.weight
+        assert isinstance(weight, Tensor)
+        stamp = weight.data_ptr(), 0 if weight.is_inference() else weight._version
+        last, copy = self._known.get(name, (None, None))
+        if copy is None or copy.shape != weight.shape:
+            copy = quantised(weight)
+        elif last != stamp:
+            quantise(weight, copy.numbers, copy.scales)
+        self._known[name] = stamp, copy
+        return replace(linear, weight=copy)
 
 
 @dataclass
@@ -84,13 +112,13 @@ class Layer:
             and len({linear.bias is None for linear in (self.query, self.key, self.value)}) == 1
         )
 
-    def quantised(self) -> Layer:
-        """This layer with weights of eight bits."""
+    def quantised(self, copies: EightBitCopies, name: str) -> Layer:
+        """This layer, the one of that `name`, with weights of eight bits."""
         changes: dict[str, Any] = {}
         for field in fields(self):
             linear = getattr(self, field.name)
-            if isinstance(linear, Linear) and isinstance(linear.weight, Tensor):
-                changes[field.name] = replace(linear, weight=quantised(linear.weight))
+            if isinstance(linear, Linear):
+                changes[field.name] = copies.of(f"{name}.{field.name}", linear)
         return replace(self, **changes)
 
 
@@ -121,14 +149,10 @@ class LlamaBody:
         decoder: Any,
         attention: Attention,
         adapters: Sequence[str] | None = None,
-        is_quantised: bool = False,
+        copies: EightBitCopies | None = None,
     ) -> None:
-        """Take a `decoder` that `fits` with these `adapters`.
-
-        `is_quantised` is for weights of eight bits, which are made once: what becomes of the decoder's own
-        later is not seen.
-        """
-        self.is_quantised = is_quantised
+        """Take a `decoder` that `fits` with these `adapters`, to run by `copies` of its weights if given."""
+        self.copies = copies
         config = decoder.config
         self.adapters = adapters or ()
         self.attention = attention
@@ -147,11 +171,12 @@ class LlamaBody:
 
     def prepare(self, cache: SlotCache) -> None:
         """Find the weights again and make a rotation for every position of `cache`."""
-        if not (self.is_quantised and self.layers):
-            layers = zip(self.decoder.layers, self.kinds, strict=True)
-            self.layers = [_read(layer, kind, self.adapters) for layer, kind in layers]
-            if self.is_quantised:
-                self.layers = [layer.quantised() for layer in self.layers]
+        layers = zip(self.decoder.layers, self.kinds, strict=True)
+        self.layers = [_read(layer, kind, self.adapters) for layer, kind in layers]
+        if self.copies is not None:
+            self.layers = [
+                layer.quantised(self.copies, str(index)) for index, layer in enumerate(self.layers)
+            ]
         self.is_fusable = all(layer.is_fusable for layer in self.layers)
         if self.rotations.shape[0] == cache.capacity:
             return
@@ -282,7 +307,9 @@ def _read(layer: Any, kind: str, adapters: Sequence[str]) -> Layer:
 
 
 def linear_of(module: Any, adapters: Sequence[str]) -> Linear:
-    """`module`, torch's linear layer or one that `is_low_rank`, with what `adapters` add."""
+    """`module`, torch's linear layer or one that `is_low_rank`, with what `adapters` add; or what it is."""
+    if isinstance(module, Linear):
+        return module
     if is_adapter_layer(module):
         return Linear(module.base_layer.weight, module.base_layer.bias, low_ranks(module, adapters))
     return Linear(module.weight, module.bias, [])

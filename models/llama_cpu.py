@@ -13,14 +13,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from numba import prange
 from torch import Tensor, nn
 
-from speculative_eft.kernels import Coefficients, DraftMemory, EarlyStop, NoiseKey, Sampling, Stream
+from speculative_eft.kernels import (
+    Coefficients,
+    DraftMemory,
+    EarlyStop,
+    NoiseKey,
+    QuantisedWeight,
+    Sampling,
+    Stream,
+)
 from speculative_eft.kernels.cpu.compile import (
     CUBE,
     FLAGS,
@@ -40,7 +48,7 @@ from speculative_eft.kernels.cpu.compile import (
     use_threads,
 )
 from speculative_eft.kernels.cpu.drafting import DRAWS, begin_draft, draw, draw_arguments
-from speculative_eft.kernels.cpu.products import dot_products
+from speculative_eft.kernels.cpu.products import dot_products, quantised_products
 
 from .adapters import is_low_rank
 from .llama import Linear, LlamaBody, is_ordinary, is_plain, linear_of
@@ -74,12 +82,12 @@ class CompiledLlama:
         )
 
     def __init__(self, body: LlamaBody, head: Any) -> None:
-        """Take a `body` and a `head` that fit."""
+        """Take a `body` and a `head` that fit, or copies of such with weights of eight bits."""
         self.body = body
         self.head = head
-        self.vocab_size: int = head.out_features
+        self.vocab_size = linear_of(head, body.adapters).weight.shape[0]
         config = body.decoder.config
-        widths = (config.hidden_size, config.intermediate_size, head.out_features)
+        widths = (config.hidden_size, config.intermediate_size, self.vocab_size)
         self._sizes = np.array([body.heads, body.kv_heads, body.dim, *widths])
         windows = [body.windows[kind] for kind in body.kinds]
         self._windows = np.array([0 if window is None else window for window in windows])
@@ -98,13 +106,10 @@ class CompiledLlama:
             linears = (
                 layer.query, layer.key, layer.value, layer.output, layer.gate, layer.up, layer.down,
             )  # fmt: skip
-            parts = [part for linear in linears for part in (cast(Tensor, linear.weight), linear.bias)]
-            row[:] = _addresses(*norms, *parts)
-            self._added.append(_low_ranks(dict(zip(range(_QUERY, _WEIGHTS, 2), linears, strict=True))))
+            row[:] = _addresses(*norms, *(part for linear in linears for part in _parts(linear)))
+            self._added.append(_low_ranks(dict(zip(range(_QUERY, _WEIGHTS, _PARTS), linears, strict=True))))
         decoder, head = body.decoder, linear_of(self.head, body.adapters)
-        self._ends[:] = _addresses(
-            decoder.embed_tokens.weight, decoder.norm.weight, cast(Tensor, head.weight), head.bias
-        )
+        self._ends[:] = _addresses(decoder.embed_tokens.weight, decoder.norm.weight, *_parts(head))
         # Of the first layer are the tables with which the head runs.
         self._added[0] += _low_ranks({_HEAD: head})
         self.use_storage(cache)
@@ -186,23 +191,13 @@ class CompiledLlama:
         early_stop: EarlyStop | None,
         logits: Tensor,
         correction: Tensor,
+        keeps_logits: bool,
     ) -> Callable[[], None]:
-        """A call that drafts from this model: its steps, and `draft_step`'s draws after all but the last.
-
-        Args:
-            start: where the draft begins. Its tokens stand at `cache.lengths`, which move by `drafted + 1`.
-            block: int64 [batch, drafted + 1], written: these tokens and the drafted ones. What lies beyond a
-                sequence's own draft may hold anything.
-            counts: int64 [batch], written: steps of each sequence.
-            coefficients, sampling: of the draft law, in which this is the only tuned model.
-            memory: what the draft law is corrected by.
-            early_stop: ends drafts early.
-            logits: float32 [drafted + 1, batch, vocab_size], written.
-            correction: float32 [batch, drafted, vocabulary], written; [batch, 0, vocabulary] without memory.
-        """
+        """`Runner.bind_draft` over `cache`."""
         draws = draw_arguments(
-            [None, logits, None], coefficients, sampling, noise, stream, memory, early_stop, correction
-        )
+            [None, logits, None], coefficients, sampling, noise, stream, memory, early_stop, correction,
+            keeps_logits,
+        )  # fmt: skip
         return partial(
             _draft, *arrays(start, "last_token", "draft_lens", "done"), block.numpy(), counts.numpy(),
             cache.lengths.numpy(), *self._network, logits.numpy(), use_threads(), *draws,
@@ -216,6 +211,13 @@ def _call_with(kept: object, function: Callable[..., None], *arguments: Any) -> 
 
 def _addresses(*weights: Tensor | None) -> list[int]:
     return [0 if weight is None else weight.data_ptr() for weight in weights]
+
+
+def _parts(linear: Linear) -> tuple[Tensor | None, ...]:
+    """What tables have of a linear layer: its weight, its bias, and the scales of a weight of eight bits."""
+    if isinstance(linear.weight, QuantisedWeight):
+        return linear.weight.numbers, linear.bias, linear.weight.scales
+    return linear.weight, linear.bias, None
 
 
 @dataclass(frozen=True)
@@ -266,12 +268,14 @@ def _network(members: Sequence[CompiledLlama]) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-# Columns of the table of addresses; a bias follows its matrix, and 0 stands for what a layer does not have.
+# Columns of the table of addresses. After a matrix come its bias and the scales of one of eight bits; what a
+# layer does not have is 0.
+_PARTS = 3
 _ATTENTION_NORM, _QUERY_NORM, _KEY_NORM, _MLP_NORM = range(4)
-_QUERY, _KEY, _VALUE, _OUTPUT, _GATE, _UP, _DOWN = range(4, 18, 2)
-_WEIGHTS = 18
+_QUERY, _KEY, _VALUE, _OUTPUT, _GATE, _UP, _DOWN = range(4, 25, _PARTS)
+_WEIGHTS = 25
 _EMBEDDING, _FINAL_NORM, _HEAD = range(3)
-_ENDS = 4
+_ENDS = 5
 
 # Columns of the table of what adapters add: to which product, for which of how many networks, and what.
 _MATRIX_COLUMN, _NETWORK_INDEX, _NETWORKS, _RANK, _UP_ROWS, _DOWN_AT, _UP_AT = range(7)
@@ -344,7 +348,10 @@ def _product(
             for n in range(first, last):
                 out[r, column + n] = bias[n] + (out[r, column + n] if add else FLOAT(0))
         add = True
-    dot_products(inputs, array_at(table[matrix], (size, inputs.shape[1])), first, last, out, column, add)
+    if table[matrix + 2] != 0:
+        quantised_products(inputs, table[matrix], table[matrix + 2], first, last, out, column, add)
+    else:
+        dot_products(inputs, array_at(table[matrix], (size, inputs.shape[1])), first, last, out, column, add)
     for index in range(low_ranks.shape[0]):
         part = low_ranks[index]
         if part[_MATRIX_COLUMN] == matrix:
@@ -625,8 +632,9 @@ def _forward(
     gated = np.empty((rows, inner), FLOAT)
     up = np.empty((rows, inner), FLOAT)
     layers = weights.shape[0]
-    is_ragged = rows < logits.shape[0]
-    packed = np.empty((rows, logits.shape[1]), FLOAT) if is_ragged else logits
+    # One sequence's stand in their places as they are.
+    is_ragged = rows < logits.shape[0] and batch > 1
+    packed = np.empty((rows, logits.shape[1]), FLOAT) if is_ragged else logits[:rows]
     # Without room for logits none are made.
     for step in range(_READ_OUT * layers + (logits.shape[0] > 0)):
         layer, stage = step // _READ_OUT, step % _READ_OUT
@@ -729,24 +737,27 @@ def _draft(
     prior_tested: float,
     beta: Any,
     correction: Any,
+    keeps_logits: bool,
 ) -> None:
-    steps, batch = logits.shape[:2]
+    drafted, batch = block.shape[1] - 1, block.shape[0]
     drawn, takes_part = np.empty(batch, np.int64), np.empty(batch, np.int64)
     longest = begin_draft(last_token, draft_lens, done, block, counts, drawn, takes_part)
     step = 0
-    while step < longest:
+    # The last step is for the token after the draft, of which one that only drafts says nothing.
+    while step < longest - keeps_logits:
         _forward(
             drawn.reshape((batch, 1)), takes_part, lengths, sizes, eps, windows, ends, weights, stores,
             rotation, low_ranks, logits[step], threads,
         )  # fmt: skip
         for sequence in range(batch):
             lengths[sequence] += 1
-        if step < steps - 1:
+        if step < drafted:
             longest = draw(
                 step, block, counts, drawn, takes_part, places, law_weights, temperature, top_k, top_p, min_p,
                 seeds, counters, shared, stream, ratios, remembered, mean, count, may_end, accepted, tested,
                 least, reach, grades, least_chances, fading, prior_accepted, prior_tested, beta, correction,
+                keeps_logits,
             )  # fmt: skip
         step += 1
     for sequence in range(batch):
-        lengths[sequence] += steps - step
+        lengths[sequence] += (0 if keeps_logits else drafted + 1) - step

@@ -108,20 +108,26 @@ class Runner(Protocol):
         early_stop: EarlyStop | None,
         logits: Tensor,
         correction: Tensor,
+        keeps_logits: bool,
     ) -> Callable[[], None] | None:
         """A call that runs the whole loop of a draft from this network alone; None where there is none.
+
+        A step follows each token, the last one too, and `lengths` move by `drafted + 1`. Where the draft
+        `keeps_logits`, for one of `EFTRunners.drafters`, that last step is not made, and `lengths` stay.
 
         Args:
             start: where the draft begins.
             block: int64 [batch, drafted + 1], written: the last committed token and the drafted ones. What
-                lies beyond a sequence's own draft may hold anything. `lengths` move by `drafted + 1`.
+                lies beyond a sequence's own draft may hold anything.
             counts: int64 [batch], written: steps of each sequence, one more than it drafted, 0 where it was
                 done.
             coefficients, sampling: of the draft law, in which this is the only tuned model.
             memory: what the draft law is corrected by.
             early_stop: ends drafts early.
             logits: float32 [drafted + 1, batch, vocab_size], written.
-            correction: float32 [batch, drafted, vocabulary], written; [batch, 0, vocabulary] without memory.
+            correction: float32 [batch, drafted, vocabulary], written: what the logits of each token were
+                corrected by, or, where it `keeps_logits`, all of them; else without memory
+                [batch, 0, vocabulary].
         """
 
     def prefill(
@@ -155,15 +161,15 @@ class EFTRunners:
     """A runner for each model, every one with a cache of its own.
 
     Attributes:
-        drafters: what drafts in the place of the tuned models and, where it drafts along, the small base:
-            for each a function like `Runner.forward`, over that runner's cache. Without any they draft
-            themselves.
+        drafters: what drafts in the place of the tuned models and, where it drafts along, the small base: for
+            each a network over that runner's cache, which is not reserved or filled itself. Without any they
+            draft themselves.
     """
 
     large: Runner
     tuned: list[Runner]
     base: Runner
-    drafters: list[Callable[[Tensor, int], Tensor]] = field(default_factory=list)
+    drafters: list[Runner] = field(default_factory=list)
 
 
 def steps_together(runners: EFTRunners, batch: int) -> bool:

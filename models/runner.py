@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -17,10 +19,8 @@ from speculative_eft.kernels import (
     NoiseKey,
     Sampling,
     Stream,
-    Weight,
     backend,
     projections,
-    quantised,
 )
 
 from .adapters import AdapterSwitch, is_adapter_layer, is_low_rank
@@ -28,7 +28,7 @@ from .attention import Attention, choose_attention
 from .bodies import Block, Body, FalconAlibiBody, TransformersBody
 from .configs import TESTED_FAMILIES, position_limit, text_config
 from .describe import cache_bytes_per_token, vocabulary_rows
-from .llama import LlamaBody, is_ordinary, is_plain
+from .llama import EightBitCopies, LlamaBody, is_ordinary, is_plain, linear_of
 from .placement import home_device
 from .protocol import DraftStart, Runner
 from .slot_cache import SlotCache, round_up
@@ -38,6 +38,13 @@ if TYPE_CHECKING:
 
 _ROWS_OF_A_SEQUENCE = 8
 """Rows above which those of one sequence are taken to be few of the most that it might have."""
+
+
+@dataclass
+class _Storage:
+    """Where a network's keys and values are, which copies of it share."""
+
+    cache: SlotCache
 
 
 class ModelRunner:
@@ -90,11 +97,17 @@ class ModelRunner:
         logits_change = self._scale != 1.0 or self._softcap is not None
         plain = self.attention == "sdpa" and not logits_change
         self._compiled = _compile_for_cpu(self._body, self._head) if plain else None
-        self._quantised: tuple[LlamaBody, Weight] | None = None
-        self.cache = SlotCache(0, 0, self.device, self.attention)
+        self._quantised: ModelRunner | None = None
+        self._copies = EightBitCopies()
+        self._storage = _Storage(SlotCache(0, 0, self.device, self.attention))
         self.reservations = 0
         if config.model_type not in TESTED_FAMILIES:
             self._compare_with_model()
+
+    @property
+    def cache(self) -> SlotCache:
+        """Keys and values, in another place after a `reserve` that needed more room."""
+        return self._storage.cache
 
     @property
     def cache_bytes_per_token(self) -> int:
@@ -116,16 +129,20 @@ class ModelRunner:
         self.reservations += 1
         if keep:
             if not self.cache.holds(batch, length):
-                self.cache = self.cache.grown(batch, length)
+                self._storage.cache = self.cache.grown(batch, length)
         else:
             if not self.cache.holds(batch, length):
-                self.cache = SlotCache(batch, length, self.device, self.attention)
+                self._storage.cache = SlotCache(batch, length, self.device, self.attention)
             self.cache.restart(batch)
+        self._prepare()
+        if self._quantised is not None:
+            self._copies.of("head", linear_of(self._head, ()))
+            self._quantised._prepare()
+
+    def _prepare(self) -> None:
         self._body.prepare(self.cache)
         if self._compiled is not None:
             self._compiled.prepare(self.cache)
-        if self._quantised is not None:
-            self._quantised[0].prepare(self.cache)
 
     def use(self, batch: int) -> None:
         """Go on with the first `batch` sequences alone; the caches of the others stay as they are."""
@@ -147,7 +164,7 @@ class ModelRunner:
             self._take(whole)
 
     def _take(self, cache: SlotCache) -> None:
-        self.cache = cache
+        self._storage.cache = cache
         if self._compiled is not None:
             self._compiled.use_storage(cache)
 
@@ -166,8 +183,13 @@ class ModelRunner:
         return self._compiled if self._compiled is not None and rows <= self._compiled.most_rows else None
 
     @property
+    def is_compiled(self) -> bool:
+        """Whether passes of few rows run compiled for a CPU."""
+        return self._compiled is not None
+
+    @property
     def can_quantise(self) -> bool:
-        """Whether there is a `quantised_forward`: for Llama-like models without adapters."""
+        """Whether there is a `quantised`: for Llama-like models without adapters."""
         body, head = self._body, self._head
         return (
             isinstance(body, LlamaBody)
@@ -179,34 +201,33 @@ class ModelRunner:
 
     @property
     def bytes_to_quantise(self) -> int:
-        """Memory that `quantise` will take."""
+        """Memory that `quantised` will take."""
         if self._quantised is not None:
             return 0
         return sum(weight.numel() for weight in self.model.parameters() if weight.ndim == 2)
 
     @torch.inference_mode()
-    def quantise(self) -> None:
-        """Copy the weights in eight bits for `quantised_forward`; later changes to them are not seen."""
+    def quantised(self) -> ModelRunner:
+        """This network by weights of eight bits, over this runner's cache, which alone is to be reserved.
+
+        They are copied in the first call, and anew by a `reserve` that finds the model's own changed.
+        """
         if self._quantised is None:
             body = self._body
             assert isinstance(body, LlamaBody)
-            copied = LlamaBody(body.decoder, self.attention, body.adapters, is_quantised=True)
-            copied.prepare(self.cache)
-            self._quantised = copied, quantised(self._head.weight)
-
-    @torch.inference_mode()
-    def quantised_forward(self, tokens: Tensor, span: int) -> Tensor:
-        """`forward` by the weights of `quantise`, over the same cache."""
-        assert self._quantised is not None
-        body, head = self._quantised
-        hidden = self._run(tokens, span, body)
-        (logits,) = projections(hidden.flatten(0, 1), [head], [self._head.bias])
-        return self._finished(logits.view(*tokens.shape, -1))
+            other = copy.copy(self)
+            other._body = LlamaBody(body.decoder, self.attention, body.adapters, self._copies)
+            other._head = self._copies.of("head", linear_of(self._head, ()))
+            if self._compiled is not None:
+                other._compiled = type(self._compiled)(other._body, other._head)
+            other._prepare()
+            self._quantised = other
+        return self._quantised
 
     @torch.inference_mode()
     def _forward(self, tokens: Tensor, span: int) -> Tensor:
         with self._adapted():
-            return self._finished(self._project(self._run(tokens, span, self._body)))
+            return self._finished(self._project(self._run(tokens, span)))
 
     def _finished(self, logits: Tensor) -> Tensor:
         """The logits after what some models do to the head's."""
@@ -226,7 +247,7 @@ class ModelRunner:
     @property
     def ends_drafts(self) -> bool:
         """`Runner.ends_drafts`: where compiled steps can run."""
-        return self._compiled is not None and backend(self.device) == "numba"
+        return self.is_compiled and backend(self.device) == "numba"
 
     def bind(self, block: Tensor, counts: Tensor, logits: Tensor) -> Callable[[], None] | None:
         """`Runner.bind`: where a compiled pass can run `block`."""
@@ -265,13 +286,14 @@ class ModelRunner:
         early_stop: EarlyStop | None,
         logits: Tensor,
         correction: Tensor,
+        keeps_logits: bool,
     ) -> Callable[[], None] | None:
         """`Runner.bind_draft`: where compiled steps can run."""
         if self._compiled is None:
             return None
         return self._compiled.bind_draft(
             start, block, counts, self.cache, coefficients, sampling, noise, stream, memory, early_stop,
-            logits, correction,
+            logits, correction, keeps_logits,
         )  # fmt: skip
 
     @torch.inference_mode()
@@ -301,18 +323,18 @@ class ModelRunner:
                 compiled.fill(part, self.cache)
             else:
                 with self._adapted():
-                    self._run(part, first + start + part.shape[1], self._body)
+                    self._run(part, first + start + part.shape[1])
             self.lengths.add_(part.shape[1])
         self.lengths.copy_(prompt_lengths)
 
-    def _run(self, tokens: Tensor, span: int, body: Body) -> Tensor:
+    def _run(self, tokens: Tensor, span: int) -> Tensor:
         cache = self.cache
         span = min(round_up(span), cache.capacity)
         steps = cache.positions[: tokens.shape[1]]
         positions = cache.lengths.unsqueeze(1).add(steps).clamp_(max=cache.capacity - 1)
         cache.begin(positions, span)
         # Fused layers rely on launches that do not overlap, such as these, after lengths have changed.
-        return body(Block(tokens, positions, cache.positions[:span]), cache)
+        return self._body(Block(tokens, positions, cache.positions[:span]), cache)
 
     @torch.inference_mode()
     def _compare_with_model(self) -> None:
@@ -336,7 +358,7 @@ class ModelRunner:
                 f"{name} cannot be run with one length for each sequence: its logits would not be its own; "
                 f"give a model of a tested family ({', '.join(sorted(TESTED_FAMILIES))})."
             ) from failure
-        self.cache = SlotCache(0, 0, self.device, self.attention)
+        self._storage.cache = SlotCache(0, 0, self.device, self.attention)
 
 
 def _choose_body(model: PreTrainedModel, attention: Attention, adapters: Sequence[str] | None) -> Body:

@@ -203,8 +203,8 @@ def generate(
     acceptance: AcceptanceRule = "block",
     draft: Annotated[Draft, choice(Draft, "Small models that draft.", DRAFTING)] = "auto",
     draft_weights: Annotated[
-        DraftWeights, choice(DraftWeights, "Weights they draft by; int8 copies them, for GPUs.", DRAFTING)
-    ] = "own",
+        DraftWeights, choice(DraftWeights, "Weights they draft by; int8 copies them.", DRAFTING)
+    ] = "auto",
     draft_temperature: Annotated[
         float | None,
         option("Other than --temperature.", "X", DRAFTING, callback=between(0, math.inf, without_low=True)),

@@ -118,7 +118,7 @@ def new_file(path: Path | None) -> Path | None:
 
 Acceptance = Literal["block", "token", "shared_seed"]
 Draft = Literal["auto", "tuned", "pair"]
-DraftWeights = Literal["own", "int8"]
+DraftWeights = Literal["auto", "own", "int8"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 MODELS, LAW, DRAFTING, SAMPLING, OUTPUT = "Models", "Target law", "Drafting", "Sampling", "Output"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from copy import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,17 +85,18 @@ class TableRunner:
         self.lengths.copy_(prompt_lengths)
 
 
-def drafter_of(runner: TableRunner, seed: int) -> Callable[[Tensor, int], Tensor]:
+class TableDrafter(TableRunner):
     """What drafts in a runner's place, over its cache, by a table that resembles its own."""
-    noise = torch.randn(runner.table.shape, generator=torch.Generator().manual_seed(seed))
-    other = copy(runner)
-    other.table = runner.table + 0.5 * noise.to(runner.device)
 
-    def forward(tokens: Tensor, span: int) -> Tensor:
-        other.tokens, other.lengths = runner.tokens, runner.lengths
-        return other.forward(tokens, span)
+    def __init__(self, runner: TableRunner, seed: int) -> None:
+        vars(self).update(vars(runner))
+        self.own = runner
+        noise = torch.randn(runner.table.shape, generator=torch.Generator().manual_seed(seed))
+        self.table = runner.table + 0.5 * noise.to(runner.device)
 
-    return forward
+    def forward(self, tokens: Tensor, span: int) -> Tensor:
+        self.tokens, self.lengths = self.own.tokens, self.own.lengths
+        return super().forward(tokens, span)
 
 
 @dataclass(frozen=True)

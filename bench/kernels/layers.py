@@ -80,8 +80,7 @@ def _compare(script: Script, shape: Shape, model: PreTrainedModel, batch: int, c
             forward = partial(runner.forward, block, context + rows)
             script.measure(name, forward, labels, cold=True, bytes_moved=moved)
         if shape.drafts and rows == 1:
-            ours.quantise()
-            forward = partial(ours.quantised_forward, block, context + rows)
+            forward = partial(ours.quantised().forward, block, context + rows)
             moved = round(step_bytes(model, 1).of(batch * context))
             script.measure(script.ours, forward, labels | {"weights": "int8"}, cold=True, bytes_moved=moved)
 

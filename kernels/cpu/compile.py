@@ -16,7 +16,7 @@ from torch import Tensor
 
 __all__ = [
     "CUBE", "FLAGS", "FLOAT", "MATRIX", "TABLE", "TABLES", "VECTOR", "WORDS", "argmax", "array_at", "arrays",
-    "bits_of_float", "compiled", "entry", "exp", "in_parallel", "integers_at", "largest", "log",
+    "bits_of_float", "bytes_at", "compiled", "entry", "exp", "in_parallel", "integers_at", "largest", "log",
     "logits_table", "stay_a_function", "strictly_compiled", "use_threads",
 ]  # fmt: skip
 
@@ -132,20 +132,18 @@ def use_threads() -> int:
     return int(threads)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _float_pointer(typing_context: Any, address: Any) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+def _pointer_to(kind: Any) -> Any:
+    @intrinsic  # type: ignore[untyped-decorator]
+    def pointer(typing_context: Any, address: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
-    return types.CPointer(types.float32)(types.int64), codegen
+        return types.CPointer(kind)(types.int64), codegen
+
+    return pointer
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _integer_pointer(typing_context: Any, address: Any) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(types.int64)(types.int64), codegen
+_float_pointer, _integer_pointer, _byte_pointer = map(_pointer_to, (types.float32, types.int64, types.int8))
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -180,6 +178,12 @@ def bits_of_float(typing_context: Any, value: Any) -> Any:
 def array_at(address: int, shape: Any) -> Any:
     """The float32 array of `shape` that begins at `address`."""
     return numba.carray(_float_pointer(address), shape)
+
+
+@numba.njit(cache=True, **_INTERNAL)  # type: ignore[untyped-decorator]
+def bytes_at(address: int, shape: Any) -> Any:
+    """The int8 array of `shape` that begins at `address`."""
+    return numba.carray(_byte_pointer(address), shape)
 
 
 @numba.njit(cache=True, **_INTERNAL)  # type: ignore[untyped-decorator]

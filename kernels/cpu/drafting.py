@@ -40,7 +40,7 @@ __all__ = ["DRAWS", "begin_draft", "draw", "draw_arguments"]
 
 DRAWS = (
     f"{TABLES}, {MATRIX}, {SAMPLING}, {TABLE}, {TABLE}, boolean, int64, {MEMORY}, boolean, {EARLY_STOP}, "
-    f"{VECTOR}, {CUBE}"
+    f"{VECTOR}, {CUBE}, boolean"
 )
 """Types of `draw_arguments`."""
 
@@ -54,25 +54,27 @@ def draw_arguments(
     memory: DraftMemory | None,
     early_stop: EarlyStop | None,
     correction: Tensor,
+    keeps_logits: bool,
 ) -> tuple[Any, ...]:
     """What `draw` needs to know of a draft.
 
     Args:
         logits: of the large base, the tuned models and the small base, contiguous float32
             [drafted + 1, batch, >= vocabulary]; None for those whose weight in the draft law is 0.
-        correction: float32 [batch, drafted, vocabulary], written; [batch, 0, vocabulary] without memory.
+        correction: float32 [batch, drafted, vocabulary], written: what each token's logits were corrected by,
+            or, where it `keeps_logits`, all of them; else without memory [batch, 0, vocabulary].
     """
     places = [
         (0, 0, 0) if part is None else (part.data_ptr(), part.stride(1), part.stride(0)) for part in logits
     ]
-    if correction.shape[1]:
+    if memory is not None:
         places.append((correction.data_ptr(), correction.stride(0), correction.stride(1)))
     shared = stream is Stream.SHARED
     return (
         np.array(places), *arrays(coefficients, "draft_weights"), *sampling_arrays(sampling),
         *arrays(noise, "seeds", "positions" if shared else "rounds"), shared, int(stream),
         *memory_arrays(memory), early_stop is not None, *early_stop_arrays(early_stop),
-        *arrays(coefficients, "beta"), correction.numpy(),
+        *arrays(coefficients, "beta"), correction.numpy(), keeps_logits,
     )  # fmt: skip
 
 
@@ -95,8 +97,8 @@ def begin_draft(
 
 
 _SHARES = (
-    f"{TABLES}, {MATRIX}, {SAMPLING}, {TABLE}, {TABLE}, int64, int64, {MEMORY}, {VECTOR}, {CUBE}, int64, "
-    f"{TABLE}, {TABLE}, {VECTOR}"
+    f"{TABLES}, {MATRIX}, {SAMPLING}, {TABLE}, {TABLE}, int64, int64, {MEMORY}, {VECTOR}, {CUBE}, boolean, "
+    f"int64, {TABLE}, {TABLE}, {VECTOR}"
 )
 
 
@@ -118,6 +120,7 @@ def _draw_share(
     count: Any,
     beta: Any,
     correction: Any,
+    keeps_logits: bool,
     step: int,
     takes_part: Any,
     drawn: Any,
@@ -126,14 +129,12 @@ def _draw_share(
 ) -> None:
     """What is remembered of one sequence's last token, if anything, and its draw."""
     stay_a_function()
-    if takes_part[sequence] and correction.shape[1]:
-        recall(
-            ratios, remembered, mean, count, sequence, drawn[sequence], beta[sequence],
-            correction[sequence, step],
-        )  # fmt: skip
+    own = correction[sequence, step]
+    if takes_part[sequence] and ratios.shape[0]:
+        recall(ratios, remembered, mean, count, sequence, drawn[sequence], beta[sequence], own)
     draft_share(
         table, law_weights, temperature, top_k, top_p, min_p, seeds, counter, row, stream,
-        correction.shape[2], takes_part, drawn, chances, sequence,
+        correction.shape[2], takes_part, drawn, chances, own if keeps_logits else own[:0], sequence,
     )  # fmt: skip
 
 
@@ -155,6 +156,7 @@ def _draw_together(
     count: Any,
     beta: Any,
     correction: Any,
+    keeps_logits: bool,
     step: int,
     takes_part: Any,
     drawn: Any,
@@ -163,7 +165,8 @@ def _draw_together(
     for share in prange(drawn.shape[0]):
         _draw_share(
             table, law_weights, temperature, top_k, top_p, min_p, seeds, counter, row, stream, ratios,
-            remembered, mean, count, beta, correction, step, takes_part, drawn, chances, np.int64(share),
+            remembered, mean, count, beta, correction, keeps_logits, step, takes_part, drawn, chances,
+            np.int64(share),
         )  # fmt: skip
 
 
@@ -200,6 +203,7 @@ def draw(
     prior_tested: float,
     beta: Any,
     correction: Any,
+    keeps_logits: bool,
 ) -> int:
     """The tokens that follow `step`, for all but its last; how many steps the longest draft takes now."""
     batch = drawn.shape[0]
@@ -215,12 +219,12 @@ def draw(
     if batch > 1:
         _draw_together(
             table, law_weights, temperature, top_k, top_p, min_p, seeds, counter, row, stream, ratios,
-            remembered, mean, count, beta, correction, step, takes_part, drawn, chances,
+            remembered, mean, count, beta, correction, keeps_logits, step, takes_part, drawn, chances,
         )  # fmt: skip
     else:
         _draw_share(
             table, law_weights, temperature, top_k, top_p, min_p, seeds, counter, row, stream, ratios,
-            remembered, mean, count, beta, correction, step, takes_part, drawn, chances, 0,
+            remembered, mean, count, beta, correction, keeps_logits, step, takes_part, drawn, chances, 0,
         )  # fmt: skip
     longest = 0
     for sequence in range(batch):

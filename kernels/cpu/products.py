@@ -1,4 +1,4 @@
-"""Products of a few rows with a matrix, which take the time that reading the matrix takes."""
+"""Products of a few rows with a matrix, of floats or of bytes, which take the time that reading it takes."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ from llvmlite import binding, ir
 from numba import types
 from numba.extending import intrinsic
 
-from .compile import FLOAT, MATRIX, compiled, stay_a_function
+from .compile import FLOAT, MATRIX, array_at, bytes_at, compiled, stay_a_function
 
-__all__ = ["dot_products"]
+__all__ = ["dot_products", "quantised_products"]
 
 _FEATURES = binding.get_host_cpu_features()
 _LANES = 16 if _FEATURES.get("avx512f") else 8 if _FEATURES.get("avx2") else 4
 _MOST_ROWS = 3 if _LANES == 8 else 6
 """Rows of a tile whose sums, with the weights, fit in the registers: AVX2 has half as many as the others."""
 
-_LINE = 16
-"""Floats that a processor reads together."""
+_LINE, _LINE_OF_BYTES = 16, 64
+"""Floats and bytes that a processor reads together."""
+
+_MOST_ROWS_BY_BYTES = 3
+"""Rows of a tile with weights of eight bits, which are written out for each tile: drafts have one row."""
 
 _STREAMS = 4
 _AHEAD = 4096
@@ -27,8 +30,8 @@ _AHEAD = 4096
 waits at each for memory while no sum is added to."""
 
 
-def _sums(rows: int) -> Callable[..., None]:
-    """What adds up `rows` rows of inputs with four rows of weights at a time.
+def _sums(rows: int, is_quantised: bool = False) -> Callable[..., None]:
+    """What adds up `rows` rows of inputs with four rows of weights at a time, of float32 or of int8.
 
     It is written in LLVM's terms: Numba takes no loop in vectors that asks for memory ahead, and in those it
     does take, a row alone may be added up in another order than beside others, so that a sequence would
@@ -44,17 +47,19 @@ def _sums(rows: int) -> Callable[..., None]:
         weight_step: Any,
         size: Any,
         ahead: Any,
+        scales: Any,
         out: Any,
         out_row: Any,
         out_step: Any,
         add: Any,
     ) -> Any:
-        return types.void(*[types.int64] * 9, types.boolean), codegen
+        return types.void(*[types.int64] * 10, types.boolean), codegen
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        inputs, input_step, weights, weight_step, size, ahead, out, out_row, out_step, add = arguments
+        inputs, input_step, weights, weight_step, size, ahead, scales, out, out_row, out_step, add = arguments
         real, whole = ir.FloatType(), ir.IntType(64)
         vector = ir.VectorType(real, _LANES)
+        line, width = (_LINE_OF_BYTES, 1) if is_quantised else (_LINE, 4)
 
         def constant(value: int) -> Any:
             return ir.Constant(whole, value)
@@ -72,12 +77,18 @@ def _sums(rows: int) -> Callable[..., None]:
         weights_at = [builder.add(weights, builder.mul(constant(c), weight_step)) for c in range(_STREAMS)]
         places = [(r, c) for r in range(rows) for c in range(_STREAMS)]
 
-        def load(address: Any) -> Any:
-            return builder.load(builder.inttoptr(address, vector.as_pointer()), align=4)
+        def load(address: Any, kind: Any = vector, align: int = 4) -> Any:
+            return builder.load(builder.inttoptr(address, kind.as_pointer()), align=align)
+
+        def load_weights(address: Any) -> Any:
+            if not is_quantised:
+                return load(address)
+            numbers = load(address, ir.VectorType(ir.IntType(8), _LANES), align=1)
+            return builder.sitofp(builder.sext(numbers, ir.VectorType(ir.IntType(32), _LANES)), vector)
 
         before = builder.block
         loop, after = builder.append_basic_block("lines"), builder.append_basic_block("sums")
-        whole_lines = builder.and_(size, constant(-_LINE))
+        whole_lines = builder.and_(size, constant(-line))
         builder.cbranch(builder.icmp_signed(">", whole_lines, constant(0)), loop, after)
 
         builder.position_at_end(loop)
@@ -88,22 +99,36 @@ def _sums(rows: int) -> Callable[..., None]:
         for phi in running.values():
             phi.add_incoming(zeros, before)
         values: dict[tuple[int, int], Any] = dict(running)
-        offset = builder.mul(k, constant(4))
+        weight_offset, input_offset = builder.mul(k, constant(width)), builder.mul(k, constant(4))
         for address in weights_at:
-            wanted = builder.inttoptr(builder.add(builder.add(address, offset), ahead), byte)
+            wanted = builder.inttoptr(builder.add(builder.add(address, weight_offset), ahead), byte)
             # To be read, into the second of the caches: into the first there is room for few at a time.
             builder.call(prefetch, [wanted, flag(0), flag(2), flag(1)])
-        for part in range(_LINE // _LANES):
-            own = builder.add(offset, constant(4 * _LANES * part))
+        for part in range(line // _LANES):
+            first = _LANES * part
+            at_weights = builder.add(weight_offset, constant(width * first))
+            at_inputs = builder.add(input_offset, constant(4 * first))
+
+            def row(r: int, own: Any = at_inputs) -> Any:
+                return load(builder.add(rows_at[r], own))
+
+            def stream(c: int, own: Any = at_weights) -> Any:
+                return load_weights(builder.add(weights_at[c], own))
+
             # The fewer stay in registers while the others pass, or there are too few registers for the sums.
-            streamed, held = (weights_at, rows_at) if rows <= _STREAMS else (rows_at, weights_at)
-            kept = [load(builder.add(address, own)) for address in held]
-            for s, address in enumerate(streamed):
-                passing = load(builder.add(address, own))
-                for h, other in enumerate(kept):
-                    place = (h, s) if rows <= _STREAMS else (s, h)
-                    values[place] = builder.call(fused, [other, passing, values[place]])
-        following = builder.add(k, constant(_LINE))
+            if rows <= _STREAMS:
+                held_rows = [row(r) for r in range(rows)]
+                for c in range(_STREAMS):
+                    passing = stream(c)
+                    for r, held in enumerate(held_rows):
+                        values[r, c] = builder.call(fused, [held, passing, values[r, c]])
+            else:
+                held_streams = [stream(c) for c in range(_STREAMS)]
+                for r in range(rows):
+                    passing = row(r)
+                    for c, held in enumerate(held_streams):
+                        values[r, c] = builder.call(fused, [held, passing, values[r, c]])
+        following = builder.add(k, constant(line))
         k.add_incoming(following, loop)
         for place, phi in running.items():
             phi.add_incoming(values[place], loop)
@@ -119,6 +144,9 @@ def _sums(rows: int) -> Callable[..., None]:
             at = builder.add(builder.mul(constant(r), out_row), builder.mul(constant(c), out_step))
             place = builder.inttoptr(builder.add(out, at), real.as_pointer())
             result = builder.call(total, [ir.Constant(real, -0.0), values[r, c]], fastmath=("reassoc",))
+            if is_quantised:
+                scale_at = builder.add(scales, builder.mul(constant(c), out_step))
+                result = builder.fmul(result, load(scale_at, real))
             there = builder.select(add, builder.load(place), ir.Constant(real, 0.0))
             builder.store(builder.fadd(result, there), place)
         return context.get_dummy_value()
@@ -128,6 +156,7 @@ def _sums(rows: int) -> Callable[..., None]:
 
 
 _sums_1, _sums_2, _sums_3, _sums_4, _sums_5, _sums_6 = map(_sums, range(1, 7))
+_byte_sums_1, _byte_sums_2, _byte_sums_3 = (_sums(rows, is_quantised=True) for rows in range(1, 4))
 
 
 @compiled(f"void({MATRIX}, {MATRIX}, int64, int64, {MATRIX}, int64, boolean)")
@@ -150,17 +179,17 @@ def dot_products(inputs: Any, weights: Any, first: int, last: int, out: Any, col
             x = inputs.ctypes.data + r * row_bytes
             y = out.ctypes.data + r * out_bytes + 4 * (column + n)
             if taken == 1:
-                _sums_1(x, row_bytes, at, step, size, ahead, y, out_bytes, 4 * quarter, add)
+                _sums_1(x, row_bytes, at, step, size, ahead, 0, y, out_bytes, 4 * quarter, add)
             elif taken == 2:
-                _sums_2(x, row_bytes, at, step, size, ahead, y, out_bytes, 4 * quarter, add)
+                _sums_2(x, row_bytes, at, step, size, ahead, 0, y, out_bytes, 4 * quarter, add)
             elif taken == 3:
-                _sums_3(x, row_bytes, at, step, size, ahead, y, out_bytes, 4 * quarter, add)
+                _sums_3(x, row_bytes, at, step, size, ahead, 0, y, out_bytes, 4 * quarter, add)
             elif taken == 4:
-                _sums_4(x, row_bytes, at, step, size, ahead, y, out_bytes, 4 * quarter, add)
+                _sums_4(x, row_bytes, at, step, size, ahead, 0, y, out_bytes, 4 * quarter, add)
             elif taken == 5:
-                _sums_5(x, row_bytes, at, step, size, ahead, y, out_bytes, 4 * quarter, add)
+                _sums_5(x, row_bytes, at, step, size, ahead, 0, y, out_bytes, 4 * quarter, add)
             else:
-                _sums_6(x, row_bytes, at, step, size, ahead, y, out_bytes, 4 * quarter, add)
+                _sums_6(x, row_bytes, at, step, size, ahead, 0, y, out_bytes, 4 * quarter, add)
             r, ahead = r + taken, 0
     for n in range(first, last):
         w = weights[n]
@@ -173,3 +202,41 @@ def dot_products(inputs: Any, weights: Any, first: int, last: int, out: Any, col
                 for k in range(begin, size):
                     total += x_row[k] * w[k]
                 out[r, column + n] = total + (out[r, column + n] if add or begin > 0 else FLOAT(0))
+
+
+@compiled(f"void({MATRIX}, int64, int64, int64, int64, {MATRIX}, int64, boolean)")
+def quantised_products(
+    inputs: Any, numbers: int, scales: int, first: int, last: int, out: Any, column: int, add: bool
+) -> None:
+    """`dot_products` with weights scales[n] * numbers[n], whose int8 and float32 stand at these addresses."""
+    stay_a_function()
+    rows, size = inputs.shape
+    quarter = (last - first) // _STREAMS
+    row_bytes, out_bytes = 4 * size, 4 * out.shape[1]
+    tiles = (rows + _MOST_ROWS_BY_BYTES - 1) // _MOST_ROWS_BY_BYTES
+    for n in range(first, first + quarter):
+        r, ahead = 0, _AHEAD
+        at, step, scale = numbers + n * size, quarter * size, scales + 4 * n
+        for tile in range(tiles):
+            taken = (rows - r + tiles - tile - 1) // (tiles - tile)
+            x = inputs.ctypes.data + r * row_bytes
+            y = out.ctypes.data + r * out_bytes + 4 * (column + n)
+            if taken == 1:
+                _byte_sums_1(x, row_bytes, at, step, size, ahead, scale, y, out_bytes, 4 * quarter, add)
+            elif taken == 2:
+                _byte_sums_2(x, row_bytes, at, step, size, ahead, scale, y, out_bytes, 4 * quarter, add)
+            else:
+                _byte_sums_3(x, row_bytes, at, step, size, ahead, scale, y, out_bytes, 4 * quarter, add)
+            r, ahead = r + taken, 0
+    all_scales = array_at(scales, (last,))
+    for n in range(first, last):
+        begin = size // _LINE_OF_BYTES * _LINE_OF_BYTES if n < first + _STREAMS * quarter else 0
+        if begin < size:
+            w = bytes_at(numbers + n * size, (size,))
+            for r in range(rows):
+                x_row = inputs[r]
+                total = FLOAT(0)
+                for k in range(begin, size):
+                    total += x_row[k] * FLOAT(w[k])
+                there = out[r, column + n] if add or begin > 0 else FLOAT(0)
+                out[r, column + n] = total * all_scales[n] + there

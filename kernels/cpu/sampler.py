@@ -247,7 +247,7 @@ def _mix_conservatively(
 
 @compiled(
     f"void({TABLES}, {MATRIX}, {SAMPLING}, {TABLE}, {TABLE}, int64, int64, int64, {TABLE}, {TABLE}, "
-    f"{VECTOR}, int64)"
+    f"{VECTOR}, {VECTOR}, int64)"
 )
 def draft_share(
     table: Any,
@@ -264,13 +264,17 @@ def draft_share(
     takes_part: Any,
     tokens: Any,
     chances: Any,
+    kept: Any,
     sequence: int,
 ) -> None:
+    """One sequence's draw, and, where there is room for them, the logits that it was drawn from in `kept`."""
     stay_a_function()
     if takes_part[sequence] == 0:
         return
     values = np.empty(vocab_size, FLOAT)
     _mix(table, weights[sequence], sequence, 0, values)
+    for token in range(kept.shape[0]):
+        kept[token] = values[token]
     scale = temperature[sequence]
     filtered = is_filtered(temperature, top_k, top_p, min_p, sequence, vocab_size)
     law = np.empty(vocab_size if filtered or chances.shape[0] > 0 else 0, FLOAT)
@@ -310,7 +314,7 @@ def _draft_together(
     for share in prange(tokens.shape[0]):
         draft_share(
             table, weights, temperature, top_k, top_p, min_p, seeds, counters, row, stream, vocab_size,
-            takes_part, tokens, chances, np.int64(share),
+            takes_part, tokens, chances, chances[:0], np.int64(share),
         )  # fmt: skip
 
 
@@ -347,7 +351,7 @@ def draft_rows(
     else:
         draft_share(
             table, weights, temperature, top_k, top_p, min_p, seeds, counters, row, stream, vocab_size,
-            takes_part, tokens, chances, 0,
+            takes_part, tokens, chances, chances[:0], 0,
         )  # fmt: skip
 
 
@@ -429,7 +433,7 @@ def _row_laws(
 
 @in_parallel(
     f"void({TABLES}, {MATRIX}, {MATRIX}, {CONSERVATIVE}, {TABLES}, {TABLE}, {SAMPLING}, {SAMPLING}, "
-    f"{TABLE}, {TABLE}, int64, int64, {CUBE}, {CUBE}, {CUBE}, {MATRIX}, {MATRIX}, {TABLES})"
+    f"{TABLE}, {TABLE}, int64, int64, {CUBE}, {CUBE}, {CUBE}, {MATRIX}, {MATRIX}, {TABLES}, {TABLE})"
 )
 def _laws(
     table: Any,
@@ -458,9 +462,10 @@ def _laws(
     shifts: Any,
     log_ratio: Any,
     winners: Any,
+    wanted: Any,
 ) -> None:
-    for share in prange(log_target.shape[0] * log_target.shape[1]):
-        sequence, row = divmod(np.int64(share), log_target.shape[1])
+    for share in prange(wanted.shape[0]):
+        sequence, row = divmod(wanted[np.int64(share)], log_target.shape[1])
         _row_laws(
             table, target_weights, draft_weights, conservative, plain_weights, delta_weights, draft_tokens,
             counts, temperature, top_k, top_p, min_p, draft_temperature, draft_top_k, draft_top_p,
@@ -775,10 +780,17 @@ def verify_rows(
     batch, rows = log_target.shape[:2]
     shifts, log_ratio = np.empty((batch, rows), FLOAT), np.empty((batch, rows), FLOAT)
     winners = np.empty((batch, rows), np.int64)
+    # Threads get equal parts of a loop in order: of all rows some would get none that is not passed over.
+    wanted, number = np.empty(batch * rows, np.int64), 0
+    for sequence in range(batch):
+        for row in range(counts[sequence]):
+            wanted[number] = sequence * rows + row
+            number += 1
     _laws(
         table, target_weights, draft_weights, conservative, plain_weights, delta_weights, draft_tokens,
         counts, temperature, top_k, top_p, min_p, draft_temperature, draft_top_k, draft_top_p, draft_min_p,
         seeds, positions, shared_stream, rule, log_target, target, draft, shifts, log_ratio, winners,
+        wanted[:number],
     )  # fmt: skip
     _decide(
         draft_tokens, counts, temperature, seeds, counters, accept_stream, residual_stream, rule, log_target,

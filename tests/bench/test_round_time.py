@@ -30,7 +30,7 @@ def test_the_parts_of_a_round(batch: int, tmp_path: Path) -> None:
     # The passes that are made once more change nothing.
     gains = []
     for seed, prompt in enumerate(prompts, 1):
-        output = EFTDecoder(models, EFTConfig(draft_tokens=2)).generate(
+        output = EFTDecoder(models, EFTConfig(draft_tokens=2, expected_batch=batch)).generate(
             prompt.input_ids, prompt.attention_mask, max_new_tokens=12, do_sample=True, top_k=0,
             eos_token_id=[], seed=seed, return_dict_in_generate=True,
         )  # fmt: skip

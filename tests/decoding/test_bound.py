@@ -51,16 +51,22 @@ def mixed_trio() -> EFTModels:
 )
 @pytest.mark.parametrize("draft_tokens", [3, "auto"])
 @pytest.mark.parametrize("remembered", [0, 8])
+@pytest.mark.parametrize("draft_weights", ["own", "int8"])
 def test_bound_rounds_equal_plain_ones(
     trio: Any,
     acceptance: Any,
     options: dict[str, Any],
     draft_tokens: Any,
     remembered: int,
+    draft_weights: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = EFTConfig(
-        acceptance=acceptance, draft_tokens=draft_tokens, cost_ratio=0.3, remembered=remembered
+        acceptance=acceptance,
+        draft_tokens=draft_tokens,
+        cost_ratio=0.3,
+        remembered=remembered,
+        draft_weights=draft_weights,
     )
     assert_bound_equals_plain(trio, config, options, monkeypatch)
 
@@ -69,8 +75,14 @@ def test_bound_rounds_equal_plain_ones(
 @pytest.mark.parametrize("options", [{}, {"do_sample": True, "temperature": 1.2, "top_k": 9}])
 @pytest.mark.parametrize("draft_tokens", [3, "auto"])
 @pytest.mark.parametrize("alpha", [0.6, (0.3, 0.7), (0.9, 0.4)], ids=["pair", "experts", "experts and base"])
+@pytest.mark.parametrize("draft_weights", ["own", "int8"])
 def test_bound_rounds_of_several_models_that_draft(
-    alpha: Any, draft_tokens: Any, acceptance: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    draft_weights: Any,
+    alpha: Any,
+    draft_tokens: Any,
+    acceptance: Any,
+    options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     experts = 1 if isinstance(alpha, float) else 2
 
@@ -80,8 +92,9 @@ def test_bound_rounds_of_several_models_that_draft(
         return EFTModels(perturbed(tiny_model("llama", 0), 1, 0.02), tuned, small)
 
     config = EFTConfig(
-        alpha, 0.8, draft_tokens=draft_tokens, acceptance=acceptance, cost_ratio=0.3, remembered=8
-    )
+        alpha, 0.8, draft_tokens=draft_tokens, acceptance=acceptance, cost_ratio=0.3, remembered=8,
+        draft_weights=draft_weights,
+    )  # fmt: skip
     assert_bound_equals_plain(models, config, options, monkeypatch)
 
 
@@ -137,7 +150,8 @@ def assert_bound_equals_plain(
 
 @pytest.mark.parametrize("options", [{}, {"do_sample": True, "temperature": 0.9, "top_k": 9}])
 def test_the_general_path_ends_drafts_where_bound_rounds_do(options: dict[str, Any]) -> None:
-    config = EFTConfig(draft_tokens="auto", cost_ratio=0.3)
+    # The general path drafts by the models' own weights.
+    config = EFTConfig(draft_tokens="auto", cost_ratio=0.3, draft_weights="own")
     given = {**ragged_prompts(4), **options, "max_new_tokens": 25, "seed": 3, "return_dict_in_generate": True}
     decoder = EFTDecoder(tiny_trio("llama"), config)
     fused, general = decoder.generate(**given), decoder.generate(**given, output_scores=True)

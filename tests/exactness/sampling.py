@@ -12,7 +12,7 @@ import torch
 from speculative_eft.decoding import EFTConfig, EFTDecoder
 from speculative_eft.models import EFTRunners
 
-from ..table_models import TableRunner, Tables, drafter_of
+from ..table_models import TableDrafter, TableRunner, Tables
 from .laws import ChiSquare, Law, chi_square, joint_law
 
 # Prompts of different lengths share each batch, padded on the left.
@@ -33,7 +33,7 @@ def with_drafters(sampler: EFTDecoder) -> EFTRunners:
     runners = sampler.runners
     drafting = [*runners.tuned, runners.base] if sampler._drafts_as_pair() else runners.tuned
     places = [cast(TableRunner, runner) for runner in drafting]
-    return replace(runners, drafters=[drafter_of(place, seed) for seed, place in enumerate(places)])
+    return replace(runners, drafters=[TableDrafter(place, seed) for seed, place in enumerate(places)])
 
 
 def ragged_batch(copies: int, prompts: Sequence[list[int]] = PROMPTS) -> tuple[torch.Tensor, torch.Tensor]:

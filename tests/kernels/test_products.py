@@ -42,6 +42,49 @@ def test_sums(rows: int, size: int, first: int, last: int, add: bool, dot_produc
     np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def quantised_products() -> Callable[..., None]:
+    from speculative_eft.kernels.cpu.compile import MATRIX
+    from speculative_eft.kernels.cpu.products import quantised_products as products
+
+    @numba.njit(f"void({MATRIX}, int64, int64, int64, int64, {MATRIX}, int64, boolean)")  # type: ignore[untyped-decorator]
+    def call(
+        inputs: Any, numbers: int, scales: int, first: int, last: int, out: Any, column: int, add: bool
+    ) -> None:
+        products(inputs, numbers, scales, first, last, out, column, add)
+
+    entry: Callable[..., None] = call
+    return entry
+
+
+@pytest.mark.parametrize("size", [1, 15, 63, 64, 65, 200])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize(("first", "last"), [(0, 64), (3, 70), (5, 7), (4, 4)])
+@pytest.mark.parametrize("add", [False, True])
+def test_sums_of_bytes(
+    rows: int, size: int, first: int, last: int, add: bool, quantised_products: Any
+) -> None:
+    inputs, out, scales = random(rows, size), random(rows, 100), random(80)
+    numbers = np.random.default_rng(size).integers(-127, 128, (80, size)).astype(np.int8)
+    expected = out.copy()
+    own = expected[:, 10 + first : 10 + last]
+    weights = (numbers * scales[:, None])[first:last].T.astype(np.float64)
+    own[:] = inputs.astype(np.float64) @ weights + (own if add else 0)
+    quantised_products(inputs, numbers.ctypes.data, scales.ctypes.data, first, last, out, 10, add)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-3)
+
+
+def test_a_row_of_bytes_has_the_same_sums_beside_any_others(quantised_products: Any) -> None:
+    inputs, scales = random(5, 200), random(64)
+    numbers = np.random.default_rng(0).integers(-127, 128, (64, 200)).astype(np.int8)
+    together, alone = np.zeros((5, 64), np.float32), np.zeros((1, 64), np.float32)
+    addresses = numbers.ctypes.data, scales.ctypes.data
+    quantised_products(inputs, *addresses, 0, 64, together, 0, False)
+    for row in range(5):
+        quantised_products(inputs[row : row + 1], *addresses, 0, 64, alone, 0, False)
+        assert (alone[0] == together[row]).all()
+
+
 @pytest.mark.parametrize("size", [64, 100])
 def test_a_row_has_the_same_sums_beside_any_others(size: int, dot_products: Any) -> None:
     inputs, weights = random(11, size), random(64, size)

@@ -193,15 +193,35 @@ def test_copies_of_eight_bits_step_over_the_models_own_cache() -> None:
     block = torch.stack((tokens[0, 8:], tokens[1, 5:6]))
     expected = runner.forward(block, 9)
     assert runner.can_quantise
-    runner.quantise()
-    found = runner.quantised_forward(block, 9)
+    found = runner.quantised().forward(block, 9)
     # A weight is off by half of a 127th of its row's largest at most.
     assert 0 < (found - expected).abs().max() < 0.02 * expected.abs().max()
     torch.testing.assert_close(runner.forward(block, 9), expected, rtol=0, atol=TOLERANCE)
     runner.reserve(2, 40)
     runner.prefill(tokens[:, :8], torch.tensor([8, 5]))
-    assert torch.equal(runner.quantised_forward(block, 9), found)
+    assert torch.equal(runner.quantised().forward(block, 9), found)
     assert not ModelRunner(tiny_model("gpt-neox")).can_quantise
+
+
+def test_copies_of_eight_bits_follow_their_weights() -> None:
+    model, tokens = tiny_model("llama"), random_tokens(1, 5)
+    runner = ModelRunner(model)
+    runner.reserve(1, 6)
+    copies = runner.quantised()
+    before = copies.forward(tokens, 6)
+    layer = model.model.layers[0]
+    addresses = [linear.weight.numbers.data_ptr() for linear in (copies._body.layers[0].gate, copies._head)]
+    with torch.no_grad():
+        layer.mlp.gate_proj.weight.mul_(-1)
+        model.lm_head.weight.mul_(2)
+    runner.reserve(1, 6)
+    found = copies.forward(tokens, 6)
+    assert (found - 2 * before).abs().max() > 1e-3
+    assert (found - runner.forward(tokens, 6)).abs().max() < 0.02 * found.abs().max()
+    # Where graphs and bound calls know them.
+    assert addresses == [
+        linear.weight.numbers.data_ptr() for linear in (copies._body.layers[0].gate, copies._head)
+    ]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "falcon-alibi", "gpt-neox"])
