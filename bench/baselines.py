@@ -288,6 +288,9 @@ class UniformRunner:
         logits.zero_()
         return _nothing_to_do
 
+    def forward_together(self, *_: Any) -> None:
+        return None
+
     def bind_together(self, *_: Any) -> None:
         return None
 

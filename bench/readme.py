@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from . import round_time
+from . import compiled_bodies, round_time
 from .analysis import losses, noise_sentence
 from .benchmark import Report
 from .comparison import Spread
@@ -19,12 +19,13 @@ from .plots import figures, svg
 from .report import against_baselines, break_even_sentences, machine_line, main_table, spread_text
 
 __all__ = [
-    "FIGURES", "RESULT", "ROUNDS", "measurements_markdown", "source_digest",
+    "BODIES", "FIGURES", "RESULT", "ROUNDS", "measurements_markdown", "source_digest", "with_compiled_bodies",
     "with_gpu", "with_measurements", "with_round_times",
 ]  # fmt: skip
 
 RESULT = "bench-cpu.json"
 ROUNDS = "round-time-cpu.json"
+BODIES = "compiled-bodies-cpu.json"
 FIGURES = {
     "draft-length": ("bench-cpu-draft-length.svg", "Speed against the draft length, with the cost model's"),
     "phases": ("bench-cpu-phases.svg", "Milliseconds a token by phase"),
@@ -97,6 +98,13 @@ def with_round_times(page: str, path: Path) -> str:
     return with_part(page, "round times", "\n".join(lines))
 
 
+def with_compiled_bodies(page: str, path: Path) -> str:
+    """docs/gpu.md with what torch.compile does on a CPU made anew from the JSON of `compiled_bodies`."""
+    machine, times = compiled_bodies.load(path)
+    lines = [f"{machine}:", "", *markdown_table(*compiled_bodies.table(times))]
+    return with_part(page, "compiled bodies", "\n".join(lines))
+
+
 def with_gpu(page: str, paths: Iterable[Path], brief: bool = False) -> str:
     """A page with the whole rounds that `make gpu` timed, a table for each card, made anew.
 
@@ -157,6 +165,7 @@ def main() -> None:
     page = Path("docs") / "gpu.md"
     gpus = list(folder.glob("gpu-*.json"))
     text = with_round_times(page.read_text(encoding="utf-8"), folder / ROUNDS)
+    text = with_compiled_bodies(text, folder / BODIES)
     page.write_text(with_gpu(text, gpus), encoding="utf-8")
     readme = Path("README.md")
     text = with_measurements(readme.read_text(encoding="utf-8"), report)

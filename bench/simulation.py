@@ -123,6 +123,9 @@ class _ForcedRunner:
     def bind(self, *_: object) -> None:
         return None
 
+    def forward_together(self, *_: object) -> None:
+        return None
+
     def bind_together(self, *_: object) -> None:
         return None
 

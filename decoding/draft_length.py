@@ -71,14 +71,10 @@ class DraftLengthPolicy:
         Further tokens are taken to be accepted as often as the running acceptance says; time is worth the
         tokens that the best fixed draft length gives in it.
         """
-        acceptance = torch.linspace(0, 1, _POINTS, dtype=torch.float64).clamp(0.01, _HIGHEST_ACCEPTANCE)
-        lens = torch.arange(self.longest + 1)
-        rate = (tokens_per_round(acceptance[:, None], lens) / self._cost(lens)).amax(dim=1)
-        least = rate * (self.cost_ratio + self.row_cost) / acceptance
         return new_early_stop(
             batch,
             self.longest,
-            least.to(device, torch.float32),
+            _least_chances(self).to(device),
             _FADING,
             _PRIOR_TESTED * _PRIOR_ACCEPTANCE,
             _PRIOR_TESTED,
@@ -87,6 +83,15 @@ class DraftLengthPolicy:
     def _cost(self, lens: Tensor) -> Tensor:
         """Of rounds of drafts of these lengths, in large steps."""
         return (lens + 2) * self.cost_ratio + lens * self.row_cost + 1
+
+
+@cache
+def _least_chances(policy: DraftLengthPolicy) -> Tensor:
+    """By running acceptance, the chance below which no further token is worth its cost: float32 [points]."""
+    acceptance = torch.linspace(0, 1, _POINTS, dtype=torch.float64).clamp(0.01, _HIGHEST_ACCEPTANCE)
+    lens = torch.arange(policy.longest + 1)
+    rate = (tokens_per_round(acceptance[:, None], lens) / policy._cost(lens)).amax(dim=1)
+    return (rate * (policy.cost_ratio + policy.row_cost) / acceptance).to(torch.float32)
 
 
 @cache

@@ -30,6 +30,9 @@ class _LastTokenOfItsOwn:
     def forward(self, tokens: Tensor, span: int) -> Tensor:
         return self.runner.forward(self.token[:, None], span)
 
+    def forward_together(self, *_: object) -> None:
+        return None
+
 
 @dataclass(frozen=True)
 class FirstRound:

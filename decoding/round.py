@@ -29,7 +29,7 @@ from speculative_eft.kernels import (
     side_by_side,
     verify,
 )
-from speculative_eft.models import EFTRunners
+from speculative_eft.models import EFTRunners, forward_each
 
 __all__ = [
     "SOURCE_BONUS",
@@ -275,14 +275,17 @@ def score_by_small(
 
     Those that drafted take one step more, after the last drafted token, for the law of the bonus token.
     """
-    logits: list[Tensor] = []
-    models = [*runners.tuned, runners.base]
-    for runner, rows in zip(models, draft.rows, strict=False):
-        last = runner.forward(block[:, -1:], span)[:, 0]
+    models, stepping = [*runners.tuned, runners.base], len(draft.rows)
+    # Where nothing is drafted, all take the same step.
+    stepped = forward_each(models if block.shape[1] == 1 else models[:stepping], block[:, -1:], span)
+    for runner in models[:stepping]:
         runner.lengths.add_(1)
-        logits.append(torch.stack([*rows, last], dim=1))
+    logits = [
+        torch.stack([*rows, last[:, 0]], dim=1) for rows, last in zip(draft.rows, stepped, strict=False)
+    ]
     timer.mark("draft")
-    logits += [runner.forward(block, span) for runner in models[len(logits) :]]
+    rest = stepped[stepping:]
+    logits += rest or [runner.forward(block, span) for runner in models[stepping:]]
     timer.mark("base")
     return logits
 
@@ -345,8 +348,9 @@ def _draft(runners: EFTRunners, state: RoundState, plan: RoundPlan, drafted: int
     if early is not None:
         measures = torch.empty(3, token.shape[0], device=token.device)
     for step in range(drafted):
-        for runner, own in zip(stepping, rows, strict=True):
-            own.append(runner.forward(token[:, None], span)[:, 0])
+        logits = forward_each(stepping, token[:, None], span)
+        for runner, own, all_rows in zip(stepping, rows, logits, strict=True):
+            own.append(all_rows[:, 0])
             runner.lengths.add_(1)
         if state.memory is not None:
             corrections.append(recall(state.memory, token, plan.coefficients.beta))

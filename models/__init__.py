@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .protocol import EFTRunners as EFTRunners
     from .protocol import Runner as Runner
     from .protocol import bind_passes as bind_passes
+    from .protocol import forward_each as forward_each
     from .protocol import steps_together as steps_together
     from .runner import ModelRunner as ModelRunner
     from .slot_cache import SlotCache as SlotCache
@@ -47,6 +48,7 @@ _HOMES = {
     "find_sources": "sources",
     "graph_budget": "graphs",
     "inspect_trio": "eft_models",
+    "forward_each": "protocol",
     "steps_together": "protocol",
 }
 

@@ -194,6 +194,9 @@ def attend_ragged(
     `lengths` are `visible_lengths` for this `chosen`. Other arguments as in `kernels.attention`. Returns
     [batch, q, heads, dim].
     """
+    if torch.compiler.is_compiling() and alibi_slopes is None:
+        operation: Any = torch.ops.speculative_eft.attend_ragged
+        return cast(Tensor, operation(chosen, query, keys, values, lengths, scale, window, softcap))
     lengths = lengths.view(-1)
     if chosen == "triton":
         return attention(query, keys, values, lengths, scale, window, softcap, alibi_slopes)
@@ -213,6 +216,21 @@ def attend_ragged(
         alibi_slopes=None if alibi_slopes is None else alibi_slopes.float() * scale,
     )
     return cast(Tensor, mixed)
+
+
+@torch.library.custom_op(
+    "speculative_eft::attend_ragged",
+    mutates_args=(),
+    schema="(str chosen, Tensor query, Tensor keys, Tensor values, Tensor lengths, float? scale, "
+    "int? window, float? softcap) -> Tensor",
+)
+def _attend_ragged(chosen: Attention, query: Tensor, *arguments: Any) -> Tensor:
+    return attend_ragged(chosen, query, *arguments).contiguous()
+
+
+@_attend_ragged.register_fake
+def _(chosen: str, query: Tensor, *arguments: Any) -> Tensor:
+    return query.new_empty(query.shape)
 
 
 def _ragged(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from inspect import signature
@@ -12,6 +12,8 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from speculative_eft.kernels import MOST_ROWS
 
 from .attention import (
     REGISTERED,
@@ -25,6 +27,10 @@ from .configs import changes_with_length, layer_windows, position_limit
 from .slot_cache import SlotCache
 
 _FEW_TOKENS = 64
+
+_VARIANTS = 64
+"""Kinds of pass that torch.compile keeps for one model: of one row or several, of one sequence or several,
+and of each before it knows that its lengths vary."""
 
 
 @dataclass
@@ -59,6 +65,7 @@ class TransformersBody:
         config = decoder.config
         self.decoder = decoder
         self.attention = attention
+        self.compiled: Callable[..., Any] | None = None
         # The others know `sdpa` by name.
         self.names: dict[Attention, str] = REGISTERED if takes_ours else {"sdpa": "sdpa"}
         # Our sdpa makes one row of every head that shares keys, so the mask has them too.
@@ -71,6 +78,10 @@ class TransformersBody:
         self.cache_argument = "cache" if "cache" in accepts else "past_key_values"
         self.has_experts = any(name.endswith("experts") for name, _ in decoder.named_modules())
         self.rotations: list[tuple[Any, Tensor]] = []
+
+    def compile(self) -> None:
+        """Run passes of few rows by torch.compile from now on."""
+        self.compiled = _compiled(self.decoder)
 
     def prepare(self, cache: SlotCache) -> None:
         """Find the rotations that would change with the length of the input."""
@@ -87,7 +98,10 @@ class TransformersBody:
             positions = positions.clamp(max=self.position_limit - 1)
         with ExitStack() as stack:
             self._prepare(attention, block, stack)
-            output = self.decoder(
+            # Prompts' passes are bound by arithmetic, and storage is allocated outside of graphs.
+            few = positions.shape[1] <= MOST_ROWS and cache.is_allocated
+            run = self.compiled if self.compiled is not None and few else self.decoder
+            output = run(
                 input_ids=block.tokens,
                 attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
                 position_ids=positions,
@@ -124,6 +138,20 @@ class TransformersBody:
             # Frequencies that follow the longest input of the batch would tie a sequence to its neighbours.
             stack.enter_context(replaced(module, "rope_type", "default"))
             stack.enter_context(replaced(module, "inv_freq", frequencies))
+
+
+def _compiled(decoder: PreTrainedModel) -> Callable[..., Any]:
+    def forward(**arguments: Any) -> Any:
+        return decoder(**arguments)
+
+    # All functions of one code share what was compiled, and a limit of eight variants.
+    options: dict[str, Any] = {"recompile_limit": _VARIANTS, "isolate_recompiles": True}
+    if not set(options) <= set(signature(torch.compile).parameters):
+        dynamo: Any = torch._dynamo.config
+        dynamo.recompile_limit = max(dynamo.recompile_limit, _VARIANTS)
+        options = {}
+    compiled: Callable[..., Any] = torch.compile(forward, **options)
+    return compiled
 
 
 class FalconAlibiBody:

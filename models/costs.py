@@ -20,7 +20,7 @@ from torch import Tensor
 
 from speculative_eft.kernels import Coefficients, NoiseKey, Sampling, Stream, side_by_side
 
-from .protocol import DraftStart, EFTRunners, Runner, bind_passes, steps_together
+from .protocol import DraftStart, EFTRunners, Runner, bind_passes, forward_each, steps_together
 
 __all__ = ["StepCosts", "bind_plain_draft", "kept_step_costs", "measure_step_costs"]
 
@@ -89,18 +89,19 @@ def measure_step_costs(runners: EFTRunners, drafting: Sequence[Runner], batch: i
         runner.reserve(batch, _PROMPT + _DRAFTED + 1)
         runner.lengths.fill_(_PROMPT)
     drawn = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-    together = device.type == "cpu" and not drafters and steps_together(runners, batch)
+    # Without a draft all take the same step; compiled passes of models that share nothing gain nothing by it.
+    together = not drafters and (device.type != "cpu" or steps_together(runners, batch))
 
     def passes(drafted: int) -> list[Pass]:
-        steps: list[Pass] = [partial(drafter.forward, drawn, _PROMPT + 1) for drafter in drafters]
-        last: list[Pass] = []
         stepping = drafting if drafted or not together else small
+        draft: list[Pass]
+        last: list[Pass]
         if device.type == "cpu":
-            draft = _steps(drafters or stepping, batch, drafted, bool(drafters))
+            draft, last = _steps(drafters or stepping, batch, drafted, bool(drafters)), []
         else:
-            # A model's last step is made as the others score.
-            last = [] if drafters else [_pass(runner, batch, 1) for runner in drafting]
-            draft = (steps or last) * drafted
+            draft = [partial(forward_each, drafters or drafting, drawn, _PROMPT + 1)] * drafted
+            # The last step is made as the others score.
+            last = [] if drafters else [partial(forward_each, stepping, drawn, _PROMPT + 1)]
         scoring = [runner for runner in small if drafters or runner not in stepping]
         scores = [*last, *(_pass(runner, batch, drafted + 1) for runner in scoring)]
         large = _pass(runners.large, batch, drafted + 1)

@@ -81,6 +81,7 @@ class EFTModels:
             the bases have never seen.
         vocab_size: the smallest of the models' output heads.
         attention: how attention is computed, as asked for.
+        compile_bodies: whether torch.compile makes passes, as asked for.
     """
 
     large_base: PreTrainedModel
@@ -90,6 +91,7 @@ class EFTModels:
     chat_tokenizer: PreTrainedTokenizerBase | None
     vocab_size: int
     attention: str
+    compile_bodies: bool
 
     def __init__(
         self,
@@ -99,6 +101,7 @@ class EFTModels:
         tokenizer: PreTrainedTokenizerBase | None = None,
         attention: str = "auto",
         chat_tokenizer: PreTrainedTokenizerBase | None = None,
+        compile_bodies: bool = False,
     ) -> None:
         """Take loaded modules. They stay where they are and as they are, but for `eval()`.
 
@@ -107,7 +110,8 @@ class EFTModels:
         another model, as `small_base` above all, runs on the same weights with every adapter off; left out,
         `small_base` is that module. Which adapters are on outside of our passes stays as it is.
 
-        `attention` is how all of them compute attention, see `ModelRunner`.
+        `attention` is how all of them compute attention, and `compile_bodies` whether torch.compile makes
+        passes of few rows, see `ModelRunner`.
 
         Raises IncompatibleModelsError, a ValueError, if one is not a causal language model, if one keeps a
         recurrent state or has an encoder, if vocabularies differ by more than padding, if an adapter is no
@@ -120,6 +124,7 @@ class EFTModels:
         self.tokenizer = tokenizer
         self.chat_tokenizer = chat_tokenizer
         self.attention = attention
+        self.compile_bodies = compile_bodies
         self._with_template: set[str] = set()
         self._runners: EFTRunners | None = None
         self._step_costs: dict[tuple[bool, int, bool], StepCosts] = {}
@@ -145,6 +150,7 @@ class EFTModels:
         trust_remote_code: bool = False,
         tokenizer: PreTrainedTokenizerBase | None = None,
         attention: str = "auto",
+        compile_bodies: bool = False,
     ) -> EFTModels:
         """Load models by folder or Hub name, after checking all of them.
 
@@ -154,7 +160,7 @@ class EFTModels:
 
         `dtype` and `device_map` mean what they mean to transformers' `from_pretrained`, except that naming a
         single device, such as `"cuda"`, does not need accelerate. `tokenizer` replaces the large base's own.
-        `attention` is how all of them compute attention, see `ModelRunner`.
+        `attention` and `compile_bodies` are as for `EFTModels`.
 
         Raises IncompatibleModelsError, a ValueError, before anything is loaded if a model cannot be found or
         run or if tokenizers differ (see `find_sources`), if an adapter is not of `small_base`'s shape or peft
@@ -189,7 +195,9 @@ class EFTModels:
             tokenizer = _load_tokenizer(sources, trust_remote_code)
         with_template = [source for source in sources[1:-1] if source.has_chat_template]
         chat_tokenizer = _load_tokenizer(with_template, trust_remote_code)
-        models = cls(in_order[0], in_order[1:-1], in_order[-1], tokenizer, attention, chat_tokenizer)
+        models = cls(
+            in_order[0], in_order[1:-1], in_order[-1], tokenizer, attention, chat_tokenizer, compile_bodies
+        )
         models._with_template = {source.argument for source in sources if source.has_chat_template}
         return models
 
@@ -208,12 +216,13 @@ class EFTModels:
     def runners(self) -> EFTRunners:
         """The models' runners, built in the first call and kept.
 
-        Raises ValueError for an architecture that turns out not to run with one length for each sequence, and
-        for an `attention` that cannot run one of the models.
+        Raises ValueError for an architecture that turns out not to run with one length for each sequence, for
+        an `attention` that cannot run one of the models, and for one that torch.compile cannot run.
         """
         if self._runners is None:
             large, *tuned, base = (
-                ModelRunner(network.model, self.attention, network.adapters) for network in self._networks
+                ModelRunner(network.model, self.attention, network.adapters, self.compile_bodies)
+                for network in self._networks
             )
             self._runners = EFTRunners(large, list(tuned), base)
         return self._runners
@@ -280,7 +289,7 @@ class EFTModels:
             device = runners.large.device
             on_gpu = device.type == "cuda"
             facts = [
-                torch.__version__, backend(device), *key, torch.get_num_threads(),
+                torch.__version__, backend(device), *key, torch.get_num_threads(), self.compile_bodies,
                 torch.cuda.get_device_name(device) if on_gpu else device.type,
                 *((row.architecture, row.parameters, row.dtype, row.vocabulary) for row in self.describe()),
             ]  # fmt: skip

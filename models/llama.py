@@ -190,8 +190,10 @@ class LlamaBody:
     def __call__(self, block: Block, cache: SlotCache) -> Tensor:
         batch, length = block.tokens.shape
         count, heads, dim = batch * length, self.heads, self.dim
-        hidden = F.embedding(block.tokens.reshape(-1), self.decoder.embed_tokens.weight)
         attention = attention_for(self.attention, length)
+        if attention == "triton" and self.is_fusable:
+            return self.fused([(self, cache)], block)
+        hidden = F.embedding(block.tokens.reshape(-1), self.decoder.embed_tokens.weight)
         if attention == "sdpa":
             rows = block.positions.repeat(1, self.groups) if length > 1 else block.positions
             biases = {
@@ -199,10 +201,7 @@ class LlamaBody:
                 for kind, window in self.windows.items()
             }
         else:
-            span = block.columns.shape[0]
-            if attention == "triton" and self.is_fusable:
-                return self._fused(hidden, cache, batch, length, span)
-            lengths = visible_lengths(attention, cache.lengths, length, span)
+            lengths = visible_lengths(attention, cache.lengths, length, block.columns.shape[0])
         rotation = self.rotations.index_select(0, block.positions.view(-1)).unsqueeze(1)
         cos, sin = rotation[..., :dim], rotation[..., dim:]
 
@@ -229,48 +228,79 @@ class LlamaBody:
 
         return self._norm(hidden, self.decoder.norm.weight).view(batch, length, -1)
 
-    def _fused(self, hidden: Tensor, cache: SlotCache, batch: int, length: int, span: int) -> Tensor:
+    def fuses_with(self, other: LlamaBody) -> bool:
+        """Whether `fused` can run `other` beside this body: the same decoder, but for adapters."""
+        return (
+            self.decoder is other.decoder
+            and self.copies is other.copies is None
+            and self.attention == other.attention == "triton"
+            and self.is_fusable
+            and other.is_fusable
+        )
+
+    @staticmethod
+    def fused(members: Sequence[tuple[LlamaBody, SlotCache]], block: Block) -> Tensor:
         """The layers of `__call__` in five launches each, or seven or eight for a few rows, not twenty.
 
-        Adapters of all parts of a layer make them some twenty where they would be fifty.
+        Adapters of all parts of a layer make them some twenty where they would be fifty. Of several members,
+        bodies that fuse with each other and the cache of each, all run the same tokens, each behind what its
+        own cache holds, and the weights that they share are read once. Returns hidden states
+        [members * batch, q, hidden], member by member.
         """
-        count, dim, lengths = batch * length, self.dim, cache.lengths
-        for index, layer in enumerate(self.layers):
-            both = self._products(hidden, [layer.query, layer.key, layer.value], layer.attention_norm)
-            query, key, value = (part.view(batch, length, -1, dim) for part in both)
+        (first, _), (batch, length), span = members[0], block.tokens.shape, block.columns.shape[0]
+        dim, sequences = first.dim, len(members) * batch
+        embedded = F.embedding(block.tokens.reshape(-1), first.decoder.embed_tokens.weight)
+        hidden = embedded.repeat(len(members), 1) if len(members) > 1 else embedded
+        for index, layer in enumerate(first.layers):
+            same = [body.layers[index] for body, _ in members]
+            both = first._products(
+                hidden, [[own.query, own.key, own.value] for own in same], layer.attention_norm
+            )
+            query, key, value = (part.view(sequences, length, -1, dim) for part in both)
             if layer.query_norm is not None and layer.key_norm is not None:
-                query, key = self._norm(query, layer.query_norm), self._norm(key, layer.key_norm)
-            mixed = rotated_attention(
-                query, key, value, self.rotations,
-                *cache.layer_storage(index, self.kv_heads, dim, key.dtype), lengths, span,
-                self.windows[layer.kind],
-            ).view(count, self.heads * dim)  # fmt: skip
-            (hidden,) = self._products(mixed, [layer.output], residual=hidden)
-            (inner,) = self._products(hidden, [layer.gate, layer.up], layer.mlp_norm, gated=True)
-            (hidden,) = self._products(inner, [layer.down], residual=hidden)
-        return self._norm(hidden, self.decoder.norm.weight).view(batch, length, -1)
+                query, key = first._norm(query, layer.query_norm), first._norm(key, layer.key_norm)
+            mixed = []
+            for member, (body, cache) in enumerate(members):
+                own = slice(member * batch, (member + 1) * batch)
+                mixed.append(rotated_attention(
+                    query[own], key[own], value[own], body.rotations,
+                    *cache.layer_storage(index, body.kv_heads, dim, key.dtype), cache.lengths, span,
+                    body.windows[layer.kind],
+                ))  # fmt: skip
+            attended = (torch.cat(mixed) if len(members) > 1 else mixed[0]).view(-1, first.heads * dim)
+            (hidden,) = first._products(attended, [[own.output] for own in same], residual=hidden)
+            (inner,) = first._products(
+                hidden, [[own.gate, own.up] for own in same], layer.mlp_norm, gated=True
+            )
+            (hidden,) = first._products(inner, [[own.down] for own in same], residual=hidden)
+        return first._norm(hidden, first.decoder.norm.weight).view(sequences, length, -1)
 
     def _products(
         self,
         inputs: Tensor,
-        linears: Sequence[Linear],
+        members: Sequence[Sequence[Linear]],
         norm: Tensor | None = None,
         residual: Tensor | None = None,
         gated: bool = False,
     ) -> list[Tensor]:
-        """`projections` by `linears`, with what adapters add."""
+        """`projections` by linear layers, of which each of `members` has its own adapters for its rows."""
+        linears = members[0]
         weights = [linear.weight for linear in linears]
         biases = None if gated else [linear.bias for linear in linears]
-        if not any(linear.low_ranks for linear in linears):
+        if not any(linear.low_ranks for own in members for linear in own):
             return projections(inputs, weights, biases, norm, self.eps, residual, gated)
         if norm is not None:
             inputs = self._norm(inputs, norm)
         parts = projections(inputs, weights, biases, residual=residual)
-        for out, linear in zip(parts, linears, strict=True):
-            for added in linear.low_ranks:
-                out.addmm_(F.linear(inputs, added.down), added.up.T, alpha=added.scaling)
-                if added.bias is not None:
-                    out.add_(added.bias, alpha=added.scaling)
+        rows = inputs.shape[0] // len(members)
+        for index, own in enumerate(members):
+            mine = slice(index * rows, (index + 1) * rows)
+            for part, linear in zip(parts, own, strict=True):
+                out = part[mine]
+                for added in linear.low_ranks:
+                    out.addmm_(F.linear(inputs[mine], added.down), added.up.T, alpha=added.scaling)
+                    if added.bias is not None:
+                        out.add_(added.bias, alpha=added.scaling)
         return [F.silu(parts[0]) * parts[1]] if gated else parts
 
     def _norm(self, hidden: Tensor, weight: Tensor) -> Tensor:

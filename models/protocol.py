@@ -79,6 +79,12 @@ class Runner(Protocol):
         `span` is a host integer, at least `max(lengths) + q`.
         """
 
+    def forward_together(self, others: Sequence[Runner], tokens: Tensor, span: int) -> list[Tensor] | None:
+        """`forward` of this network and `others`, which reads the weights that they share once.
+
+        None where they do not share their weights, or it would not be faster.
+        """
+
     def bind(self, block: Tensor, counts: Tensor, logits: Tensor) -> Callable[[], None] | None:
         """A call that runs int64 `block` [batch, q] and writes float32 `logits`, as often as it is made.
 
@@ -137,6 +143,12 @@ class Runner(Protocol):
 
         Row `b` of the tokens stands at position `begins[b]`, at 0 where `begins` is None.
         """
+
+
+def forward_each(runners: Sequence[Runner], tokens: Tensor, span: int) -> list[Tensor]:
+    """`Runner.forward` of each, in one pass where they share weights."""
+    together = runners[0].forward_together(runners[1:], tokens, span) if len(runners) > 1 else None
+    return [runner.forward(tokens, span) for runner in runners] if together is None else together
 
 
 def bind_passes(

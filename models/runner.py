@@ -24,7 +24,7 @@ from speculative_eft.kernels import (
 )
 
 from .adapters import AdapterSwitch, is_adapter_layer, is_low_rank
-from .attention import Attention, choose_attention
+from .attention import Attention, attention_for, choose_attention
 from .bodies import Block, Body, FalconAlibiBody, TransformersBody
 from .configs import TESTED_FAMILIES, position_limit, text_config
 from .describe import cache_bytes_per_token, vocabulary_rows
@@ -57,7 +57,11 @@ class ModelRunner:
     """
 
     def __init__(
-        self, model: PreTrainedModel, attention: str = "auto", adapters: Sequence[str] | None = None
+        self,
+        model: PreTrainedModel,
+        attention: str = "auto",
+        adapters: Sequence[str] | None = None,
+        compile_body: bool = False,
     ) -> None:
         """Take `model`, which stays on its device and in its dtype.
 
@@ -71,9 +75,13 @@ class ModelRunner:
         outside of them: none if it is empty. So several runners can share one model. None leaves them as they
         are.
 
-        Raises ValueError for an `attention` that cannot run this model here, and for a model that this runner
-        cannot run: an untested architecture is compared with its own plain forward pass and refused if the
-        logits differ.
+        `compile_body` has torch.compile make passes of at most 16 rows a sequence, of a model that runs by
+        its own modules: Llama-like ones have kernels of their own, and Falcon with alibi runs as it is. Each
+        kind of pass is compiled when it is first met, which takes seconds to a minute.
+
+        Raises ValueError for an `attention` that cannot run this model here, for a model that this runner
+        cannot run, and for one that torch.compile cannot: an untested architecture, and a compiled one, is
+        compared with its own plain forward pass and refused if the logits differ.
         """
         self.attention = choose_attention(attention, model)
         self.model = model.train(False)
@@ -102,7 +110,13 @@ class ModelRunner:
         self._storage = _Storage(SlotCache(0, 0, self.device, self.attention))
         self.reservations = 0
         if config.model_type not in TESTED_FAMILIES:
-            self._compare_with_model()
+            self._compare_with_model(
+                "cannot be run with one length for each sequence: its logits would not be its own; give a "
+                f"model of a tested family ({', '.join(sorted(TESTED_FAMILIES))})"
+            )
+        if compile_body and isinstance(self._body, TransformersBody):
+            self._body.compile()
+            self._compare_with_model("cannot be run by torch.compile here; leave out compile_bodies")
 
     @property
     def cache(self) -> SlotCache:
@@ -249,6 +263,34 @@ class ModelRunner:
         """`Runner.ends_drafts`: where compiled steps can run."""
         return self.is_compiled and backend(self.device) == "numba"
 
+    @torch.inference_mode()
+    def forward_together(self, others: Sequence[Runner], tokens: Tensor, span: int) -> list[Tensor] | None:
+        """`Runner.forward_together`: of fused layers, where the others are this model but for adapters."""
+        runners = [self]
+        for other in others:
+            if not isinstance(other, ModelRunner) or not self._fuses_with(other):
+                return None
+            runners.append(other)
+        if attention_for(self.attention, tokens.shape[1]) != "triton":
+            return None
+        members: list[tuple[LlamaBody, SlotCache]] = []
+        for runner in runners:
+            block = runner._begin(tokens, span)
+            members.append((cast(LlamaBody, runner._body), runner.cache))
+        logits = self._finished(self._project(LlamaBody.fused(members, block)))
+        return [*logits.view(len(members), *tokens.shape, -1)]
+
+    def _fuses_with(self, other: ModelRunner) -> bool:
+        body, others = self._body, other._body
+        return (
+            isinstance(body, LlamaBody)
+            and isinstance(others, LlamaBody)
+            and body.fuses_with(others)
+            and self._head is other._head
+            and not is_adapter_layer(self._head)
+            and self.cache.capacity == other.cache.capacity
+        )
+
     def bind(self, block: Tensor, counts: Tensor, logits: Tensor) -> Callable[[], None] | None:
         """`Runner.bind`: where a compiled pass can run `block`."""
         # Blocks are ragged: what a sequence drafts at most says little of what it drafts.
@@ -328,17 +370,19 @@ class ModelRunner:
         self.lengths.copy_(prompt_lengths)
 
     def _run(self, tokens: Tensor, span: int) -> Tensor:
+        # Fused layers rely on launches that do not overlap, such as those of a block, after lengths changed.
+        return self._body(self._begin(tokens, span), self.cache)
+
+    def _begin(self, tokens: Tensor, span: int) -> Block:
         cache = self.cache
         span = min(round_up(span), cache.capacity)
         steps = cache.positions[: tokens.shape[1]]
         positions = cache.lengths.unsqueeze(1).add(steps).clamp_(max=cache.capacity - 1)
         cache.begin(positions, span)
-        # Fused layers rely on launches that do not overlap, such as these, after lengths have changed.
-        return self._body(Block(tokens, positions, cache.positions[:span]), cache)
+        return Block(tokens, positions, cache.positions[:span])
 
     @torch.inference_mode()
-    def _compare_with_model(self) -> None:
-        name = type(self.model).__name__
+    def _compare_with_model(self, refusal: str) -> None:
         tokens = torch.arange(2, 18, device=self.device).remainder(self.vocab_size).view(2, 8)
         failure: Exception | None = None
         agree = False
@@ -354,9 +398,10 @@ class ModelRunner:
         except Exception as error:  # whatever an unknown model raises says the same: it cannot be run
             failure = error
         if not agree:
+            # What torch.compile raises begins with a line that only says who failed.
+            reason = " ".join(str(failure or "").strip().splitlines()[:2])
             raise ValueError(
-                f"{name} cannot be run with one length for each sequence: its logits would not be its own; "
-                f"give a model of a tested family ({', '.join(sorted(TESTED_FAMILIES))})."
+                f"{type(self.model).__name__} {refusal}{f' ({reason})' if reason else ''}."
             ) from failure
         self._storage.cache = SlotCache(0, 0, self.device, self.attention)
 

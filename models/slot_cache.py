@@ -64,6 +64,11 @@ class SlotCache(Cache):
         self._whole: SlotCache | None = None
         self._first = 0
 
+    @property
+    def is_allocated(self) -> bool:
+        """Whether a pass has allocated the layers."""
+        return bool(self._slots)
+
     def holds(self, batch: int, length: int) -> bool:
         """Whether there is room for `batch` sequences of up to `length` tokens."""
         return batch <= self.slots and length + self.spare <= self.capacity
@@ -129,6 +134,8 @@ class SlotCache(Cache):
     def write(self, layer_idx: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store `keys` and `values` [batch, q, heads, dim]; return views [batch, heads, span, dim]."""
         layer = self._layer_for(layer_idx, keys, values)
+        if torch.compiler.is_compiling():
+            return self._write_in_graph(layer, keys, values)
         if self.attention != "sdpa":
             append(keys, values, layer.keys, layer.values, self.lengths)
             return layer.visible
@@ -141,6 +148,16 @@ class SlotCache(Cache):
         layer.key_rows.index_copy_(0, rows, keys.reshape(-1, keys.shape[-1]))
         layer.value_rows.index_copy_(0, rows, values.reshape(-1, values.shape[-1]))
         return layer.visible
+
+    def _write_in_graph(self, layer: _Layer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """`write` where torch.compile looks on, which takes no two tensors that share memory."""
+        if self.attention != "sdpa":
+            torch.ops.speculative_eft.append(keys, values, layer.keys, layer.values, self.lengths)
+        else:
+            rows = self._rows_of(keys.shape[2])
+            for stored, new in ((layer.keys, keys), (layer.values, values)):
+                stored.view(-1, stored.shape[3]).index_copy_(0, rows, new.reshape(-1, new.shape[3]))
+        return self._view(layer.keys, layer.values)
 
     def layer_storage(
         self, layer_idx: int, heads: int, dim: int, dtype: torch.dtype
@@ -210,6 +227,18 @@ class SlotCache(Cache):
             first = torch.arange(self.slots * heads, device=self.device).mul_(self.capacity)
             self._slot_rows[heads] = first = first.view(self.slots, 1, heads)
         return (self._written.unsqueeze(2) + first[: self._written.shape[0]]).view(-1)
+
+
+@torch.library.custom_op(
+    "speculative_eft::append",
+    mutates_args=("cached_keys", "cached_values"),
+    schema="(Tensor keys, Tensor values, Tensor(a!) cached_keys, Tensor(b!) cached_values, "
+    "Tensor lengths) -> ()",
+)
+def _append(
+    keys: Tensor, values: Tensor, cached_keys: Tensor, cached_values: Tensor, lengths: Tensor
+) -> None:
+    append(keys, values, cached_keys, cached_values, lengths)
 
 
 def _ordinary_tensors() -> torch.inference_mode:

@@ -63,6 +63,9 @@ class TableRunner:
         before = held.gather(1, columns - 1)
         return self.table[before, tokens]
 
+    def forward_together(self, *_: Any) -> None:
+        return None
+
     @property
     def ends_drafts(self) -> bool:
         # Nothing is spared here; the law is what is wanted.

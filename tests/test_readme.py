@@ -9,10 +9,12 @@ import pytest
 
 from speculative_eft.bench.benchmark import Report
 from speculative_eft.bench.readme import (
+    BODIES,
     FIGURES,
     RESULT,
     ROUNDS,
     source_digest,
+    with_compiled_bodies,
     with_gpu,
     with_measurements,
     with_round_times,
@@ -30,6 +32,7 @@ def test_measurements_are_those_of_the_committed_json() -> None:
 def test_what_a_round_spends_is_what_the_committed_json_says() -> None:
     page = (ROOT / "docs" / "gpu.md").read_text()
     assert with_round_times(page, RESULTS / ROUNDS) == page
+    assert with_compiled_bodies(page, RESULTS / BODIES) == page
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/gpu.md"])

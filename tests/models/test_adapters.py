@@ -257,19 +257,51 @@ def test_several_adapters_of_one_base(settings: dict[str, Any]) -> None:
     torch.testing.assert_close(logits_of(together, True), own_logits(tuned, 0), atol=2e-5, rtol=1e-4)
 
 
-@pytest.fixture
-def together() -> Any:
+def adapters_of_one_base(second: list[str], **options: Any) -> tuple[Any, list[Any]]:
     """Runners of two adapters and their base, whose caches hold different numbers of tokens."""
     tuned = with_adapter(tiny_model("qwen3", 1), 2, "first", **PLAIN)
-    with_adapter(tuned, 3, "second", target_modules=["k_proj", "lm_head"], lora_bias=True)
-    runners = EFTModels(tiny_model("llama"), [(tuned, "second"), (tuned, "first")]).runners()
-    if backend(runners.large.device) != "numba":
-        pytest.skip("only passes that Numba compiles read weights once for several models")
-    both = [*runners.tuned, runners.base]
+    with_adapter(tuned, 3, "second", target_modules=second, lora_bias=True)
+    runners = EFTModels(tiny_model("llama"), [(tuned, "second"), (tuned, "first")], **options).runners()
+    both: list[Any] = [*runners.tuned, runners.base]
     for index, runner in enumerate(both):
         runner.reserve(2, 9)
         runner.prefill(PROMPTS[:, : 5 - index], LENGTHS - (LENGTHS > 2) * index)
     return tuned, both
+
+
+@pytest.fixture
+def together() -> Any:
+    tuned, runners = adapters_of_one_base(["k_proj", "lm_head"])
+    if backend(runners[0].device) != "numba":
+        pytest.skip("only passes that Numba compiles read weights once for several models")
+    return tuned, runners
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_fused_layers_read_shared_weights_once(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    monkeypatch.setenv("SPECULATIVE_EFT_BACKEND", "triton")
+    _, runners = adapters_of_one_base(["k_proj", "down_proj"], attention="triton")
+    block = PROMPTS[:, 5 : 5 + rows]
+    alone = [runner.forward(block, 9) for runner in runners]
+    stores = [[stored.clone() for stored in runner.cache.storage()] for runner in runners]
+    for runner in runners:
+        for stored in runner.cache.storage():
+            for row, start in enumerate(runner.lengths.tolist()):
+                stored[row, :, start : start + rows] = 0
+    found = runners[0].forward_together(runners[1:], block, 9)
+    for one, other in zip(found, alone, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    assert (alone[0] - alone[1]).abs().mean() > 0.05
+    for runner, wanted in zip(runners, stores, strict=True):
+        for stored, before in zip(runner.cache.storage(), wanted, strict=True):
+            torch.testing.assert_close(stored, before, atol=1e-5, rtol=1e-5)
+    # One with an adapter on its head, of another base, or without fused layers runs alone.
+    _, others = adapters_of_one_base(["k_proj", "lm_head"], attention="triton")
+    assert others[0].forward_together(others[1:], block, 9) is None
+    assert runners[0].forward_together([others[2]], block, 9) is None
+    _, plain = adapters_of_one_base(["k_proj"], attention="sdpa")
+    assert plain[0].forward_together(plain[1:], block, 9) is None
 
 
 @pytest.mark.parametrize("counts", [[3, 3], [2, 3], [0, 1]])
