@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from inspect import signature
+from itertools import count
+from types import FunctionType
 from typing import Any, Protocol, cast
 
 import torch
@@ -28,6 +30,7 @@ from .slot_cache import SlotCache
 
 _FEW_TOKENS = 64
 
+_NUMBERS = count()
 _VARIANTS = 64
 """Kinds of pass that torch.compile keeps for one model: of one row or several, of one sequence or several,
 and of each before it knows that its lengths vary."""
@@ -144,13 +147,16 @@ def _compiled(decoder: PreTrainedModel) -> Callable[..., Any]:
     def forward(**arguments: Any) -> Any:
         return decoder(**arguments)
 
-    # All functions of one code share what was compiled, and a limit of eight variants.
-    options: dict[str, Any] = {"recompile_limit": _VARIANTS, "isolate_recompiles": True}
-    if not set(options) <= set(signature(torch.compile).parameters):
+    # What torch.compile has learnt of a function, such as which sizes vary, it keeps by the name in its code:
+    # under one name, models of different shapes would have no size that is known.
+    code = forward.__code__.replace(co_name=f"forward_{next(_NUMBERS)}")
+    own = FunctionType(code, forward.__globals__, code.co_name, None, forward.__closure__)
+    options: dict[str, Any] = {"recompile_limit": _VARIANTS}
+    if "recompile_limit" not in signature(torch.compile).parameters:
         dynamo: Any = torch._dynamo.config
         dynamo.recompile_limit = max(dynamo.recompile_limit, _VARIANTS)
         options = {}
-    compiled: Callable[..., Any] = torch.compile(forward, **options)
+    compiled: Callable[..., Any] = torch.compile(own, **options)
     return compiled
 
 
