@@ -117,6 +117,7 @@ STAGES = (
     _kernel_script("attention", 300),
     _kernel_script("layers", 300),
     _script("engine", 900),
+    _script("compiled_bodies", 600),
     Stage("compile", _compile, 600),
     _tests("tests/kernels", 600),
     _tests("tests/models/test_attention.py", 300),

@@ -50,8 +50,7 @@ def mixed_trio() -> EFTModels:
     ids=["greedy", "sampled", "filtered"],
 )
 @pytest.mark.parametrize("draft_tokens", [3, "auto"])
-@pytest.mark.parametrize("remembered", [0, 8])
-@pytest.mark.parametrize("draft_weights", ["own", "int8"])
+@pytest.mark.parametrize(("remembered", "draft_weights"), [(0, "own"), (8, "own"), (0, "int8"), (8, "int8")])
 def test_bound_rounds_equal_plain_ones(
     trio: Any,
     acceptance: Any,
