@@ -16,15 +16,13 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from speculative_eft.models import ModelRunner
 
 from .comparison import Spread
 from .kernels.timing import time_operation
-from .machine import Environment, environment, source_commit
+from .machine import Environment, show_and_save
 from .report import environment_line, spread_text
 from .shapes import fill_with_noise
 
@@ -156,17 +154,8 @@ def main() -> None:
     times = []
     for family in list(FAMILIES)[: 1 if arguments.quick else None]:
         times += time_family(family, FAMILIES[family][on_gpu], device, dtype, turns)
-    heads, rows = table(times)
-    shown = Table(*heads)
-    for row in rows:
-        shown.add_row(*row)
-    Console(width=100).print(shown)
-    if arguments.json is not None:
-        found = {
-            "commit": source_commit(), "environment": asdict(environment()),
-            "dtype": str(dtype).removeprefix("torch."), "passes": [asdict(time) for time in times],
-        }  # fmt: skip
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    passes = [asdict(time) for time in times]
+    show_and_save(*table(times), arguments.json, dtype=str(dtype).removeprefix("torch."), passes=passes)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,29 @@
-"""Where a measurement is taken: the machine, the versions, the memory a run needs, how fast memory is."""
+"""Where a measurement is taken: the machine, the versions, the memory a run needs, how fast memory is.
+
+And what saves a measurement with all that.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
 from speculative_eft.kernels import backend
 
-__all__ = ["Environment", "environment", "memory_bandwidth", "peak_memory", "source_commit"]
+__all__ = [
+    "Environment", "environment", "memory_bandwidth", "peak_memory", "show_and_save", "source_commit",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,19 @@ def source_commit() -> str | None:
         return None
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
     return f"{git('rev-parse', '--short=12', 'HEAD')}{' with changes' if changed else ''}"
+
+
+def show_and_save(
+    heads: Sequence[str], rows: Iterable[Sequence[str]], path: Path | None, **found: object
+) -> None:
+    """Print a table, and write what was `found` to `path` as JSON, with the commit and the machine."""
+    shown = Table(*heads)
+    for row in rows:
+        shown.add_row(*row)
+    Console(width=100).print(shown)
+    if path is not None:
+        saved = {"commit": source_commit(), "environment": asdict(environment()), **found}
+        path.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
 
 
 def peak_memory(device: torch.device, run: Callable[[], object]) -> int | None:

@@ -2,8 +2,8 @@
 
 The phases are those that `generate` times. Steps and draws alternate within a draft, so what the steps take
 is found by drafting once more after each round, greedily, with no noise, memory or filter; what is left of a
-draw then, the largest of the logits, counts to the steps. A pass of each model that scores
-follows, so that the next draft finds others' weights in the processor's caches, as it would without all this.
+draw then, the largest of the logits, counts to the steps. A pass of each model that scores follows, so that
+the next draft finds others' weights in the processor's caches, as it would without all this.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from speculative_eft.decoding import EFTConfig, EFTDecoder, EFTOutput, EFTStats
@@ -30,7 +28,7 @@ from speculative_eft.models.costs import bind_plain_draft
 from speculative_eft.models.demo import held_out_prompts
 
 from .comparison import Spread
-from .machine import Environment, environment, source_commit
+from .machine import Environment, show_and_save
 from .prompts import PromptBatch, prompt_batches
 from .report import environment_line
 
@@ -204,17 +202,8 @@ def main() -> None:
         runs = arguments.runs if batch == 1 else -(-arguments.runs // 4)
         prompts = prompt_batches(ids, batch, runs)
         times.append(round_time(models, prompts, temperature, draft_tokens, _NEW_TOKENS))
-    heads, rows = table(times)
-    shown = Table(*heads)
-    for row in rows:
-        shown.add_row(*row)
-    Console(width=100).print(shown)
-    if arguments.json is not None:
-        found = {
-            "commit": source_commit(), "environment": asdict(environment()), "new_tokens": _NEW_TOKENS,
-            "rounds": [asdict(time) for time in times],
-        }  # fmt: skip
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    rounds = [asdict(time) for time in times]
+    show_and_save(*table(times), arguments.json, new_tokens=_NEW_TOKENS, rounds=rounds)
 
 
 if __name__ == "__main__":

@@ -150,6 +150,7 @@ class ModelRunner:
             self.cache.restart(batch)
         self._prepare()
         if self._quantised is not None:
+            # It stays where it is, as those of the layers do, which the body looks after.
             self._copies.of("head", linear_of(self._head, ()))
             self._quantised._prepare()
 

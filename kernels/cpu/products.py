@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from llvmlite import binding, ir
@@ -109,25 +110,16 @@ def _sums(rows: int, is_quantised: bool = False) -> Callable[..., None]:
             at_weights = builder.add(weight_offset, constant(width * first))
             at_inputs = builder.add(input_offset, constant(4 * first))
 
-            def row(r: int, own: Any = at_inputs) -> Any:
-                return load(builder.add(rows_at[r], own))
-
-            def stream(c: int, own: Any = at_weights) -> Any:
-                return load_weights(builder.add(weights_at[c], own))
-
+            of_rows = [partial(load, builder.add(address, at_inputs)) for address in rows_at]
+            of_weights = [partial(load_weights, builder.add(address, at_weights)) for address in weights_at]
             # The fewer stay in registers while the others pass, or there are too few registers for the sums.
-            if rows <= _STREAMS:
-                held_rows = [row(r) for r in range(rows)]
-                for c in range(_STREAMS):
-                    passing = stream(c)
-                    for r, held in enumerate(held_rows):
-                        values[r, c] = builder.call(fused, [held, passing, values[r, c]])
-            else:
-                held_streams = [stream(c) for c in range(_STREAMS)]
-                for r in range(rows):
-                    passing = row(r)
-                    for c, held in enumerate(held_streams):
-                        values[r, c] = builder.call(fused, [held, passing, values[r, c]])
+            streamed, held = (of_weights, of_rows) if rows <= _STREAMS else (of_rows, of_weights)
+            kept = [read() for read in held]
+            for s, read in enumerate(streamed):
+                passing = read()
+                for h, other in enumerate(kept):
+                    place = (h, s) if rows <= _STREAMS else (s, h)
+                    values[place] = builder.call(fused, [other, passing, values[place]])
         following = builder.add(k, constant(line))
         k.add_incoming(following, loop)
         for place, phi in running.items():
