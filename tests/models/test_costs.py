@@ -37,10 +37,13 @@ def test_the_models_own_costs_are_rounded(monkeypatch: pytest.MonkeyPatch, tmp_p
     costs = models.step_costs(pair=True, batch=2)
     for cost in (costs.cost_ratio, costs.row_cost):
         assert cost == 0 or cost == pytest.approx(2 ** (round(4 * math.log2(cost)) / 4), rel=0.01)
-    output = EFTDecoder(models).generate(**ragged_prompts(2), max_new_tokens=4, return_dict_in_generate=True)
+    decoder = EFTDecoder(models)
+    output = decoder.generate(**ragged_prompts(2), max_new_tokens=4, return_dict_in_generate=True)
     assert isinstance(output, EFTOutput)
     assert output.stats is not None
-    assert output.stats.cost_ratio == models.step_costs(pair=False, batch=1).cost_ratio
+    # Those of drafts by eight bits where the decoder drafts so; by its own weights they are others.
+    kept = models.step_costs(pair=False, batch=1, quantised=bool(decoder.runners.drafters))
+    assert (output.stats.cost_ratio, output.stats.row_cost) == (kept.cost_ratio, kept.row_cost)
 
 
 @pytest.mark.parametrize(
