@@ -110,13 +110,14 @@ class EFTDecoder:
         """Chooses draft lengths, by costs measured when it is first needed; None where they are fixed."""
         if self.config.draft_tokens != "auto":
             return None
+        is_batched = self.config.expected_batch > 1
         if self.config.cost_ratio is not None:
-            return DraftLengthPolicy(self.config.cost_ratio, self.config.row_cost)
+            return DraftLengthPolicy(self.config.cost_ratio, self.config.row_cost, is_batched)
         assert self.models is not None
         costs = self.models.step_costs(
             self._drafts_as_pair(), self.config.expected_batch, bool(self.runners.drafters)
         )
-        return DraftLengthPolicy(costs.cost_ratio, costs.row_cost)
+        return DraftLengthPolicy(costs.cost_ratio, costs.row_cost, is_batched)
 
     def _alphas(self) -> tuple[float, ...]:
         alphas = self.config.alphas
@@ -421,7 +422,7 @@ class EFTDecoder:
         return rule.draft_lens(nothing, nothing)
 
     def _new_memory(self, batch: int, longest_draft: int, device: torch.device) -> DraftMemory | None:
-        if self.config.remembered == 0:
+        if self.config.remembered == 0 or longest_draft == 0:
             return None
         slots = max(self.config.remembered, longest_draft + 1)
         return new_draft_memory(batch, slots, self.vocab_size, device)
@@ -485,15 +486,15 @@ class EFTDecoder:
         # The drafters' own, and in float32 the law that they make.
         logits = 2 * rows * (len(self.all_runners()) + drafters + 2 * (drafters > 0)) * self.vocab_size
         # Its log-ratios, their mean, and the corrections of a draft.
-        remembered = max(self.config.remembered, rows) + rows if self.config.remembered else 0
+        remembered = max(self.config.remembered, rows) + rows if self.config.remembered and rows > 1 else 0
         return int(logits + 4 * remembered * self.vocab_size)
 
     @property
     def longest_draft(self) -> int:
         """Most tokens that a round may draft."""
-        if self.policy is not None:
-            return self.policy.longest
-        return int(self._first_draft_lens(1, torch.device("cpu")))
+        first = int(self._first_draft_lens(1, torch.device("cpu")))
+        # Where nothing is drafted nothing is learnt of drafts: what begins with plain steps stays with them.
+        return first if self.policy is None or first == 0 else self.policy.longest
 
     def new_state(
         self, last_token: Tensor, lengths: Tensor, seeds: Tensor, max_new_tokens: int, pad_token_id: int

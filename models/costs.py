@@ -32,7 +32,7 @@ _DRAFTED, _DRAFTED_BY_MANY = 4, 2
 beyond those of short ones may cost a pass more than theirs do."""
 _FEW = 4
 _LEAST_COST = 1 / 128
-_METHOD = 8
+_METHOD = 9
 """Of the measurement: what an earlier one found is not read."""
 
 Pass: TypeAlias = Callable[[], object]
@@ -62,10 +62,14 @@ def kept_step_costs(facts: Sequence[object], measure: Callable[[], StepCosts]) -
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = sha256(json.dumps([str(fact) for fact in facts]).encode()).hexdigest()[:24]
     path = root / "speculative_eft" / f"step-costs-{_METHOD}-{name}.json"
-    try:
-        return StepCosts(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
-        costs = measure()
+    kept = _read(path)
+    if kept is not None:
+        return kept
+    costs = measure()
+    # Another process may have measured meanwhile: all go by what was written first.
+    kept = _read(path)
+    if kept is not None:
+        return kept
     # Without a place to keep it, it is measured again in the next process.
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,6 +77,14 @@ def kept_step_costs(facts: Sequence[object], measure: Callable[[], StepCosts]) -
         written.write_text(json.dumps(asdict(costs)))
         written.replace(path)
     return costs
+
+
+def _read(path: Path) -> StepCosts | None:
+    """What `path` holds; None where there is nothing, or nothing that can be read."""
+    try:
+        return StepCosts(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def measure_step_costs(runners: EFTRunners, drafting: Sequence[Runner], batch: int) -> StepCosts:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 from llvmlite import binding, ir
 from numba import types
 from numba.extending import intrinsic
@@ -22,8 +23,7 @@ _MOST_ROWS = 3 if _LANES == 8 else 6
 _LINE, _LINE_OF_BYTES = 16, 64
 """Floats and bytes that a processor reads together."""
 
-_MOST_ROWS_BY_BYTES = 3
-"""Rows of a tile with weights of eight bits, which are written out for each tile: drafts have one row."""
+_LARGEST_BYTE, _LARGEST_WORD, _LARGEST_SUM = 2**7 - 1, 2**15 - 1, 2**31 - 1
 
 _STREAMS = 4
 _AHEAD = 4096
@@ -31,8 +31,60 @@ _AHEAD = 4096
 waits at each for memory while no sum is added to."""
 
 
-def _sums(rows: int, is_quantised: bool = False) -> Callable[..., None]:
-    """What adds up `rows` rows of inputs with four rows of weights at a time, of float32 or of int8.
+def _prefetched(builder: Any, address: Any) -> None:
+    """Ask for the line at `address`, to be read, in the second of the caches: the first has room for few."""
+    byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
+    prefetch = _function(builder, "llvm.prefetch.p0", ir.VoidType(), byte, flag, flag, flag)
+    builder.call(prefetch, [builder.inttoptr(address, byte), flag(0), flag(2), flag(1)])
+
+
+def _function(builder: Any, name: str, result: Any, *parameters: Any) -> Any:
+    known = builder.module.globals.get(name)
+    return known or ir.Function(builder.module, ir.FunctionType(result, parameters), name)
+
+
+def _constant(value: int) -> Any:
+    return ir.Constant(ir.IntType(64), value)
+
+
+def _load(builder: Any, address: Any, kind: Any, align: int) -> Any:
+    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=align)
+
+
+def _in_lines(
+    builder: Any, size: Any, line: int, zero: Any, count: int, step: Callable[[Any, list[Any]], list[Any]]
+) -> list[Any]:
+    """`count` sums, vectors that begin as `zero`, to which `step` adds what stands in each whole line.
+
+    It is given where a line of `line` elements begins and the sums so far, and gives the new ones.
+    """
+    before = builder.block
+    loop, after = builder.append_basic_block("lines"), builder.append_basic_block("sums")
+    whole_lines = builder.and_(size, _constant(-line))
+    builder.cbranch(builder.icmp_signed(">", whole_lines, _constant(0)), loop, after)
+
+    builder.position_at_end(loop)
+    k = builder.phi(ir.IntType(64))
+    k.add_incoming(_constant(0), before)
+    running = [builder.phi(zero.type) for _ in range(count)]
+    values = step(k, list(running))
+    following = builder.add(k, _constant(line))
+    k.add_incoming(following, loop)
+    for phi, value in zip(running, values, strict=True):
+        phi.add_incoming(zero, before)
+        phi.add_incoming(value, loop)
+    builder.cbranch(builder.icmp_signed("<", following, whole_lines), loop, after)
+
+    builder.position_at_end(after)
+    added = [builder.phi(zero.type) for _ in range(count)]
+    for phi, value in zip(added, values, strict=True):
+        phi.add_incoming(zero, before)
+        phi.add_incoming(value, loop)
+    return added
+
+
+def _sums(rows: int) -> Callable[..., None]:
+    """What adds up `rows` rows of inputs with four rows of weights at a time.
 
     It is written in LLVM's terms: Numba takes no loop in vectors that asks for memory ahead, and in those it
     does take, a row alone may be added up in another order than beside others, so that a sequence would
@@ -48,97 +100,50 @@ def _sums(rows: int, is_quantised: bool = False) -> Callable[..., None]:
         weight_step: Any,
         size: Any,
         ahead: Any,
-        scales: Any,
         out: Any,
         out_row: Any,
         out_step: Any,
         add: Any,
     ) -> Any:
-        return types.void(*[types.int64] * 10, types.boolean), codegen
+        return types.void(*[types.int64] * 9, types.boolean), codegen
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        inputs, input_step, weights, weight_step, size, ahead, scales, out, out_row, out_step, add = arguments
-        real, whole = ir.FloatType(), ir.IntType(64)
+        inputs, input_step, weights, weight_step, size, ahead, out, out_row, out_step, add = arguments
+        real = ir.FloatType()
         vector = ir.VectorType(real, _LANES)
-        line, width = (_LINE_OF_BYTES, 1) if is_quantised else (_LINE, 4)
+        fused = _function(builder, f"llvm.fmuladd.v{_LANES}f32", vector, vector, vector, vector)
+        total = _function(builder, f"llvm.vector.reduce.fadd.v{_LANES}f32", real, real, vector)
+        rows_at = [builder.add(inputs, builder.mul(_constant(r), input_step)) for r in range(rows)]
+        weights_at = [builder.add(weights, builder.mul(_constant(c), weight_step)) for c in range(_STREAMS)]
 
-        def constant(value: int) -> Any:
-            return ir.Constant(whole, value)
+        def step(k: Any, values: list[Any]) -> list[Any]:
+            offset = builder.mul(k, _constant(4))
+            for address in weights_at:
+                _prefetched(builder, builder.add(builder.add(address, offset), ahead))
+            for part in range(_LINE // _LANES):
+                at = builder.add(offset, _constant(4 * _LANES * part))
+                of_rows, of_weights = (
+                    [partial(_load, builder, builder.add(address, at), vector, 4) for address in addresses]
+                    for addresses in (rows_at, weights_at)
+                )
+                # The fewer stay in registers while the others pass, or there are too few for the sums.
+                streamed, held = (of_weights, of_rows) if rows <= _STREAMS else (of_rows, of_weights)
+                kept = [read() for read in held]
+                for s, read in enumerate(streamed):
+                    passing = read()
+                    for h, other in enumerate(kept):
+                        r, c = (h, s) if rows <= _STREAMS else (s, h)
+                        place = r * _STREAMS + c
+                        values[place] = builder.call(fused, [other, passing, values[place]])
+            return values
 
-        def function(name: str, result: Any, *parameters: Any) -> Any:
-            known = builder.module.globals.get(name)
-            return known or ir.Function(builder.module, ir.FunctionType(result, parameters), name)
-
-        fused = function(f"llvm.fmuladd.v{_LANES}f32", vector, vector, vector, vector)
-        total = function(f"llvm.vector.reduce.fadd.v{_LANES}f32", real, real, vector)
-        byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
-        prefetch = function("llvm.prefetch.p0", ir.VoidType(), byte, flag, flag, flag)
-
-        rows_at = [builder.add(inputs, builder.mul(constant(r), input_step)) for r in range(rows)]
-        weights_at = [builder.add(weights, builder.mul(constant(c), weight_step)) for c in range(_STREAMS)]
-        places = [(r, c) for r in range(rows) for c in range(_STREAMS)]
-
-        def load(address: Any, kind: Any = vector, align: int = 4) -> Any:
-            return builder.load(builder.inttoptr(address, kind.as_pointer()), align=align)
-
-        def load_weights(address: Any) -> Any:
-            if not is_quantised:
-                return load(address)
-            numbers = load(address, ir.VectorType(ir.IntType(8), _LANES), align=1)
-            return builder.sitofp(builder.sext(numbers, ir.VectorType(ir.IntType(32), _LANES)), vector)
-
-        before = builder.block
-        loop, after = builder.append_basic_block("lines"), builder.append_basic_block("sums")
-        whole_lines = builder.and_(size, constant(-line))
-        builder.cbranch(builder.icmp_signed(">", whole_lines, constant(0)), loop, after)
-
-        builder.position_at_end(loop)
-        k = builder.phi(whole)
-        k.add_incoming(constant(0), before)
-        running = {place: builder.phi(vector) for place in places}
         zeros = ir.Constant(vector, [0.0] * _LANES)
-        for phi in running.values():
-            phi.add_incoming(zeros, before)
-        values: dict[tuple[int, int], Any] = dict(running)
-        weight_offset, input_offset = builder.mul(k, constant(width)), builder.mul(k, constant(4))
-        for address in weights_at:
-            wanted = builder.inttoptr(builder.add(builder.add(address, weight_offset), ahead), byte)
-            # To be read, into the second of the caches: into the first there is room for few at a time.
-            builder.call(prefetch, [wanted, flag(0), flag(2), flag(1)])
-        for part in range(line // _LANES):
-            first = _LANES * part
-            at_weights = builder.add(weight_offset, constant(width * first))
-            at_inputs = builder.add(input_offset, constant(4 * first))
-
-            of_rows = [partial(load, builder.add(address, at_inputs)) for address in rows_at]
-            of_weights = [partial(load_weights, builder.add(address, at_weights)) for address in weights_at]
-            # The fewer stay in registers while the others pass, or there are too few registers for the sums.
-            streamed, held = (of_weights, of_rows) if rows <= _STREAMS else (of_rows, of_weights)
-            kept = [read() for read in held]
-            for s, read in enumerate(streamed):
-                passing = read()
-                for h, other in enumerate(kept):
-                    place = (h, s) if rows <= _STREAMS else (s, h)
-                    values[place] = builder.call(fused, [other, passing, values[place]])
-        following = builder.add(k, constant(line))
-        k.add_incoming(following, loop)
-        for place, phi in running.items():
-            phi.add_incoming(values[place], loop)
-        builder.cbranch(builder.icmp_signed("<", following, whole_lines), loop, after)
-
-        builder.position_at_end(after)
-        for r, c in places:
-            added = builder.phi(vector)
-            added.add_incoming(zeros, before)
-            added.add_incoming(values[r, c], loop)
-            values[r, c] = added
-        for r, c in places:
-            at = builder.add(builder.mul(constant(r), out_row), builder.mul(constant(c), out_step))
+        values = _in_lines(builder, size, _LINE, zeros, rows * _STREAMS, step)
+        for index, value in enumerate(values):
+            r, c = divmod(index, _STREAMS)
+            at = builder.add(builder.mul(_constant(r), out_row), builder.mul(_constant(c), out_step))
             place = builder.inttoptr(builder.add(out, at), real.as_pointer())
-            result = builder.call(total, [ir.Constant(real, -0.0), values[r, c]], fastmath=("reassoc",))
-            if is_quantised:
-                scale_at = builder.add(scales, builder.mul(constant(c), out_step))
-                result = builder.fmul(result, load(scale_at, real))
+            result = builder.call(total, [ir.Constant(real, -0.0), value], fastmath=("reassoc",))
             there = builder.select(add, builder.load(place), ir.Constant(real, 0.0))
             builder.store(builder.fadd(result, there), place)
         return context.get_dummy_value()
@@ -147,8 +152,98 @@ def _sums(rows: int, is_quantised: bool = False) -> Callable[..., None]:
     return adds
 
 
+def _shuffled(builder: Any, left: Any, right: Any, places: Iterable[int]) -> Any:
+    """The elements of `left` and, numbered on from there, of `right` that stand at `places`."""
+    chosen = list(places)
+    return builder.shuffle_vector(
+        left, right, ir.Constant(ir.VectorType(ir.IntType(32), len(chosen)), chosen)
+    )
+
+
+def _sums_of_four(builder: Any, vectors: Sequence[Any]) -> Any:
+    """The sum of each of four vectors of integers, as one vector of four."""
+    lanes = vectors[0].type.count
+    for width in (1, 2):
+        folded = []
+        for left, right in zip(vectors[::2], vectors[1::2], strict=True):
+            # Of each 2 * width elements of both the first halves, and the second ones.
+            halves = [
+                [
+                    base + first + k
+                    for first in range(begin, lanes, 2 * width)
+                    for base in (0, lanes)
+                    for k in range(width)
+                ]
+                for begin in (0, width)
+            ]
+            folded.append(builder.add(*(_shuffled(builder, left, right, half) for half in halves)))
+        vectors = folded
+    (total,) = vectors
+    while lanes > _STREAMS:
+        lanes //= 2
+        parts = (_shuffled(builder, total, total, range(at, at + lanes)) for at in (0, lanes))
+        total = builder.add(*parts)
+    return total
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _integer_sums(
+    typing_context: Any,
+    inputs: Any,
+    weights: Any,
+    weight_step: Any,
+    size: Any,
+    ahead: Any,
+    factor: Any,
+    scales: Any,
+    out: Any,
+    out_step: Any,
+    add: Any,
+) -> Any:
+    """What adds up a row of inputs of 16 bits with four rows of weights of eight, times `factor` and a scale.
+
+    Neighbours are multiplied and added in pairs, for which processors have one instruction (vpmaddwd).
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        inputs, weights, weight_step, size, ahead, factor, scales, out, out_step, add = arguments
+        real, number, pairs = ir.FloatType(), ir.IntType(32), _LANES
+        wide, words, bytes_ = (ir.VectorType(ir.IntType(bits), 2 * pairs) for bits in (32, 16, 8))
+        sums = ir.VectorType(number, pairs)
+        weights_at = [builder.add(weights, builder.mul(_constant(c), weight_step)) for c in range(_STREAMS)]
+
+        def step(k: Any, values: list[Any]) -> list[Any]:
+            for address in weights_at:
+                _prefetched(builder, builder.add(builder.add(address, k), ahead))
+            for part in range(_LINE_OF_BYTES // (2 * pairs)):
+                at = builder.add(k, _constant(2 * pairs * part))
+                row = _load(builder, builder.add(inputs, builder.mul(at, _constant(2))), words, 2)
+                for c, address in enumerate(weights_at):
+                    own = builder.sext(_load(builder, builder.add(address, at), bytes_, 1), words)
+                    products = builder.mul(builder.sext(row, wide), builder.sext(own, wide))
+                    halves = [
+                        _shuffled(builder, products, products, range(first, 2 * pairs, 2)) for first in (0, 1)
+                    ]
+                    values[c] = builder.add(values[c], builder.add(*halves))
+            return values
+
+        values = _in_lines(builder, size, _LINE_OF_BYTES, ir.Constant(sums, [0] * pairs), _STREAMS, step)
+        # Side by side: lines are so short that each stream's sum on its own would take as long as they do.
+        totals = builder.sitofp(_sums_of_four(builder, values), ir.VectorType(real, _STREAMS))
+        for c in range(_STREAMS):
+            at = builder.mul(_constant(c), out_step)
+            place = builder.inttoptr(builder.add(out, at), real.as_pointer())
+            scale = builder.fmul(_load(builder, builder.add(scales, at), real, 4), factor)
+            result = builder.fmul(builder.extract_element(totals, ir.IntType(32)(c)), scale)
+            there = builder.select(add, builder.load(place), ir.Constant(real, 0.0))
+            builder.store(builder.fadd(result, there), place)
+        return context.get_dummy_value()
+
+    integers = [types.int64] * 5
+    return types.void(*integers, types.float32, *[types.int64] * 3, types.boolean), codegen
+
+
 _sums_1, _sums_2, _sums_3, _sums_4, _sums_5, _sums_6 = map(_sums, range(1, 7))
-_byte_sums_1, _byte_sums_2, _byte_sums_3 = (_sums(rows, is_quantised=True) for rows in range(1, 4))
 
 
 @compiled(f"void({MATRIX}, {MATRIX}, int64, int64, {MATRIX}, int64, boolean)")
@@ -171,17 +266,17 @@ def dot_products(inputs: Any, weights: Any, first: int, last: int, out: Any, col
             x = inputs.ctypes.data + r * row_bytes
             y = out.ctypes.data + r * out_bytes + 4 * (column + n)
             if taken == 1:
-                _sums_1(x, row_bytes, at, step, size, ahead, 0, y, out_bytes, 4 * quarter, add)
+                _sums_1(x, row_bytes, at, step, size, ahead, y, out_bytes, 4 * quarter, add)
             elif taken == 2:
-                _sums_2(x, row_bytes, at, step, size, ahead, 0, y, out_bytes, 4 * quarter, add)
+                _sums_2(x, row_bytes, at, step, size, ahead, y, out_bytes, 4 * quarter, add)
             elif taken == 3:
-                _sums_3(x, row_bytes, at, step, size, ahead, 0, y, out_bytes, 4 * quarter, add)
+                _sums_3(x, row_bytes, at, step, size, ahead, y, out_bytes, 4 * quarter, add)
             elif taken == 4:
-                _sums_4(x, row_bytes, at, step, size, ahead, 0, y, out_bytes, 4 * quarter, add)
+                _sums_4(x, row_bytes, at, step, size, ahead, y, out_bytes, 4 * quarter, add)
             elif taken == 5:
-                _sums_5(x, row_bytes, at, step, size, ahead, 0, y, out_bytes, 4 * quarter, add)
+                _sums_5(x, row_bytes, at, step, size, ahead, y, out_bytes, 4 * quarter, add)
             else:
-                _sums_6(x, row_bytes, at, step, size, ahead, 0, y, out_bytes, 4 * quarter, add)
+                _sums_6(x, row_bytes, at, step, size, ahead, y, out_bytes, 4 * quarter, add)
             r, ahead = r + taken, 0
     for n in range(first, last):
         w = weights[n]
@@ -200,35 +295,41 @@ def dot_products(inputs: Any, weights: Any, first: int, last: int, out: Any, col
 def quantised_products(
     inputs: Any, numbers: int, scales: int, first: int, last: int, out: Any, column: int, add: bool
 ) -> None:
-    """`dot_products` with weights scales[n] * numbers[n], whose int8 and float32 stand at these addresses."""
+    """`dot_products` with weights scales[n] * numbers[n], whose int8 and float32 stand at these addresses.
+
+    Inputs are rounded to as many of 16 bits as no sum of 32 can overflow by: that is at least 11 for up to
+    16,000 of them, next to which the rounding of weights to eight is all that counts.
+    """
     stay_a_function()
     rows, size = inputs.shape
     quarter = (last - first) // _STREAMS
-    row_bytes, out_bytes = 4 * size, 4 * out.shape[1]
-    tiles = (rows + _MOST_ROWS_BY_BYTES - 1) // _MOST_ROWS_BY_BYTES
+    out_bytes = 4 * out.shape[1]
+    narrow, factors = np.empty((rows, size), np.int16), np.empty(rows, FLOAT)
+    most = FLOAT(min(_LARGEST_WORD, _LARGEST_SUM // (_LARGEST_BYTE * size)))
+    for r in range(rows):
+        row, rounded = inputs[r], narrow[r]
+        highest = FLOAT(0)
+        for k in range(size):
+            highest = max(highest, abs(row[k]))
+        scale = most / highest if highest > FLOAT(0) else FLOAT(0)
+        for k in range(size):
+            rounded[k] = np.int16(np.floor(row[k] * scale + FLOAT(0.5)))
+        factors[r] = highest / most
     for n in range(first, first + quarter):
-        r, ahead = 0, _AHEAD
-        at, step, scale = numbers + n * size, quarter * size, scales + 4 * n
-        for tile in range(tiles):
-            taken = (rows - r + tiles - tile - 1) // (tiles - tile)
-            x = inputs.ctypes.data + r * row_bytes
-            y = out.ctypes.data + r * out_bytes + 4 * (column + n)
-            if taken == 1:
-                _byte_sums_1(x, row_bytes, at, step, size, ahead, scale, y, out_bytes, 4 * quarter, add)
-            elif taken == 2:
-                _byte_sums_2(x, row_bytes, at, step, size, ahead, scale, y, out_bytes, 4 * quarter, add)
-            else:
-                _byte_sums_3(x, row_bytes, at, step, size, ahead, scale, y, out_bytes, 4 * quarter, add)
-            r, ahead = r + taken, 0
+        at, scale_at, ahead = numbers + n * size, scales + 4 * n, _AHEAD
+        for r in range(rows):
+            x, y = narrow.ctypes.data + 2 * size * r, out.ctypes.data + r * out_bytes + 4 * (column + n)
+            _integer_sums(x, at, quarter * size, size, ahead, factors[r], scale_at, y, 4 * quarter, add)
+            ahead = 0
     all_scales = array_at(scales, (last,))
     for n in range(first, last):
         begin = size // _LINE_OF_BYTES * _LINE_OF_BYTES if n < first + _STREAMS * quarter else 0
         if begin < size:
             w = bytes_at(numbers + n * size, (size,))
             for r in range(rows):
-                x_row = inputs[r]
-                total = FLOAT(0)
+                rounded = narrow[r]
+                total = np.int32(0)
                 for k in range(begin, size):
-                    total += x_row[k] * FLOAT(w[k])
+                    total += np.int32(rounded[k]) * np.int32(w[k])
                 there = out[r, column + n] if add or begin > 0 else FLOAT(0)
-                out[r, column + n] = total * all_scales[n] + there
+                out[r, column + n] = FLOAT(total) * (all_scales[n] * factors[r]) + there

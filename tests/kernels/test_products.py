@@ -71,7 +71,29 @@ def test_sums_of_bytes(
     weights = (numbers * scales[:, None])[first:last].T.astype(np.float64)
     own[:] = inputs.astype(np.float64) @ weights + (own if add else 0)
     quantised_products(inputs, numbers.ctypes.data, scales.ctypes.data, first, last, out, 10, add)
-    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-3)
+    # Each input is off by half a step at most.
+    step = np.abs(inputs).max(axis=1, keepdims=True) / min(2**15 - 1, (2**31 - 1) // (127 * size))
+    bound = step / 2 * np.abs(weights).sum(axis=0, initial=0)
+    assert (np.abs(out - expected)[:, 10 + first : 10 + last] <= 1.01 * bound + 1e-3).all()
+    np.testing.assert_array_equal(
+        np.delete(out, np.s_[10 + first : 10 + last], axis=1),
+        np.delete(expected, np.s_[10 + first : 10 + last], axis=1),
+    )
+
+
+@pytest.mark.parametrize("size", [1024, 16_384])
+def test_the_largest_sums_of_bytes_do_not_overflow(size: int, quantised_products: Any) -> None:
+    inputs, numbers = np.ones((1, size), np.float32), np.full((4, size), 127, np.int8)
+    scales, out = np.ones(4, np.float32), np.zeros((1, 4), np.float32)
+    quantised_products(inputs, numbers.ctypes.data, scales.ctypes.data, 0, 4, out, 0, False)
+    np.testing.assert_allclose(out, 127 * size, rtol=1e-6)
+
+
+def test_a_row_of_zeros_has_sums_of_zero(quantised_products: Any) -> None:
+    inputs, numbers = np.zeros((2, 70), np.float32), np.full((4, 70), 127, np.int8)
+    scales, out = np.ones(4, np.float32), np.ones((2, 4), np.float32)
+    quantised_products(inputs, numbers.ctypes.data, scales.ctypes.data, 0, 4, out, 0, False)
+    assert (out == 0).all()
 
 
 def test_a_row_of_bytes_has_the_same_sums_beside_any_others(quantised_products: Any) -> None:

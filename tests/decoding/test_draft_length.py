@@ -1,0 +1,60 @@
+"""Adaptive draft lengths: what is drafted at which costs and acceptance, alone and in a batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from speculative_eft.decoding import EFTConfig, EFTDecoder, NaiveEFTDecoder
+from speculative_eft.decoding.draft_length import DraftLengthPolicy
+
+from .test_generate import ragged_prompts, tiny_trio
+
+
+def draft_len(policy: DraftLengthPolicy, accepted: float = 0.0, tested: float = 0.0) -> int:
+    rule = policy.rule(torch.device("cpu"))
+    return int(rule.draft_lens(torch.tensor([accepted]), torch.tensor([tested])))
+
+
+def test_costly_drafts_are_not_made() -> None:
+    lens = [draft_len(DraftLengthPolicy(*costs)) for costs in ((0.05, 0.0), (0.3, 0.0), (0.3, 1.5))]
+    assert lens[0] > lens[1] > lens[2] == 0
+
+
+def test_in_a_batch_a_draft_has_to_promise_more() -> None:
+    # By the prior 1.75 tokens in 1.7 times the time: worth it alone, not where all wait for the slowest.
+    costs = (0.25, 0.8)
+    assert draft_len(DraftLengthPolicy(*costs)) == 1
+    assert draft_len(DraftLengthPolicy(*costs, is_batched=True)) == 0
+    # What pays well is drafted as long as alone.
+    assert (
+        draft_len(DraftLengthPolicy(0.1, 0.1)) == draft_len(DraftLengthPolicy(0.1, 0.1, is_batched=True)) > 2
+    )
+
+
+def test_in_a_batch_sequences_draft_more_alike() -> None:
+    costs = (0.05, 0.0)
+    first = draft_len(DraftLengthPolicy(*costs))
+    for accepted in (10.0, 40.0):
+        alone = draft_len(DraftLengthPolicy(*costs), accepted, 40.0)
+        batched = draft_len(DraftLengthPolicy(*costs, is_batched=True), accepted, 40.0)
+        assert abs(alone - first) > abs(batched - first) > 0
+
+
+@pytest.mark.parametrize("expected_batch", [1, 2])
+def test_where_drafts_never_pay_nothing_is_kept_for_them(expected_batch: int) -> None:
+    models = tiny_trio("llama")
+    costly = EFTConfig(
+        cost_ratio=0.3,
+        row_cost=1.5,
+        expected_batch=expected_batch,
+        acceptance="shared_seed",
+        draft_weights="own",
+    )
+    decoder, naive = EFTDecoder(models, costly), NaiveEFTDecoder(models)
+    assert decoder.longest_draft == 0
+    assert decoder.bytes_beside_caches == naive.bytes_beside_caches
+    options = {"max_new_tokens": 12, "do_sample": True, "top_k": 0, "seed": 3}
+    assert (
+        decoder.generate(**ragged_prompts(2), **options) == naive.generate(**ragged_prompts(2), **options)
+    ).all()
