@@ -43,7 +43,7 @@ def storages(state: object) -> Iterator[int]:
     "fields_of_config",
     [
         {"draft_tokens": 3},
-        {"draft_tokens": "auto", "conservative_top_p": 0.8},
+        {"draft_tokens": "auto", "cost_ratio": 0.1, "conservative_top_p": 0.8},
         {"draft_tokens": 3, "draft_weights": "int8"},
     ],
     ids=["fixed", "adaptive", "eight bits"],
