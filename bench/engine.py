@@ -294,7 +294,7 @@ def _decoders(models: EFTModels, draft_lens: Sequence[int], batch: int) -> dict[
 def _expected_lengths(decoder: RoundDecoder, acceptances: Sequence[float]) -> list[int]:
     """The drafts that rounds will ask for: all, or those of running acceptances around those simulated."""
     policy = decoder.policy if isinstance(decoder, EFTDecoder) else None
-    if policy is None:
+    if policy is None or decoder.longest_draft == 0:
         return [decoder.longest_draft]
     if not acceptances:
         return list(range(policy.longest + 1))

@@ -45,6 +45,8 @@ class EFTConfig:
             to what `EFTStats` reports.
         expected_batch: sequences that will run together, at which they are measured. Where it is 1 and rounds
             are compiled for a CPU, drafts of "auto" also end by what was drawn; a GPU does not repeat that.
+            Where it is more, drafts of "auto" differ less between sequences and have to promise more, since
+            a batch ends with its slowest sequence.
         remembered: log-ratios log L - log B that each sequence keeps to correct its drafts by, float32
             [vocabulary] each; 0 for none.
 

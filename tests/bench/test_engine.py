@@ -30,6 +30,12 @@ def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Script:
     return script_module.start("engine", CPU, quick=True, path=tmp_path / "result.json", seconds=100)
 
 
+@pytest.fixture(autouse=True)
+def costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the costs of a busy machine it may be best to draft nothing."""
+    monkeypatch.setattr(EFTModels, "step_costs", lambda *arguments: StepCosts(0.25, 0.02))
+
+
 def tiny_start(batch: int, limit: int) -> Start:
     models = random_trio(TINY, torch.float32, CPU)
     for runner in engine._all_runners(models.runners()):
@@ -40,10 +46,8 @@ def tiny_start(batch: int, limit: int) -> Start:
 
 
 def test_every_decoder_has_its_row_and_every_bar_its_figure(
-    script: Script, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    script: Script, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # By the costs of a busy machine it may be best to draft nothing.
-    monkeypatch.setattr(EFTModels, "step_costs", lambda *arguments: StepCosts(0.25, 0.02))
     engine.measure(script)
     engine.show(script)
     assert script.path is not None
@@ -176,6 +180,13 @@ def test_windows_of_captured_rounds_one_ahead_of_the_host() -> None:
             # The round that was begun before the last report arrived is in the figures.
             assert len(window.drafted) >= 2
         assert decoder.captured.parts[0].output.data_ptr() == place
+
+
+def test_a_cost_model_that_never_drafts_warms_up_no_drafts() -> None:
+    models = random_trio(TINY, torch.float32, CPU)
+    for row_cost, lengths in ((0.02, list(range(16))), (1.5, [0])):
+        decoder = EFTDecoder(models, EFTConfig(cost_ratio=0.25, row_cost=row_cost))
+        assert engine._expected_lengths(decoder, ()) == lengths
 
 
 def test_drafts_of_eight_bits_are_measured_for_one_sequence() -> None:
