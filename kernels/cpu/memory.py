@@ -34,6 +34,7 @@ __all__ = ["MEMORY", "memory_arrays", "recall", "remember", "remember_rows", "re
 
 MEMORY = f"{CUBE}, {TABLES}, {MATRIX}, {TABLE}"
 """Types of `memory_arrays`."""
+_LARGEST = np.finfo(np.float32).max
 _NO_MEMORY = (
     np.empty((0, 0, 0), np.float32), np.empty((0, 0), np.int64), np.empty((0, 0), np.float32),
     np.empty(0, np.int64),
@@ -97,15 +98,19 @@ def remember_sequence(
         slot = count[sequence] % slots
         tokens[sequence, slot] = block[sequence, row]
         ratio = ratios[sequence, slot]
-        total, finite = FLOAT(0), FLOAT(0)
+        # Loops are in such parts as are taken in vectors: no sum of floats under a condition is.
+        finite = np.int32(0)
         for k in range(vocab_size):
-            ratio[k] = large[k] - base[k]
-            is_finite = abs(ratio[k]) <= FLOAT(3.4028235e38)
-            total += ratio[k] if is_finite else FLOAT(0)
-            finite += FLOAT(1) if is_finite else FLOAT(0)
-        centre = total / max(finite, FLOAT(1))
+            known = abs(large[k] - base[k]) <= _LARGEST
+            ratio[k] = large[k] - base[k] if known else FLOAT(0)
+            finite = np.int32(finite + np.int32(known))
+        total = FLOAT(0)
         for k in range(vocab_size):
-            ratio[k] = ratio[k] - centre if abs(ratio[k]) <= FLOAT(3.4028235e38) else FLOAT(0)
+            total += ratio[k]
+        centre = total / FLOAT(max(finite, 1))
+        for k in range(vocab_size):
+            ratio[k] = ratio[k] - centre if abs(large[k] - base[k]) <= _LARGEST else FLOAT(0)
+        for k in range(vocab_size):
             own[k] = FLOAT(MEAN_FADING) * own[k] + FLOAT(1 - MEAN_FADING) * ratio[k]
         count[sequence] += 1
 
