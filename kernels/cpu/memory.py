@@ -107,7 +107,7 @@ def remember_sequence(
         total = FLOAT(0)
         for k in range(vocab_size):
             total += ratio[k]
-        centre = total / FLOAT(max(finite, 1))
+        centre = total / max(FLOAT(finite), FLOAT(1))
         for k in range(vocab_size):
             ratio[k] = ratio[k] - centre if abs(large[k] - base[k]) <= _LARGEST else FLOAT(0)
         for k in range(vocab_size):
