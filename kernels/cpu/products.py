@@ -100,15 +100,16 @@ def _sums(rows: int) -> Callable[..., None]:
         weight_step: Any,
         size: Any,
         ahead: Any,
+        ahead_of_others: Any,
         out: Any,
         out_row: Any,
         out_step: Any,
         add: Any,
     ) -> Any:
-        return types.void(*[types.int64] * 9, types.boolean), codegen
+        return types.void(*[types.int64] * 10, types.boolean), codegen
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        inputs, input_step, weights, weight_step, size, ahead, out, out_row, out_step, add = arguments
+        inputs, input_step, weights, weight_step, size, *aheads, out, out_row, out_step, add = arguments
         real = ir.FloatType()
         vector = ir.VectorType(real, _LANES)
         fused = _function(builder, f"llvm.fmuladd.v{_LANES}f32", vector, vector, vector, vector)
@@ -118,8 +119,8 @@ def _sums(rows: int) -> Callable[..., None]:
 
         def step(k: Any, values: list[Any]) -> list[Any]:
             offset = builder.mul(k, _constant(4))
-            for address in weights_at:
-                _prefetched(builder, builder.add(builder.add(address, offset), ahead))
+            for c, address in enumerate(weights_at):
+                _prefetched(builder, builder.add(builder.add(address, offset), aheads[c // 2]))
             for part in range(_LINE // _LANES):
                 at = builder.add(offset, _constant(4 * _LANES * part))
                 of_rows, of_weights = (
@@ -259,25 +260,27 @@ def dot_products(inputs: Any, weights: Any, first: int, last: int, out: Any, col
     row_bytes, out_bytes = 4 * size, 4 * out.shape[1]
     tiles = (rows + _MOST_ROWS - 1) // _MOST_ROWS
     for n in range(first, first + quarter):
-        r, ahead = 0, _AHEAD
+        r = 0
         at, step = weights.ctypes.data + n * row_bytes, quarter * row_bytes
         for tile in range(tiles):
             taken = (rows - r + tiles - tile - 1) // (tiles - tile)
+            # Half of the streams are asked for by the first tile, half by the next: memory would wait for it.
+            ahead, others = _AHEAD * (tile == 0), _AHEAD * (tile == min(tiles - 1, 1))
             x = inputs.ctypes.data + r * row_bytes
             y = out.ctypes.data + r * out_bytes + 4 * (column + n)
             if taken == 1:
-                _sums_1(x, row_bytes, at, step, size, ahead, y, out_bytes, 4 * quarter, add)
+                _sums_1(x, row_bytes, at, step, size, ahead, others, y, out_bytes, 4 * quarter, add)
             elif taken == 2:
-                _sums_2(x, row_bytes, at, step, size, ahead, y, out_bytes, 4 * quarter, add)
+                _sums_2(x, row_bytes, at, step, size, ahead, others, y, out_bytes, 4 * quarter, add)
             elif taken == 3:
-                _sums_3(x, row_bytes, at, step, size, ahead, y, out_bytes, 4 * quarter, add)
+                _sums_3(x, row_bytes, at, step, size, ahead, others, y, out_bytes, 4 * quarter, add)
             elif taken == 4:
-                _sums_4(x, row_bytes, at, step, size, ahead, y, out_bytes, 4 * quarter, add)
+                _sums_4(x, row_bytes, at, step, size, ahead, others, y, out_bytes, 4 * quarter, add)
             elif taken == 5:
-                _sums_5(x, row_bytes, at, step, size, ahead, y, out_bytes, 4 * quarter, add)
+                _sums_5(x, row_bytes, at, step, size, ahead, others, y, out_bytes, 4 * quarter, add)
             else:
-                _sums_6(x, row_bytes, at, step, size, ahead, y, out_bytes, 4 * quarter, add)
-            r, ahead = r + taken, 0
+                _sums_6(x, row_bytes, at, step, size, ahead, others, y, out_bytes, 4 * quarter, add)
+            r += taken
     for n in range(first, last):
         w = weights[n]
         # What follows the last whole line of a row; of the last few rows all.
