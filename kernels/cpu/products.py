@@ -264,7 +264,7 @@ def dot_products(inputs: Any, weights: Any, first: int, last: int, out: Any, col
         at, step = weights.ctypes.data + n * row_bytes, quarter * row_bytes
         for tile in range(tiles):
             taken = (rows - r + tiles - tile - 1) // (tiles - tile)
-            # Half of the streams are asked for by the first tile, half by the next: memory would wait for it.
+            # The first tile asks for half of the streams and the next for the others, or memory would rest.
             ahead, others = _AHEAD * (tile == 0), _AHEAD * (tile == min(tiles - 1, 1))
             x = inputs.ctypes.data + r * row_bytes
             y = out.ctypes.data + r * out_bytes + 4 * (column + n)
