@@ -15,12 +15,14 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 __all__ = [
-    "CUBE", "FLAGS", "FLOAT", "MATRIX", "TABLE", "TABLES", "VECTOR", "WORDS", "argmax", "array_at", "arrays",
-    "bits_of_float", "bytes_at", "compiled", "entry", "exp", "in_parallel", "integers_at", "largest", "log",
-    "logits_table", "stay_a_function", "strictly_compiled", "use_threads",
+    "CUBE", "FLAGS", "FLOAT", "LARGEST_FLOAT", "MATRIX", "TABLE", "TABLES", "VECTOR", "WORDS", "argmax",
+    "array_at", "arrays", "bits_of_float", "bytes_at", "compiled", "entry", "exp", "in_parallel",
+    "integers_at", "largest", "log", "logits_table", "stay_a_function", "strictly_compiled", "use_threads",
 ]  # fmt: skip
 
 FLOAT = np.float32
+LARGEST_FLOAT = np.finfo(FLOAT).max
+"""What the magnitude of a finite float32 does not exceed, and that of infinity does."""
 
 # Sums may be reordered, so that they are taken in vectors; what is not a number stays so.
 _FAST = {"reassoc", "contract", "nsz", "arcp"}

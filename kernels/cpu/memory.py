@@ -13,6 +13,7 @@ from .compile import (
     CUBE,
     FLAGS,
     FLOAT,
+    LARGEST_FLOAT,
     MATRIX,
     TABLE,
     TABLES,
@@ -34,7 +35,6 @@ __all__ = ["MEMORY", "memory_arrays", "recall", "remember", "remember_rows", "re
 
 MEMORY = f"{CUBE}, {TABLES}, {MATRIX}, {TABLE}"
 """Types of `memory_arrays`."""
-_LARGEST = np.finfo(np.float32).max
 _NO_MEMORY = (
     np.empty((0, 0, 0), np.float32), np.empty((0, 0), np.int64), np.empty((0, 0), np.float32),
     np.empty(0, np.int64),
@@ -101,7 +101,7 @@ def remember_sequence(
         # Loops are in such parts as are taken in vectors: no sum of floats under a condition is.
         finite = np.int32(0)
         for k in range(vocab_size):
-            known = abs(large[k] - base[k]) <= _LARGEST
+            known = abs(large[k] - base[k]) <= LARGEST_FLOAT
             ratio[k] = large[k] - base[k] if known else FLOAT(0)
             finite = np.int32(finite + np.int32(known))
         total = FLOAT(0)
@@ -109,7 +109,7 @@ def remember_sequence(
             total += ratio[k]
         centre = total / max(FLOAT(finite), FLOAT(1))
         for k in range(vocab_size):
-            ratio[k] = ratio[k] - centre if abs(large[k] - base[k]) <= _LARGEST else FLOAT(0)
+            ratio[k] = ratio[k] - centre if abs(large[k] - base[k]) <= LARGEST_FLOAT else FLOAT(0)
         for k in range(vocab_size):
             own[k] = FLOAT(MEAN_FADING) * own[k] + FLOAT(1 - MEAN_FADING) * ratio[k]
         count[sequence] += 1

@@ -11,7 +11,7 @@ from llvmlite import binding, ir
 from numba import types
 from numba.extending import intrinsic
 
-from .compile import FLOAT, MATRIX, array_at, bytes_at, compiled, stay_a_function
+from .compile import FLOAT, LARGEST_FLOAT, MATRIX, array_at, bytes_at, compiled, largest, stay_a_function
 
 __all__ = ["dot_products", "quantised_products"]
 
@@ -307,13 +307,17 @@ def quantised_products(
     rows, size = inputs.shape
     quarter = (last - first) // _STREAMS
     out_bytes = 4 * out.shape[1]
-    narrow, factors = np.empty((rows, size), np.int16), np.empty(rows, FLOAT)
+    narrow, factors, magnitudes = (
+        np.empty((rows, size), np.int16),
+        np.empty(rows, FLOAT),
+        np.empty(size, FLOAT),
+    )
     most = FLOAT(min(_LARGEST_WORD, _LARGEST_SUM // (_LARGEST_BYTE * size)))
     for r in range(rows):
         row, rounded = inputs[r], narrow[r]
-        highest = FLOAT(0)
         for k in range(size):
-            highest = max(highest, abs(row[k]))
+            magnitudes[k] = abs(row[k]) if abs(row[k]) <= LARGEST_FLOAT else FLOAT(0)
+        highest = largest(magnitudes)
         scale = most / highest if highest > FLOAT(0) else FLOAT(0)
         for k in range(size):
             rounded[k] = np.int16(np.floor(row[k] * scale + FLOAT(0.5)))

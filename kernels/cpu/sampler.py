@@ -17,6 +17,7 @@ from torch import Tensor
 from .compile import (
     CUBE,
     FLOAT,
+    LARGEST_FLOAT,
     MATRIX,
     TABLE,
     TABLES,
@@ -145,12 +146,12 @@ def _mix(table: Any, weights: Any, sequence: int, row: int, out: Any) -> None:
             elif is_first:
                 for token in range(size):
                     total = weight * logits[token]
-                    out[token] = total if abs(total) <= FLOAT(3.4028235e38) else FLOAT(-np.inf)
+                    out[token] = total if abs(total) <= LARGEST_FLOAT else FLOAT(-np.inf)
             else:
                 # In a loop of its own the choice would take longer than all the sums.
                 for token in range(size):
                     total = out[token] + weight * logits[token]
-                    out[token] = total if abs(total) <= FLOAT(3.4028235e38) else FLOAT(-np.inf)
+                    out[token] = total if abs(total) <= LARGEST_FLOAT else FLOAT(-np.inf)
             is_first = False
     if is_first:
         for token in range(size):
