@@ -411,13 +411,13 @@ class EFTDecoder:
         drafting = self.runners.drafters or self.runners.tuned
         return len(drafting) == 1 and drafting[0].ends_drafts
 
-    def _draft_length_rule(self, device: torch.device) -> DraftLengthRule | None:
-        return None if self.policy is None else self.policy.rule(device, self._ends_drafts)
+    def _draft_length_rule(self, device: torch.device, greedy: bool) -> DraftLengthRule | None:
+        return None if self.policy is None else self.policy.rule(device, self._ends_drafts, greedy)
 
-    def _first_draft_lens(self, batch: int, device: torch.device) -> Tensor:
+    def _first_draft_lens(self, batch: int, device: torch.device, greedy: bool) -> Tensor:
         if self.config.draft_tokens != "auto":
             return torch.full((batch,), self.config.draft_tokens, dtype=torch.int64, device=device)
-        rule, nothing = self._draft_length_rule(device), torch.zeros(batch, device=device)
+        rule, nothing = self._draft_length_rule(device, greedy), torch.zeros(batch, device=device)
         assert rule is not None
         return rule.draft_lens(nothing, nothing)
 
@@ -447,7 +447,7 @@ class EFTDecoder:
         last_token = prompts.tokens.gather(1, (prompts.lengths - 1)[:, None])[:, 0].to(device)
         state = self.new_state(
             last_token, prompts.lengths.to(device), seeds.to(device), options.max_new_tokens,
-            options.pad_token_id,
+            options.pad_token_id, greedy=options.temperature == 0,
         )  # fmt: skip
         temperature = options.temperature
         draft_temperature = self.config.draft_temperature if temperature > 0 else None
@@ -491,30 +491,43 @@ class EFTDecoder:
 
     @property
     def longest_draft(self) -> int:
-        """Most tokens that a round may draft."""
-        first = int(self._first_draft_lens(1, torch.device("cpu")))
+        """Most tokens that a round of any sequences may draft: greedy ones never draft less than others."""
+        return self._longest_draft_of(greedy=True)
+
+    def _longest_draft_of(self, greedy: bool) -> int:
+        first = int(self._first_draft_lens(1, torch.device("cpu"), greedy))
         # Where nothing is drafted nothing is learnt of drafts: what begins with plain steps stays with them.
         return first if self.policy is None or first == 0 else self.policy.longest
 
     def new_state(
-        self, last_token: Tensor, lengths: Tensor, seeds: Tensor, max_new_tokens: int, pad_token_id: int
+        self,
+        last_token: Tensor,
+        lengths: Tensor,
+        seeds: Tensor,
+        max_new_tokens: int,
+        pad_token_id: int,
+        greedy: bool = False,
+        longest_draft: int | None = None,
     ) -> RoundState:
         """The state of sequences whose prompts, of `lengths` tokens, are filled up to `last_token`.
 
         All of these are int64 [batch]. Memory of the draft and draft lengths are those of the config.
+        `longest_draft` is what there is room for, None for what such sequences, `greedy` or not, may draft.
         """
         batch, device = last_token.shape[0], last_token.device
         early_stop = self.policy.early_stop(batch, device) if self._ends_drafts and self.policy else None
-        draft_lens = self._first_draft_lens(batch, device).clamp_(max=max_new_tokens - 1)
+        if longest_draft is None:
+            longest_draft = self._longest_draft_of(greedy)
+        draft_lens = self._first_draft_lens(batch, device, greedy).clamp_(max=max_new_tokens - 1)
         return new_round_state(
             last_token=last_token,
             prompt_lengths=lengths,
             seeds=seeds,
             max_new_tokens=max_new_tokens,
             draft_lens=draft_lens,
-            longest_draft=self.longest_draft,
+            longest_draft=longest_draft,
             pad_token_id=pad_token_id,
-            memory=self._new_memory(batch, self.longest_draft, device),
+            memory=self._new_memory(batch, longest_draft, device),
             early_stop=early_stop,
             lagging=self.lagging,
         )
@@ -532,7 +545,7 @@ class EFTDecoder:
             drafts_as_pair=self._drafts_as_pair(),
             vocab_size=self.vocab_size,
             eos_token_ids=torch.tensor(eos_token_ids, dtype=torch.int64, device=device),
-            draft_length_rule=self._draft_length_rule(device),
+            draft_length_rule=self._draft_length_rule(device, sampling.all_greedy),
             statistics=statistics,
         )
 
@@ -715,5 +728,5 @@ class NaiveEFTDecoder(EFTDecoder):
         )
         super().__init__(models, plain)
 
-    def _first_draft_lens(self, batch: int, device: torch.device) -> Tensor:
+    def _first_draft_lens(self, batch: int, device: torch.device, greedy: bool) -> Tensor:
         return torch.zeros(batch, dtype=torch.int64, device=device)

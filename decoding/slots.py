@@ -96,7 +96,9 @@ class SlotBatch:
         for runner in every:
             runner.reserve(slots, max_length + beyond)
         nothing = torch.zeros(3, slots, dtype=torch.int64, device=self._device)
-        state = decoder.new_state(nothing[0], nothing[1], nothing[2], max_length, 0)
+        state = decoder.new_state(
+            nothing[0], nothing[1], nothing[2], max_length, 0, longest_draft=decoder.longest_draft
+        )
         self._options: dict[int, SlotOptions] = {}
         self._first_lens: dict[int, int] = {}
         self._joined = 0
@@ -178,6 +180,8 @@ class SlotBatch:
             torch.tensor([options.seed], **ids),  # type: ignore[arg-type]
             self.max_length,
             0,
+            greedy=options.temperature == 0,
+            longest_draft=self.decoder.longest_draft,
         )
         one.limits.fill_(options.max_new_tokens)
         one.draft_lens.clamp_(max=options.max_new_tokens - 1)

@@ -32,7 +32,7 @@ _DRAFTED, _DRAFTED_BY_MANY = 4, 2
 beyond those of short ones may cost a pass more than theirs do."""
 _FEW = 4
 _LEAST_COST = 1 / 128
-_METHOD = 9
+_METHOD = 10
 """Of the measurement: what an earlier one found is not read."""
 
 Pass: TypeAlias = Callable[[], object]
@@ -41,7 +41,7 @@ Pass: TypeAlias = Callable[[], object]
 
 @dataclass(frozen=True)
 class StepCosts:
-    """Costs in units of one step of the large model, rounded to quarters of an octave, so that they repeat.
+    """Costs in units of one step of the large model, rounded to eighths of an octave, so that they repeat.
 
     Attributes:
         cost_ratio: one step of the models that draft, and one of the small base.
@@ -119,9 +119,10 @@ def measure_step_costs(runners: EFTRunners, drafting: Sequence[Runner], batch: i
         large = _pass(runners.large, batch, drafted + 1)
         return [*draft, lambda: side_by_side(device, large, lambda: _run(scores))]
 
-    plain, drafts, large = _seconds([passes(0), passes(measured), [_pass(runners.large, batch, 1)]], device)
-    token = max(drafts - plain, 0) / measured / plain
-    cost_ratio = max(plain / large - 1, 0) / 2
+    turns = _turns([passes(0), passes(measured), [_pass(runners.large, batch, 1)]], device)
+    # Of each turn's times: from turn to turn a machine may have more or less to do besides.
+    token = max(median(drafts / plain for plain, drafts, _ in turns) - 1, 0) / measured
+    cost_ratio = max(median(plain / large for plain, _, large in turns) - 1, 0) / 2
     row_cost = token * (1 + 2 * cost_ratio) - cost_ratio
     if row_cost <= _LEAST_COST:
         row_cost, cost_ratio = 0.0, token / max(1 - 2 * token, _LEAST_COST)
@@ -129,8 +130,8 @@ def measure_step_costs(runners: EFTRunners, drafting: Sequence[Runner], batch: i
 
 
 def _rounded(ratio: float) -> float:
-    """To a power of the fourth root of two, with as many digits as that means."""
-    return float(f"{2.0 ** (round(4 * math.log2(ratio)) / 4):.3g}")
+    """To a power of the eighth root of two, with as many digits as that means."""
+    return float(f"{2.0 ** (round(8 * math.log2(ratio)) / 8):.3g}")
 
 
 def _pass(runner: Runner, batch: int, rows: int) -> Pass:
@@ -192,17 +193,17 @@ def bind_plain_draft(
     )  # fmt: skip
 
 
-def _seconds(rounds: Sequence[Sequence[Pass]], device: torch.device) -> list[float]:
-    """Seconds of each of `rounds`, whose passes run in turn."""
+def _turns(rounds: Sequence[Sequence[Pass]], device: torch.device) -> list[list[float]]:
+    """Seconds of each of `rounds`, whose passes run in turn, over several turns."""
     for passes in rounds:
         _run(passes)
     if device.type == "cuda":
-        return [_replayed(passes) for passes in rounds]
+        return [[_replayed(passes) for passes in rounds]]
     turns: list[list[float]] = []
     begun = time.perf_counter()
     while len(turns) < _REPEATS or time.perf_counter() - begun < _SECONDS:
         turns.append([_clocked(passes) for passes in rounds])
-    return [median(times) for times in zip(*turns, strict=True)]
+    return turns
 
 
 def _run(passes: Sequence[Pass]) -> None:

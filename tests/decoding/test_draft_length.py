@@ -11,8 +11,10 @@ from speculative_eft.decoding.draft_length import DraftLengthPolicy
 from .test_generate import ragged_prompts, tiny_trio
 
 
-def draft_len(policy: DraftLengthPolicy, accepted: float = 0.0, tested: float = 0.0) -> int:
-    rule = policy.rule(torch.device("cpu"))
+def draft_len(
+    policy: DraftLengthPolicy, accepted: float = 0.0, tested: float = 0.0, greedy: bool = False
+) -> int:
+    rule = policy.rule(torch.device("cpu"), greedy=greedy)
     return int(rule.draft_lens(torch.tensor([accepted]), torch.tensor([tested])))
 
 
@@ -32,13 +34,36 @@ def test_in_a_batch_a_draft_has_to_promise_more() -> None:
     )
 
 
+def test_rows_of_sequences_that_have_ended_do_not_wait() -> None:
+    # A draft of one token takes 1.7 plain steps, mostly of what all share or of rows, which are spared.
+    for costs, batched in (((1.0, 1.1), 0), ((0.1, 0.74), 1)):
+        assert draft_len(DraftLengthPolicy(*costs)) == 1
+        assert draft_len(DraftLengthPolicy(*costs, is_batched=True)) == batched
+
+
 def test_in_a_batch_sequences_draft_more_alike() -> None:
     costs = (0.05, 0.0)
     first = draft_len(DraftLengthPolicy(*costs))
-    for accepted in (10.0, 40.0):
-        alone = draft_len(DraftLengthPolicy(*costs), accepted, 40.0)
-        batched = draft_len(DraftLengthPolicy(*costs, is_batched=True), accepted, 40.0)
+    for accepted in (20.0, 80.0):
+        alone = draft_len(DraftLengthPolicy(*costs), accepted, 80.0)
+        batched = draft_len(DraftLengthPolicy(*costs, is_batched=True), accepted, 80.0)
         assert abs(alone - first) > abs(batched - first) > 0
+
+
+def test_in_a_batch_one_that_drafts_goes_on_for_less() -> None:
+    # It waits for the others already. By itself a draft pays from .647 on, and to begin with from .702 on.
+    policy = DraftLengthPolicy(0.25, 0.72, is_batched=True)
+    assert draft_len(policy) == draft_len(policy, accepted=40.0, tested=100.0) == 1
+    # In the end what is hardly ever accepted is not drafted.
+    assert draft_len(policy, accepted=30.0, tested=300.0) == 0
+
+
+def test_greedy_sequences_begin_with_longer_drafts() -> None:
+    for is_batched in (False, True):
+        policy = DraftLengthPolicy(0.1, 0.1, is_batched)
+        assert draft_len(policy, greedy=True) > draft_len(policy)
+    costly = DraftLengthPolicy(0.25, 0.8, is_batched=True)
+    assert draft_len(costly, greedy=True) > draft_len(costly) == 0
 
 
 @pytest.mark.parametrize("expected_batch", [1, 2])
