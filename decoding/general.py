@@ -81,6 +81,7 @@ def general_round(
     law, draft_law = _selecting(batch, history.device), _plain(plan.draft_sampling)
     stream = Stream.SHARED if plan.acceptance == "shared_seed" else Stream.DRAFT
     token = state.last_token
+    previous: Tensor | None = None
     tuned_rows: list[list[Tensor]] = [[] for _ in runners.tuned]
     base_rows: list[Tensor] = []
     draft_rows: list[Tensor] = []
@@ -96,21 +97,25 @@ def general_round(
             runners.base.lengths.add_(1)
         if step == max(0, *lens):
             break
+        correction = None
+        if state.memory is not None:
+            correction = recall(state.memory, token, previous, plan.coefficients.beta)[:, None]
         mixed = draft_logits(
             [rows[-1] for rows in tuned_rows],
             base_rows[-1] if base_rows else None,
             plan.coefficients,
             plan.vocab_size,
-            None if state.memory is None else recall(state.memory, token, plan.coefficients.beta)[:, None],
+            correction,
         )
         wanted = [int(step < length) for length in lens]
         draft_rows.append(
             process_rows(processing.draft, history, [start + step for start in starts], wanted, mixed)
         )
-        token = draft_step(
+        drawn = draft_step(
             [draft_rows[-1][:, 0]], None, law, draft_law, state.noise, stream, step, plan.vocab_size, None,
             measures,
         )  # fmt: skip
+        token, previous = drawn, token
         if state.early_stop is not None and measures is not None:
             end_drafts(state.early_stop, state.draft_lens, step, measures[0].exp())
             lens = _live_draft_lens(state)

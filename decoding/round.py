@@ -341,6 +341,7 @@ def _draft(runners: EFTRunners, state: RoundState, plan: RoundPlan, drafted: int
     drafting = [*runners.tuned, runners.base] if plan.drafts_as_pair else runners.tuned
     stepping = runners.drafters or drafting
     token = state.last_token
+    previous: Tensor | None = None
     tokens: list[Tensor] = []
     rows: list[list[Tensor]] = [[] for _ in drafting]
     corrections: list[Tensor] = []
@@ -353,9 +354,9 @@ def _draft(runners: EFTRunners, state: RoundState, plan: RoundPlan, drafted: int
             own.append(all_rows[:, 0])
             runner.lengths.add_(1)
         if state.memory is not None:
-            corrections.append(recall(state.memory, token, plan.coefficients.beta))
+            corrections.append(recall(state.memory, token, previous, plan.coefficients.beta))
         tuned, base = _by_role([own[-1] for own in rows], plan)
-        token = draft_step(
+        drawn = draft_step(
             tuned,
             base,
             plan.coefficients,
@@ -367,6 +368,7 @@ def _draft(runners: EFTRunners, state: RoundState, plan: RoundPlan, drafted: int
             corrections[-1] if corrections else None,
             measures,
         )
+        token, previous = drawn, token
         if early is not None and measures is not None:
             end_drafts(early, state.draft_lens, step, measures[0].exp())
         tokens.append(token)

@@ -1,8 +1,9 @@
 """What a sequence remembers of log L - log B, to draft better: a correction of the draft law.
 
 The draft law lacks the large model's delta. That delta repeats: after the same previous token it resembles
-its last value, and over a text it has a mean. Both are known before a token is drawn, and any draft law that
-is fixed by then leaves the target's law unchanged (docs/math.md), so remembering them changes speed alone.
+its last value, after the same two tokens more so, and over a text it has a mean. All are known before a token
+is drawn, and any draft law that is fixed by then leaves the target's law unchanged (docs/math.md), so
+remembering them changes speed alone.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ __all__ = ["DraftMemory", "new_draft_memory", "recall", "remember"]
 
 MEAN_FADING = 0.9
 MEAN_WEIGHT = 0.5
-LAST_WEIGHT = 0.5
+LAST_WEIGHT, LAST_WEIGHT_AFTER_TWO = 0.4, 0.75
+"""Of the last log-ratio after the same token, and after the same two tokens."""
 
 
 @dataclass
@@ -48,25 +50,36 @@ def new_draft_memory(batch: int, slots: int, vocab_size: int, device: torch.devi
     )
 
 
-def recall(memory: DraftMemory, token: Tensor, beta: Tensor) -> Tensor:
-    """The correction of the draft logits after `token`, int64 [batch]: float32 [batch, vocab], finite.
+def recall(memory: DraftMemory, token: Tensor, previous: Tensor | None, beta: Tensor) -> Tensor:
+    """The correction of the draft logits after `previous` and `token`: float32 [batch, vocab], finite.
 
-    It is beta times half the mean, drawn half-way to the last log-ratio after the same token if there is one.
-    `beta` is float32 [batch].
+    It is beta times half the mean, drawn towards the last log-ratio after the same two tokens, or else after
+    the same `token`, if there is one.
+
+    Args:
+        token: int64 [batch].
+        previous: int64 [batch], the token before; None for the last of which there is a log-ratio, which
+            stands before the first token of a draft.
+        beta: float32 [batch].
     """
     if backend(token.device) == "triton":
         from .gpu.memory import recall as compiled
 
-        return compiled(memory, token, beta)
+        return compiled(memory, token, previous, beta)
     slots = memory.tokens.shape[1]
     slot = torch.arange(slots, device=token.device)
     # How long ago each slot was written: the newest of those that match is wanted.
     age = (memory.count[:, None] - 1 - slot) % slots
-    age, newest = torch.where(memory.tokens == token[:, None], age, slots).min(dim=1)
-    last = memory.ratios.gather(1, newest[:, None, None].expand(-1, 1, memory.mean.shape[1]))[:, 0]
+    if previous is None:
+        previous = memory.tokens.gather(1, (memory.count[:, None] - 1) % slots)[:, 0]
+    # What was before the oldest is forgotten.
+    both = (memory.tokens.roll(1, dims=1) == previous[:, None]) & (age < slots - 1)
+    rank = torch.where(memory.tokens == token[:, None], torch.where(both, age, age + slots), 2 * slots)
+    rank, best = rank.min(dim=1)
+    last = memory.ratios.gather(1, best[:, None, None].expand(-1, 1, memory.mean.shape[1]))[:, 0]
+    weight = torch.where(rank < slots, LAST_WEIGHT_AFTER_TWO, LAST_WEIGHT)[:, None]
     mean = MEAN_WEIGHT * memory.mean
-    drawn = mean + LAST_WEIGHT * (last - mean)
-    return beta[:, None] * torch.where((age < slots)[:, None], drawn, mean)
+    return beta[:, None] * torch.where((rank < 2 * slots)[:, None], mean + weight * (last - mean), mean)
 
 
 def remember(

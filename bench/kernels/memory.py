@@ -45,7 +45,7 @@ def _compare(script: Script, batch: int, drafted: int, vocab_size: int) -> None:
         remember(memory, large, base, block, accepted, done)
 
     def look_up() -> object:
-        return recall(memory, token, beta)
+        return recall(memory, token, token, beta)
 
     keep()
     whole = batch * vocab_size

@@ -98,7 +98,7 @@ def begin_draft(
 
 _SHARES = (
     f"{TABLES}, {MATRIX}, {SAMPLING}, {TABLE}, {TABLE}, int64, int64, {MEMORY}, {VECTOR}, {CUBE}, boolean, "
-    f"int64, {TABLE}, {TABLE}, {VECTOR}"
+    f"int64, {TABLES}, {TABLE}, {TABLE}, {VECTOR}"
 )
 
 
@@ -122,6 +122,7 @@ def _draw_share(
     correction: Any,
     keeps_logits: bool,
     step: int,
+    block: Any,
     takes_part: Any,
     drawn: Any,
     chances: Any,
@@ -131,7 +132,8 @@ def _draw_share(
     stay_a_function()
     own = correction[sequence, step]
     if takes_part[sequence] and ratios.shape[0]:
-        recall(ratios, remembered, mean, count, sequence, drawn[sequence], beta[sequence], own)
+        previous = block[sequence, step - 1] if step > 0 else -1
+        recall(ratios, remembered, mean, count, sequence, drawn[sequence], previous, beta[sequence], own)
     draft_share(
         table, law_weights, temperature, top_k, top_p, min_p, seeds, counter, row, stream,
         correction.shape[2], takes_part, drawn, chances, own if keeps_logits else own[:0], sequence,
@@ -158,6 +160,7 @@ def _draw_together(
     correction: Any,
     keeps_logits: bool,
     step: int,
+    block: Any,
     takes_part: Any,
     drawn: Any,
     chances: Any,
@@ -165,7 +168,7 @@ def _draw_together(
     for share in prange(drawn.shape[0]):
         _draw_share(
             table, law_weights, temperature, top_k, top_p, min_p, seeds, counter, row, stream, ratios,
-            remembered, mean, count, beta, correction, keeps_logits, step, takes_part, drawn, chances,
+            remembered, mean, count, beta, correction, keeps_logits, step, block, takes_part, drawn, chances,
             np.int64(share),
         )  # fmt: skip
 
@@ -219,12 +222,13 @@ def draw(
     if batch > 1:
         _draw_together(
             table, law_weights, temperature, top_k, top_p, min_p, seeds, counter, row, stream, ratios,
-            remembered, mean, count, beta, correction, keeps_logits, step, takes_part, drawn, chances,
+            remembered, mean, count, beta, correction, keeps_logits, step, block, takes_part, drawn, chances,
         )  # fmt: skip
     else:
         _draw_share(
             table, law_weights, temperature, top_k, top_p, min_p, seeds, counter, row, stream, ratios,
-            remembered, mean, count, beta, correction, keeps_logits, step, takes_part, drawn, chances, 0,
+            remembered, mean, count, beta, correction, keeps_logits, step, block, takes_part, drawn, chances,
+            0,
         )  # fmt: skip
     longest = 0
     for sequence in range(batch):

@@ -8,7 +8,7 @@ import numpy as np
 from numba import prange
 from torch import Tensor
 
-from ..memory import LAST_WEIGHT, MEAN_FADING, MEAN_WEIGHT
+from ..memory import LAST_WEIGHT, LAST_WEIGHT_AFTER_TWO, MEAN_FADING, MEAN_WEIGHT
 from .compile import (
     CUBE,
     FLAGS,
@@ -57,23 +57,40 @@ def remember(
     )
 
 
-@compiled(f"void({MEMORY}, int64, int64, float32, {VECTOR})")
+@compiled(f"void({MEMORY}, int64, int64, int64, float32, {VECTOR})")
 def recall(
-    ratios: Any, tokens: Any, mean: Any, count: Any, sequence: int, token: int, beta: float, out: Any
+    ratios: Any,
+    tokens: Any,
+    mean: Any,
+    count: Any,
+    sequence: int,
+    token: int,
+    previous: int,
+    beta: float,
+    out: Any,
 ) -> None:
-    """`kernels.recall` for one sequence, into `out` [vocab]."""
-    slots = tokens.shape[1]
-    own = mean[sequence]
-    for back in range(min(slots, count[sequence])):
-        slot = (count[sequence] - 1 - back) % slots
-        if tokens[sequence, slot] == token:
-            last = ratios[sequence, slot]
-            for k in range(out.shape[0]):
-                half = FLOAT(MEAN_WEIGHT) * own[k]
-                out[k] = beta * (half + FLOAT(LAST_WEIGHT) * (last[k] - half))
-            return
+    """`kernels.recall` for one sequence, into `out` [vocab]; `previous` is -1 for None."""
+    slots, seen = tokens.shape[1], count[sequence]
+    own, known = mean[sequence], tokens[sequence]
+    if previous < 0:
+        previous = known[(seen - 1) % slots]
+    best, weight = -1, FLOAT(LAST_WEIGHT)
+    for back in range(min(slots, seen)):
+        slot = (seen - 1 - back) % slots
+        if known[slot] == token:
+            if back < slots - 1 and known[(slot - 1) % slots] == previous:
+                best, weight = slot, FLOAT(LAST_WEIGHT_AFTER_TWO)
+                break
+            if best < 0:
+                best = slot
+    if best < 0:
+        for k in range(out.shape[0]):
+            out[k] = beta * (FLOAT(MEAN_WEIGHT) * own[k])
+        return
+    last = ratios[sequence, best]
     for k in range(out.shape[0]):
-        out[k] = beta * (FLOAT(MEAN_WEIGHT) * own[k])
+        half = FLOAT(MEAN_WEIGHT) * own[k]
+        out[k] = beta * (half + weight * (last[k] - half))
 
 
 @compiled(f"void({MEMORY}, {TABLES}, {TABLES}, {TABLE}, {FLAGS}, int64)")

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..memory import LAST_WEIGHT, MEAN_FADING, MEAN_WEIGHT, DraftMemory
+from ..memory import LAST_WEIGHT, LAST_WEIGHT_AFTER_TWO, MEAN_FADING, MEAN_WEIGHT, DraftMemory
 from .specialisation import Specialisation
 from .tile import (
     INTERPRETED,
@@ -33,6 +33,9 @@ __all__ = ["recall", "remember", "specialisations"]
 
 # Its programs loop over rows: narrow parts of the vocabulary let one sequence fill the device.
 _KEPT_COLUMNS = LARGEST_SPLIT if INTERPRETED else 2048
+_WEIGHTS = {
+    "MEAN_WEIGHT": MEAN_WEIGHT, "LAST_WEIGHT": LAST_WEIGHT, "LAST_WEIGHT_AFTER_TWO": LAST_WEIGHT_AFTER_TWO,
+}  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["slots", "batch"])
@@ -42,13 +45,16 @@ def _recall(
     mean,
     count,
     token,
+    previous,
     beta,
     correction,
     vocab_size,
     slots,
     batch,
+    BEGINS: tl.constexpr,
     MEAN_WEIGHT: tl.constexpr,
     LAST_WEIGHT: tl.constexpr,
+    LAST_WEIGHT_AFTER_TWO: tl.constexpr,
     SEQUENCES: tl.constexpr,
     COLUMNS: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -58,16 +64,23 @@ def _recall(
     sequence = tl.minimum(unclamped, batch - 1)
     slot = tl.arange(0, SLOTS)[None, :]
     known = tl.load(tokens + sequence * slots + slot, mask=slot < slots, other=-1)
-    matches = (slot < slots) & (known == tl.load(token + sequence))
-    next_slot = tl.load(count + sequence).to(tl.int32) + slots - 1
+    before = tl.load(tokens + sequence * slots + (slot + slots - 1) % slots, mask=slot < slots, other=-1)
+    newest = (tl.load(count + sequence).to(tl.int32) + slots - 1) % slots
+    # The first token of a draft stands behind the last that was remembered.
+    last_token = tl.load(tokens + sequence * slots + newest) if BEGINS else tl.load(previous + sequence)
     # How long ago each slot was written: the newest of those that match is wanted.
-    age = tl.min(tl.where(matches, (next_slot - slot) % slots, slots), axis=1, keep_dims=True)
-    newest = (next_slot + slots - age) % slots
+    age = (newest + slots - slot) % slots
+    # What was before the oldest is forgotten.
+    rank = tl.where((before == last_token) & (age < slots - 1), age, age + slots)
+    matches = (slot < slots) & (known == tl.load(token + sequence))
+    rank = tl.min(tl.where(matches, rank, 2 * slots), axis=1, keep_dims=True)
+    best = (newest + 2 * slots - rank) % slots
+    weight = tl.where(rank < slots, LAST_WEIGHT_AFTER_TWO, LAST_WEIGHT)
     ids = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = valid & (ids < vocab_size)
     own = MEAN_WEIGHT * load_logits(mean, sequence * vocab_size + ids, inside)
-    last = load_logits(ratios, (sequence * slots + newest) * vocab_size + ids, inside & (age < slots))
-    drawn = tl.where(age < slots, own + LAST_WEIGHT * (last - own), own)
+    last = load_logits(ratios, (sequence * slots + best) * vocab_size + ids, inside & (rank < 2 * slots))
+    drawn = tl.where(rank < 2 * slots, own + weight * (last - own), own)
     tl.store(correction + sequence * vocab_size + ids, tl.load(beta + sequence) * drawn, mask=inside)
 
 
@@ -183,16 +196,17 @@ def _keep(
     tl.store(mean + sequence * vocab_size + ids, own, mask=inside)
 
 
-def recall(memory: DraftMemory, token: Tensor, beta: Tensor) -> Tensor:
+def recall(memory: DraftMemory, token: Tensor, previous: Tensor | None, beta: Tensor) -> Tensor:
     """`kernels.recall` in one launch."""
     batch, slots, vocab_size = memory.ratios.shape
     shape = tile_shape(vocab_size)
     all_slots = power_of_two(slots)
     sequences = min(shape.sequences, tl.TRITON_MAX_TENSOR_NUMEL // all_slots)
     correction = torch.empty_like(memory.mean)
+    before = token if previous is None else previous
     _recall[(-(-batch // sequences), shape.splits)](
-        memory.ratios, memory.tokens, memory.mean, memory.count, token, beta.contiguous(), correction,
-        vocab_size, slots, batch, MEAN_WEIGHT=MEAN_WEIGHT, LAST_WEIGHT=LAST_WEIGHT, SEQUENCES=sequences,
+        memory.ratios, memory.tokens, memory.mean, memory.count, token, before, beta.contiguous(), correction,
+        vocab_size, slots, batch, BEGINS=previous is None, **_WEIGHTS, SEQUENCES=sequences,
         COLUMNS=shape.columns, SLOTS=all_slots, **launch_options(shape.warps),
     )  # fmt: skip
     return correction
@@ -242,10 +256,18 @@ def specialisations() -> Iterator[Specialisation]:
             {"vocab_size"} if aligned else set()
         )
         wide = (load_logits,) if aligned else ()
+        recalled = own | dict.fromkeys(("token", "previous"), "*i64")
+        recalled |= dict.fromkeys(("beta", "correction"), "*fp32") | integers
         variants: list[tuple[Any, str, dict[str, Any], dict[str, Any], int]] = [
-            (_recall, "recall", own | {"token": "*i64", "beta": "*fp32", "correction": "*fp32"} | integers,
-             {**tile, "MEAN_WEIGHT": MEAN_WEIGHT, "LAST_WEIGHT": LAST_WEIGHT, "SLOTS": 32}, shape.warps),
-        ]  # fmt: skip
+            (
+                _recall,
+                "recall, begin" if begins else "recall",
+                recalled,
+                {**tile, **_WEIGHTS, "BEGINS": begins, "SLOTS": 32},
+                shape.warps,
+            )
+            for begins in (True, False)
+        ]
         for dtype in ("bf16", "fp16", "fp32") if aligned else ("bf16",):
             rows: dict[str, Any] = dict.fromkeys(("large", "base"), f"*{dtype}")
             rows |= {"large_strides": ("i32", "i32"), "base_strides": ("i32", "i32")}

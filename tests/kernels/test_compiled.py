@@ -553,9 +553,10 @@ def test_memory(vocab_size: int, dtype: torch.dtype, compiled: str, both: Any) -
             remember(memory, large, base, block, accepted, done)
             for token in range(4):
                 tokens = torch.full((batch,), token)
-                seen.append(recall(memory, tokens, torch.linspace(0.5, 2, batch)))
-                # One number for all sequences, which stands in memory once.
-                seen.append(recall(memory, tokens, torch.tensor(0.7).expand(batch)))
+                # One number for all sequences stands in memory once.
+                for beta in (torch.linspace(0.5, 2, batch), torch.tensor(0.7).expand(batch)):
+                    for previous in (None, tokens, (tokens + 1) % 4):
+                        seen.append(recall(memory, tokens, previous, beta))
         return [*seen, *tensors_of(memory).values()]
 
     for expected, result in zip(*both(run, compiled), strict=True):

@@ -146,7 +146,8 @@ def remember_rows(batch: int, drafted: int, vocab_size: int) -> None:
     large, base = torch.empty(2, batch, drafted + 1, vocab_size)
     block = torch.ones(batch, drafted + 1, dtype=torch.int64)
     remember(memory, large, base, block, counts, torch.zeros(batch, dtype=torch.bool))
-    recall(memory, counts, torch.ones(batch))
+    for previous in (None, counts):
+        recall(memory, counts, previous, torch.ones(batch))
 
 
 def commit_round(batch: int, drafted: int) -> None:
