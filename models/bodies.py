@@ -56,8 +56,12 @@ class Body(Protocol):
 
     def __call__(self, block: Block, cache: SlotCache) -> Tensor: ...
 
+    def fill(self, block: Block, cache: SlotCache) -> None:
+        """Run `block` for its keys and values alone."""
+        self(block, cache)
 
-class TransformersBody:
+
+class TransformersBody(Body):
     """Any decoder of transformers that takes a mask, positions and a cache from outside."""
 
     def __init__(self, decoder: PreTrainedModel, attention: Attention, takes_ours: bool) -> None:
@@ -160,7 +164,7 @@ def _compiled(decoder: PreTrainedModel) -> Callable[..., Any]:
     return compiled
 
 
-class FalconAlibiBody:
+class FalconAlibiBody(Body):
     """Falcon with alibi, whose own forward makes the bias from a mask that all sequences share."""
 
     def __init__(self, decoder: Any, attention: Attention) -> None:

@@ -187,7 +187,11 @@ class LlamaBody:
         first, second = sin[0].chunk(2, -1)
         self.rotations = torch.cat((cos[0], -first, second), -1)
 
-    def __call__(self, block: Block, cache: SlotCache) -> Tensor:
+    def fill(self, block: Block, cache: SlotCache) -> None:
+        """Run `block` for its keys and values alone, with which the last layer ends where it is not fused."""
+        self(block, cache, reads_out=False)
+
+    def __call__(self, block: Block, cache: SlotCache, reads_out: bool = True) -> Tensor:
         batch, length = block.tokens.shape
         count, heads, dim = batch * length, self.heads, self.dim
         attention = attention_for(self.attention, length)
@@ -215,6 +219,8 @@ class LlamaBody:
             both = torch.addcmul(both * cos, both.roll(dim // 2, -1), sin).view(batch, length, -1, dim)
             value = value.view(batch, length, self.kv_heads, dim)
             keys, values = cache.write(index, both[:, :, heads:], value)
+            if not reads_out and layer is self.layers[-1]:
+                break
             query = both[:, :, :heads]
             if attention == "sdpa":
                 mixed = attend(query.transpose(1, 2), keys, values, biases[layer.kind])

@@ -282,8 +282,9 @@ _MATRIX_COLUMN, _NETWORK_INDEX, _NETWORKS, _RANK, _UP_ROWS, _DOWN_AT, _UP_AT = r
 _LOW_RANK = 7
 
 
-# What the threads do between two meetings: every stage of a layer, then the last one.
-_PROJECT, _ATTEND, _JOIN, _GATE_UP, _CLOSE, _READ_OUT = range(6)
+# What the threads do between two meetings: every stage of a layer, then the last one. Without logits the last
+# layer ends with its keys and values.
+_PROJECT, _ATTEND, _JOIN, _GATE_UP, _CLOSE, _READ_OUT, _PROJECT_KEPT, _KEEP = range(8)
 
 
 @compiled(f"{MATRIX}({MATRIX}, int64, float64)")
@@ -446,7 +447,8 @@ def _softmax(scores: Any, first: int, begin: int, end: int, scale: float) -> Non
 
 
 @compiled(
-    f"void({MATRIX}, {TABLE}, {TABLE}, {TABLE}, float64, int64, {MATRIX}, {TABLE}, int64, {MATRIX}, int64)"
+    f"void({MATRIX}, {TABLE}, {TABLE}, {TABLE}, float64, int64, {MATRIX}, {TABLE}, int64, {MATRIX}, int64, "
+    "boolean)"
 )
 def _attend(
     projected: Any,
@@ -460,8 +462,9 @@ def _attend(
     kv_heads: int,
     mixed: Any,
     share: int,
+    attends: bool,
 ) -> None:
-    """Write the new keys and values of one sequence's group of heads; attend to them and the past."""
+    """Write the new keys and values of one sequence's group of heads; attend to them and the past, or not."""
     capacity, dim = rotation.shape[0], rotation.shape[1] // 2
     heads = mixed.shape[1] // dim
     groups = heads // kv_heads
@@ -486,9 +489,11 @@ def _attend(
         value, stored = row[value_at : value_at + dim], values[position]
         for k in range(dim):
             stored[k] = value[k]
-        for group in range(groups):
+        for group in range(groups if attends else 0):
             query_at = (kv_head * groups + group) * dim
             _rotate(row, query_at, table[_QUERY_NORM], eps, turn, queries, step * groups + group)
+    if not attends:
+        return
 
     rows, span = length * groups, min(start + length, capacity)
     first = 0 if window == 0 else max(0, start - window + 1)
@@ -535,17 +540,23 @@ def _share(
     low_ranks: Any,
 ) -> None:
     """What one thread does of one stage."""
-    if stage == _PROJECT:
+    if stage in (_PROJECT, _PROJECT_KEPT):
         inputs = _normalised(hidden, table[_ATTENTION_NORM], eps)
         key_size = kv_heads * rotation.shape[1] // 2
         query_size = projected.shape[1] - 2 * key_size
-        _product(inputs, table, _QUERY, query_size, projected, 0, share, threads, False, low_ranks, starts)
+        if stage == _PROJECT:
+            _product(
+                inputs, table, _QUERY, query_size, projected, 0, share, threads, False, low_ranks, starts
+            )
         for matrix, column in ((_KEY, query_size), (_VALUE, query_size + key_size)):
             _product(
                 inputs, table, matrix, key_size, projected, column, share, threads, False, low_ranks, starts
             )
-    elif stage == _ATTEND:
-        _attend(projected, starts, lengths, table, eps, window, rotation, stores, kv_heads, mixed, share)
+    elif stage in (_ATTEND, _KEEP):
+        _attend(
+            projected, starts, lengths, table, eps, window, rotation, stores, kv_heads, mixed, share,
+            stage == _ATTEND,
+        )  # fmt: skip
     elif stage == _JOIN:
         _product(mixed, table, _OUTPUT, hidden.shape[1], hidden, 0, share, threads, True, low_ranks, starts)
     elif stage == _GATE_UP:
@@ -636,12 +647,15 @@ def _forward(
     is_ragged = rows < logits.shape[0] and batch > 1
     packed = np.empty((rows, logits.shape[1]), FLOAT) if is_ragged else logits[:rows]
     # Without room for logits none are made.
-    for step in range(_READ_OUT * layers + (logits.shape[0] > 0)):
+    reads_out = logits.shape[0] > 0
+    for step in range(_READ_OUT * layers + 1 if reads_out else _READ_OUT * (layers - 1) + 2):
         layer, stage = step // _READ_OUT, step % _READ_OUT
         if layer == layers:
             layer, stage = 0, _READ_OUT
+        elif layer == layers - 1 and not reads_out:
+            stage += _PROJECT_KEPT
         _together(
-            stage, threads, batch * kv_heads if stage == _ATTEND else threads,
+            stage, threads, batch * kv_heads if stage in (_ATTEND, _KEEP) else threads,
             hidden, projected, mixed, gated, up, packed,
             weights[layer], ends, eps, starts, lengths, windows[layer], rotation, stores[layer], kv_heads,
             low_ranks[layer],

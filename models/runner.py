@@ -366,7 +366,7 @@ class ModelRunner:
                 compiled.fill(part, self.cache)
             else:
                 with self._adapted():
-                    self._run(part, first + start + part.shape[1])
+                    self._body.fill(self._begin(part, first + start + part.shape[1]), self.cache)
             self.lengths.add_(part.shape[1])
         self.lengths.copy_(prompt_lengths)
 
