@@ -107,7 +107,8 @@ class CompiledLlama:
                 layer.query, layer.key, layer.value, layer.output, layer.gate, layer.up, layer.down,
             )  # fmt: skip
             row[:] = _addresses(*norms, *(part for linear in linears for part in _parts(linear)))
-            self._added.append(_low_ranks(dict(zip(range(_QUERY, _WEIGHTS, _PARTS), linears, strict=True))))
+            columns = range(_QUERY, _WEIGHTS, _PARTS)
+            self._added.append(_low_ranks(dict(zip(columns, linears, strict=True))) if body.adapters else [])
         decoder, head = body.decoder, linear_of(self.head, body.adapters)
         self._ends[:] = _addresses(decoder.embed_tokens.weight, decoder.norm.weight, *_parts(head))
         # Of the first layer are the tables with which the head runs.
