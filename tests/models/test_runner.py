@@ -146,6 +146,22 @@ def test_prefill_leaves_the_output_head_alone() -> None:
     assert calls == [1]
 
 
+@pytest.mark.usefixtures("each_backend")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prefill_leaves_the_keys_and_values_of_a_whole_pass(family: str) -> None:
+    tokens, runner = random_tokens(3, 12), ModelRunner(tiny_model(family))
+    runner.reserve(3, 12)
+    runner.forward(tokens, 12)
+    wanted = [tensor.clone() for tensor in runner.cache.storage()]
+    for tensor in runner.cache.storage():
+        tensor.zero_()
+    runner.prefill(tokens, torch.full((3,), 12))
+    assert wanted
+    for found, expected in zip(runner.cache.storage(), wanted, strict=True):
+        assert torch.equal(found, expected)
+        assert expected.any()
+
+
 @pytest.mark.parametrize("family", ["gemma2", "falcon-alibi", "phi3-longrope", "mixtral"])
 def test_the_model_is_left_as_it_was(family: str) -> None:
     model = tiny_model(family)
