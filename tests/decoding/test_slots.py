@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from speculative_eft.decoding import EFTConfig, EFTDecoder, SlotBatch, SlotOptions
-from speculative_eft.decoding.running import CapturedBatch
+from speculative_eft.decoding.running import CapturedBatch, RunningBatch
 from speculative_eft.models import CapturedFunctions, EFTModels
 
 from ..exactness.sampling import table_runners
@@ -107,6 +107,24 @@ def test_models_with_caches(acceptance: Any, lagging: bool) -> None:
     decoder.lagging = lagging
     wanted = alone(decoder, work, [7])
     assert run_through(SlotBatch(decoder, 5, 40, (7,)), work, whims) == wanted
+
+
+def test_greedy_sequences_draft_among_sampled_ones_that_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    whims = random.Random(6)
+    config = EFTConfig(
+        draft_tokens="auto", cost_ratio=0.25, row_cost=0.8, expected_batch=4, draft_weights="own"
+    )
+    models = tiny_trio("llama")
+    work = random_work(40, models.vocab_size, whims)
+    decoder = EFTDecoder(models, config)
+    wanted = alone(decoder, work, [7])
+    drafted = []
+    advance = RunningBatch.advance
+    monkeypatch.setattr(
+        RunningBatch, "advance", lambda self, most, timer: drafted.append(most) or advance(self, most, timer)
+    )
+    assert run_through(SlotBatch(decoder, 4, 40, (7,)), work, whims) == wanted
+    assert set(drafted) == {0, 1}
 
 
 def test_bad_input_of_slots() -> None:
