@@ -294,13 +294,14 @@ def _decoders(models: EFTModels, draft_lens: Sequence[int], batch: int) -> dict[
 def _expected_lengths(decoder: RoundDecoder, acceptances: Sequence[float]) -> list[int]:
     """The drafts that rounds will ask for: all, or those of running acceptances around those simulated."""
     policy = decoder.policy if isinstance(decoder, EFTDecoder) else None
-    if policy is None or decoder.longest_draft == 0:
+    if policy is None:
         return [decoder.longest_draft]
+    rule = policy.rule(torch.device("cpu"))
     if not acceptances:
-        return list(range(policy.longest + 1))
+        return list(range(policy.longest + 1)) if rule.thresholds[0].isfinite() else [0]
     running = torch.linspace(min(acceptances) - 0.15, min(max(acceptances) + 0.06, 1.0), 200)
     # Many tests, so that the prior weighs little.
-    lengths = policy.rule(torch.device("cpu")).draft_lens(1e6 * running, torch.full((200,), 1e6))
+    lengths = rule.draft_lens(1e6 * running, torch.full((200,), 1e6))
     return sorted(set(lengths.tolist()))
 
 

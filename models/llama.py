@@ -354,11 +354,9 @@ def _read(layer: Any, kind: str, adapters: Sequence[str]) -> Layer:
 
 def linear_of(module: Any, adapters: Sequence[str]) -> Linear:
     """`module`, torch's linear layer or one that `is_low_rank`, with what `adapters` add; or what it is."""
+    if isinstance(module, Linear):
+        return module
     if type(module) is nn.Linear:
         own: Any = module._parameters
         return Linear(own["weight"], own["bias"], [])
-    if isinstance(module, Linear):
-        return module
-    if is_adapter_layer(module):
-        return Linear(module.base_layer.weight, module.base_layer.bias, low_ranks(module, adapters))
-    return Linear(module.weight, module.bias, [])
+    return Linear(module.base_layer.weight, module.base_layer.bias, low_ranks(module, adapters))
