@@ -53,10 +53,10 @@ from .windows import (
     warm_up_rounds,
 )
 
-__all__ = ["BY_COST_MODEL", "measure", "roofline_bytes"]
+__all__ = ["ALONE", "NAIVE", "measure", "roofline_bytes"]
 
 _EFT: dict[DraftWeights, str] = {"own": "EFT", "int8": "EFT, drafts of 8 bits"}
-BY_COST_MODEL = tuple(f"{name}, K by the cost model" for name in _EFT.values())
+_BY_COST_MODEL = tuple(f"{name}, K by the cost model" for name in _EFT.values())
 """The decoders whose draft lengths the cost model chooses: by the models' own weights, and by copies."""
 NAIVE, ALONE, PLAIN = "naive EFT", "large model alone", "plain transformers loop"
 _HOST_MICROSECONDS, _OF_ROOFLINE = 100.0, 1.2
@@ -282,7 +282,7 @@ def _measure_costs(models: EFTModels, batch: int) -> None:
 
 def _decoders(models: EFTModels, draft_lens: Sequence[int], batch: int) -> dict[str, RoundDecoder]:
     decoders: dict[str, RoundDecoder] = {}
-    for weights, by_cost_model in zip(_draft_weights(batch), BY_COST_MODEL, strict=False):
+    for weights, by_cost_model in zip(_draft_weights(batch), _BY_COST_MODEL, strict=False):
         lengths: dict[str, Any] = {by_cost_model: "auto"}
         lengths |= {f"{_EFT[weights]}, K={drafted}": drafted for drafted in draft_lens}
         for name, drafted in lengths.items():

@@ -1,10 +1,13 @@
-"""Keeps README and docs equal to the committed measurements: `python -P -m speculative_eft.bench.readme`."""
+"""Keeps README and docs equal to the committed measurements: `python -P -m speculative_eft.bench.readme`.
+
+README.md has the ratios, docs/measurements.md everything, docs/gpu.md what a round spends.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,47 +15,39 @@ from . import compiled_bodies, round_time
 from .analysis import losses, noise_sentence
 from .benchmark import Report
 from .comparison import Spread
-from .engine import BY_COST_MODEL
+from .engine import ALONE, NAIVE
 from .markdown import markdown_table, with_part
 from .plan import TUNED
 from .plots import figures, svg
 from .report import against_baselines, break_even_sentences, machine_line, main_table, spread_text
 
-__all__ = [
-    "BODIES", "FIGURES", "RESULT", "ROUNDS", "measurements_markdown", "source_digest", "with_compiled_bodies",
-    "with_gpu", "with_measurements", "with_round_times",
-]  # fmt: skip
+__all__ = ["FIGURES", "RESULT", "pages", "source_digest"]
 
 RESULT = "bench-cpu.json"
-ROUNDS = "round-time-cpu.json"
-BODIES = "compiled-bodies-cpu.json"
+_ROUNDS, _BODIES = "round-time-cpu.json", "compiled-bodies-cpu.json"
 FIGURES = {
     "draft-length": ("bench-cpu-draft-length.svg", "Speed against the draft length, with the cost model's"),
     "phases": ("bench-cpu-phases.svg", "Milliseconds a token by phase"),
 }
-"""Figures of the report that the README shows, by name: files beside the JSON, and what to call them."""
+"""Figures of the report that the pages show, by name: files beside the JSON, and what to call them."""
 
 _COLUMNS = (0, 1, 2, 5, 6, 7, 8)
-"""Of the report's table of a setting: those of the README's."""
+"""Of the report's table of a setting: those of the page."""
+_GPU_HEADS = (
+    "trio, context, batch", "decoder", "acceptance", "tokens a round", "ms a round", "times its bytes",
+    "tokens/s", "times naive EFT", "times large alone", "host us",
+)  # fmt: skip
+_BRIEF_GPU_COLUMNS = (0, 1, 3, 4, 6, 7, 8)
 
 
-def measurements_markdown(report: Report) -> str:
-    """What the README says of a benchmark."""
-    chosen = report.plan.chosen
-    lines = [
-        f"{machine_line(report)}; prompts: {report.prompts}, {report.plan.lengths[0]} new tokens each. "
-        "Decoders take turns in one process; medians over pairs, quartiles in brackets. "
-        f"{noise_sentence(report)}",
-        "",
-        f"**{chosen} over each baseline**, ratio of tokens a second:",
-        "",
-        *markdown_table(*against_baselines(report)),
-        "",
-        "The tuned model alone and the large model alone, speculating or not, sample from other laws; they "
-        "are here for their speed.",
-        "",
-        *_loss_lines(report),
-    ]
+def _brief_measurements(report: Report) -> str:
+    """What the README says of a benchmark: ratios alone."""
+    return "\n".join([*_ratio_lines(report), "", *_figure_lines("draft-length", "bench/results")])
+
+
+def _measurements(report: Report) -> str:
+    """What docs/measurements.md says of a benchmark."""
+    lines = [*_ratio_lines(report), "", *_loss_lines(report)]
     for result in report.grid():
         if result.setting.batch == report.plan.batches[0]:
             heads, rows = main_table(report, result)
@@ -60,9 +55,29 @@ def measurements_markdown(report: Report) -> str:
             kept = [[row[column] for column in _COLUMNS] for row in rows if row[0] in shown]
             title = f"**{result.setting.label}**, {result.comparison.runs} runs of each:"
             lines += ["", title, "", *markdown_table([heads[column] for column in _COLUMNS], kept)]
-    for file, title in FIGURES.values():
-        lines += ["", f"![{title}](bench/results/{file})"]
+    for name in FIGURES:
+        lines += ["", *_figure_lines(name, "../bench/results")]
     return "\n".join(lines)
+
+
+def _ratio_lines(report: Report) -> list[str]:
+    return [
+        f"{machine_line(report)}; prompts: {report.prompts}, {report.plan.lengths[0]} new tokens each. "
+        "Decoders take turns in one process; medians over pairs, quartiles in brackets. "
+        f"{noise_sentence(report)}",
+        "",
+        f"**{report.plan.chosen} over each baseline**, ratio of tokens a second:",
+        "",
+        *markdown_table(*against_baselines(report)),
+        "",
+        "The tuned model alone and the large model alone, speculating or not, sample from other laws; they "
+        "are here for their speed.",
+    ]
+
+
+def _figure_lines(name: str, folder: str) -> list[str]:
+    file, title = FIGURES[name]
+    return [f"![{title}]({folder}/{file})"]
 
 
 def _loss_lines(report: Report) -> list[str]:
@@ -72,13 +87,13 @@ def _loss_lines(report: Report) -> list[str]:
     lines = [
         *(f"- {sentence}" for sentence in break_even_sentences(report)),
         "",
-        "<details><summary>Where it is slower, and what the split of the time says of it</summary>",
-        "",
-        "The tuned model alone is left out: it makes none of the large model's passes.",
+        "Where it is slower, and what the split of the time says of it (the tuned model alone is left out: "
+        "it makes none of the large model's passes):",
         "",
     ]
-    lines += [f"- {loss.label}, {loss.baseline}: {spread_text(loss.ratio)}; {loss.reason}." for loss in found]
-    return [*lines, "", "</details>"]
+    return lines + [
+        f"- {loss.label}, {loss.baseline}: {spread_text(loss.ratio)}; {loss.reason}." for loss in found
+    ]
 
 
 def source_digest(source: str) -> str:
@@ -86,90 +101,159 @@ def source_digest(source: str) -> str:
     return hashlib.sha256(source.encode()).hexdigest()
 
 
-def with_measurements(readme: str, report: Report) -> str:
-    """The README with the part between the markers made anew."""
-    return with_part(readme, "measurements", measurements_markdown(report))
+def pages(root: Path) -> dict[Path, str]:
+    """Each page that quotes bench/results, by its path, as it has to be; `root` is the repository's."""
+    folder, docs = root / "bench" / "results", root / "docs"
+    report = Report.load(folder / RESULT)
+    engines = _engine_results(folder.glob("gpu-*.json"))
+    machine, times = round_time.load(folder / _ROUNDS)
+    bodies_machine, bodies = compiled_bodies.load(folder / _BODIES)
+    readme, gpu, whole = root / "README.md", docs / "gpu.md", docs / "measurements.md"
+    return {
+        readme: _with_parts(
+            readme,
+            {"measurements": _brief_measurements(report), "gpu": "\n".join(map(_brief_gpu, engines))},
+        ),
+        whole: _with_parts(
+            whole, {"measurements": _measurements(report), "gpu": "\n\n".join(map(_gpu, engines))}
+        ),
+        gpu: _with_parts(
+            gpu,
+            {
+                "gpu bars": "\n\n".join(map(_bars, engines)),
+                "gpu phases": "\n\n".join(map(_phases, engines)),
+                "round times": _timed(machine, round_time.table(times)),
+                "compiled bodies": _timed(bodies_machine, compiled_bodies.table(bodies)),
+            },
+        ),
+    }
 
 
-def with_round_times(page: str, path: Path) -> str:
-    """docs/gpu.md with what a round spends on a CPU made anew from the JSON of `round_time`."""
-    machine, times = round_time.load(path)
-    lines = [f"{machine}:", "", *markdown_table(*round_time.table(times))]
-    return with_part(page, "round times", "\n".join(lines))
+def _with_parts(path: Path, parts: Mapping[str, str]) -> str:
+    page = path.read_text(encoding="utf-8")
+    for name, text in parts.items():
+        page = with_part(page, name, text)
+    return page
 
 
-def with_compiled_bodies(page: str, path: Path) -> str:
-    """docs/gpu.md with what torch.compile does on a CPU made anew from the JSON of `compiled_bodies`."""
-    machine, times = compiled_bodies.load(path)
-    lines = [f"{machine}:", "", *markdown_table(*compiled_bodies.table(times))]
-    return with_part(page, "compiled bodies", "\n".join(lines))
+def _timed(machine: str, table: tuple[list[str], list[list[str]]]) -> str:
+    return "\n".join([f"{machine}:", "", *markdown_table(*table)])
 
 
-def with_gpu(page: str, paths: Iterable[Path], brief: bool = False) -> str:
-    """A page with the whole rounds that `make gpu` timed, a table for each card, made anew.
-
-    In `brief` those alone whose draft length the cost model chose.
-    """
-    lines: list[str] = []
-    for path in sorted(paths):
-        stages = json.loads(path.read_text(encoding="utf-8"))["stages"]
-        if stages.get("engine", {}).get("result"):
-            lines += [*_gpu_lines(stages["engine"]["result"], brief), ""]
-    return with_part(page, "gpu", "\n".join(lines[:-1]))
+def _engine_results(paths: Iterable[Path]) -> list[dict[str, Any]]:
+    stages = (json.loads(path.read_text(encoding="utf-8"))["stages"] for path in sorted(paths))
+    return [stage["engine"]["result"] for stage in stages if stage.get("engine", {}).get("result")]
 
 
-def _gpu_lines(result: dict[str, Any], brief: bool) -> list[str]:
+def _gpu_line(result: dict[str, Any]) -> str:
     machine = result["environment"]
-    heads = [
-        "trio, context, batch", "decoder", "acceptance", "tokens a round", "ms a round", "times its bytes",
-        "tokens/s", "times naive EFT", "times large alone", "host us",
-    ]  # fmt: skip
-    rows: list[list[str]] = []
-    for row in result["rows"]:
-        if "round_milliseconds" not in row or (brief and row["decoder"] not in BY_COST_MODEL):
-            continue
-        times = row.get("times", {})
-        rows.append([
-            f"{row['trio'].split(',')[0]}, {row['context']}, {row['batch']}",
-            row["decoder"],
-            "-" if row["acceptance"] is None else str(row["acceptance"]),
-            f"{row['tokens_per_round']:.2f}",
-            f"{row['round_milliseconds']['median']:.2f}",
-            f"{row['times_roofline']:.2f}",
-            f"{row['tokens_per_second']['median']:.0f}",
-            *(
-                spread_text(Spread(**times[other])) if other in times else "-"
-                for other in ("naive EFT", "large model alone")
-            ),
-            f"{row['host_microseconds']:.0f}",
-        ])  # fmt: skip
-    return [
+    return (
         f"{machine['device']}; torch {machine['torch']}, Triton {machine['triton']}, transformers "
         f"{machine['transformers']}, CUDA {machine['cuda']}; commit {machine['commit'][:12]}; a copy moves "
         f"{result['copy_bytes_per_second'] / 1e12:.2f} TB/s, read and written. Medians over windows, "
         "quartiles of ratios in brackets. Llama's and Qwen's rows are simulated: random weights in bfloat16 "
-        "at the true shapes, each drafted token accepted with the stated chance.",
-        "",
-        *markdown_table(heads, rows),
+        "at the true shapes, each drafted token accepted with the stated chance."
+    )
+
+
+def _rounds(result: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row for row in result["rows"] if "round_milliseconds" in row]
+
+
+def _gpu_row(row: dict[str, Any]) -> list[str]:
+    times = row.get("times", {})
+    return [
+        f"{row['trio'].split(',')[0]}, {row['context']}, {row['batch']}",
+        row["decoder"],
+        "-" if row["acceptance"] is None else str(row["acceptance"]),
+        f"{row['tokens_per_round']:.2f}",
+        f"{row['round_milliseconds']['median']:.2f}",
+        f"{row['times_roofline']:.2f}",
+        f"{row['tokens_per_second']['median']:.0f}",
+        *(spread_text(Spread(**times[other])) if other in times else "-" for other in (NAIVE, ALONE)),
+        f"{row['host_microseconds']:.0f}",
     ]
 
 
+def _gpu(result: dict[str, Any]) -> str:
+    rows = [_gpu_row(row) for row in _rounds(result)]
+    return "\n".join([_gpu_line(result), "", *markdown_table(list(_GPU_HEADS), rows)])
+
+
+def _brief_gpu(result: dict[str, Any]) -> str:
+    """The best decoder by own weights and the best by copies, at batch 1 and the highest chance."""
+    rows = [_gpu_row(row) for row in _best(result)]
+    kept = [[row[column] for column in _BRIEF_GPU_COLUMNS] for row in rows]
+    table = markdown_table([_GPU_HEADS[column] for column in _BRIEF_GPU_COLUMNS], kept)
+    return "\n".join([_gpu_line(result), "", *table])
+
+
+def _best(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of each shape at batch 1 and the highest chance, the best fixed length of each kind of draft."""
+    rows = [
+        row for row in _rounds(result) if row["batch"] == 1 and row["trio"] != "demo" and row["acceptance"]
+    ]
+    highest = max((row["acceptance"] for row in rows), default=0.0)
+    best: dict[tuple[str, int, str], dict[str, Any]] = {}
+    for row in rows:
+        kind, is_fixed, _ = row["decoder"].rpartition(", K=")
+        if row["acceptance"] == highest and is_fixed:
+            key = (row["trio"], row["context"], kind)
+            best[key] = max(best.get(key, row), row, key=_tokens_by_chance_a_millisecond)
+    return list(best.values())
+
+
+def _tokens_by_chance(row: dict[str, Any]) -> float:
+    """Tokens a round that its chance of acceptance promises; a window's draws give some more or fewer."""
+    return float((1 - row["acceptance"] ** (row["mean_drafted"] + 1)) / (1 - row["acceptance"]))
+
+
+def _tokens_by_chance_a_millisecond(row: dict[str, Any]) -> float:
+    return _tokens_by_chance(row) / float(row["round_milliseconds"]["median"])
+
+
+def _bars(result: dict[str, Any]) -> str:
+    rounds, rows = _rounds(result), []
+    for row in _best(result):
+        cells = [f"{row['trio'].split(',')[0]}, {row['context']}", row["decoder"]]
+        for other in (NAIVE, ALONE):
+            milliseconds = next(
+                reference["round_milliseconds"]["median"]
+                for reference in rounds
+                if reference["decoder"] == other
+                and all(reference[key] == row[key] for key in ("trio", "context", "batch"))
+            )
+            ratio = milliseconds * _tokens_by_chance_a_millisecond(row)
+            at_bytes = row["times_at_the_roofline"][other] * _tokens_by_chance(row) / row["tokens_per_round"]
+            cells += [f"{row['times'][other]['median']:.2f} ({ratio:.2f})", f"{at_bytes:.2f}"]
+        rows.append(cells)
+    heads = ["trio, context", "decoder", "times naive EFT", "by bytes", "times large alone", "by bytes"]
+    return "\n".join(markdown_table(heads, rows))
+
+
+def _phases(result: dict[str, Any]) -> str:
+    rows = [row for row in result["rows"] if "phase_microseconds" in row]
+    names = list(rows[0]["phase_microseconds"]) if rows else []
+    cells = [
+        [
+            f"{row['trio'].split(',')[0]}, {row['context']}, {row['batch']}",
+            str(row["drafted"]),
+            *(f"{row['phase_microseconds'][name]['median'] / 1000:.2f}" for name in names),
+        ]
+        for row in rows
+    ]
+    return "\n".join(markdown_table(["trio, context, batch", "K", *names], cells))
+
+
 def main() -> None:
-    """Rewrite README.md, its figures and docs/gpu.md from bench/results in the current folder."""
+    """Rewrite the pages and the figures from bench/results in the current folder."""
     folder = Path("bench") / "results"
     source = (folder / RESULT).read_text(encoding="utf-8")
-    report = Report.load(folder / RESULT)
-    drawn = figures(report)
+    drawn = figures(Report.load(folder / RESULT))
     for name, (file, _) in FIGURES.items():
         (folder / file).write_text(svg(drawn[name][1], source_digest(source)), encoding="utf-8")
-    page = Path("docs") / "gpu.md"
-    gpus = list(folder.glob("gpu-*.json"))
-    text = with_round_times(page.read_text(encoding="utf-8"), folder / ROUNDS)
-    text = with_compiled_bodies(text, folder / BODIES)
-    page.write_text(with_gpu(text, gpus), encoding="utf-8")
-    readme = Path("README.md")
-    text = with_measurements(readme.read_text(encoding="utf-8"), report)
-    readme.write_text(with_gpu(text, gpus, brief=True), encoding="utf-8")
+    for path, text in pages(Path()).items():
+        path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

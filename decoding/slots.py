@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -148,15 +149,16 @@ class SlotBatch:
         return self.decoder.new_plan(sampling(temperatures), sampling(drafts), self._eos, False)
 
     @torch.inference_mode()
-    def join(self, prompt: Tensor, options: SlotOptions) -> int:
-        """Start the continuation of `prompt`, int64 [length]; returns the sequence's number.
+    def join(self, prompt: Tensor | Sequence[int], options: SlotOptions) -> int:
+        """Start the continuation of `prompt`, token ids of shape [length]; returns the sequence's number.
 
         Raises:
             ValueError: if no slot is free, or the prompt is empty, too long, or outside the vocabulary.
         """
-        length = prompt.numel()
         if self.free == 0:
             raise ValueError(f"all {self.slots} slots are taken: step until one is free")
+        prompt = torch.as_tensor(prompt)
+        length = prompt.numel()
         if prompt.dim() != 1 or length == 0 or prompt.is_floating_point():
             raise ValueError("prompt must be an integer tensor of shape [length] with at least one token")
         if length + options.max_new_tokens > self.max_length:

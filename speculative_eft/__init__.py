@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from .decoding import EFTStats as EFTStats
     from .decoding import EFTTrace as EFTTrace
     from .decoding import NaiveEFTDecoder as NaiveEFTDecoder
+    from .decoding import SlotBatch as SlotBatch
+    from .decoding import SlotOptions as SlotOptions
+    from .decoding import SlotProgress as SlotProgress
     from .models import EFTModels as EFTModels
     from .models import IncompatibleModelsError as IncompatibleModelsError
 
@@ -27,6 +30,9 @@ _HOMES = {
     "EFTTrace": "decoding",
     "IncompatibleModelsError": "models",
     "NaiveEFTDecoder": "decoding",
+    "SlotBatch": "decoding",
+    "SlotOptions": "decoding",
+    "SlotProgress": "decoding",
 }
 
 __all__ = [*_HOMES, "__version__"]

@@ -1,7 +1,7 @@
 """The bundled demo trio: three small language models of Python source, and prompts they have not seen.
 
 The weights are in `weights/`, one folder a role that transformers loads on its own; MODEL_CARD.md says how
-they were made, and `python -m speculative_eft.models.demo.train` makes them again.
+they were made, and `python -P -m speculative_eft.models.demo.train` makes them again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def weights_folder(role: DemoRole) -> Path:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"the demo weights are not installed: {folder} has no config.json; "
-            "`python -m speculative_eft.models.demo.train` makes them"
+            "`python -P -m speculative_eft.models.demo.train` makes them"
         )
     return folder
 

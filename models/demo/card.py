@@ -111,7 +111,7 @@ prompts of `prompts.jsonl` ({sampled["tokens"]:,} tokens), {tasks["acceptance"][
 ## How they were trained
 
 On {hardware} shared with other work, Python {report["software"]["python"]}, torch
-{report["software"]["torch"]}, by `python -m speculative_eft.models.demo.train`, whose defaults are the
+{report["software"]["torch"]}, by `python -P -m speculative_eft.models.demo.train`, whose defaults are the
 settings used.
 
 * Rows of 512 tokens of packed files, 12 rows a step; Muon (rate 0.02) for the matrices in the layers,

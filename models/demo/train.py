@@ -1,7 +1,7 @@
 """The recipe of the demo trio: from installed Python source to three small language models.
 
-    python -m speculative_eft.models.demo.train                    # everything that is not done yet
-    python -m speculative_eft.models.demo.train --stage small_base --minutes 30
+    python -P -m speculative_eft.models.demo.train                    # everything that is not done yet
+    python -P -m speculative_eft.models.demo.train --stage small_base --minutes 30
 
 Every stage leaves its result in the work folder, so the recipe can be stopped and started again; training
 goes on from its last checkpoint. `export` and `evaluate` replace the files that the package ships.
