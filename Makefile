@@ -63,7 +63,7 @@ compile: compile-cpu compile-gpu
 # What Numba compiles is kept beside the source.
 compile-cpu: setup
 	@if $(BIN)/python -c 'import numba' 2> /dev/null; then \
-		$(BIN)/python -c 'import speculative_eft.models.llama_cpu, speculative_eft.kernels.cpu.settle'; \
+		$(BIN)/python -c 'import speculative_eft.models.llama_cpu, speculative_eft.kernels.cpu.round_end'; \
 	else echo "Numba is not installed: nothing was compiled for CPUs"; fi
 
 # Triton is not to be had on every system.

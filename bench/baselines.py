@@ -65,19 +65,19 @@ def _bind_step(runner: Runner, state: RoundState, plan: RoundPlan) -> BoundRound
     """`_step` as calls that take no arguments, as the rounds of EFT are, where Numba's kernels run."""
     if not can_bind(state):
         return None
-    from speculative_eft.kernels.cpu.settle import bind_settle
+    from speculative_eft.kernels.cpu.round_end import bind_round_end
 
     room, batch = Room(0), state.last_token.shape[0]
     logits, *laws = (
         room.take(name, batch, 1, plan.vocab_size) for name in ("logits", "log target", "target", "draft")
     )
     block, counts = state.last_token[:, None], torch.ones(batch, dtype=torch.int64)
-    verdict, report, settle = bind_settle(
+    verdict, report, end_round = bind_round_end(
         state, [logits], block, counts, plan.coefficients, plan.sampling, plan.sampling, plan.acceptance,
         plan.eos_token_ids, None, [(runner.lengths, False)], laws,
     )  # fmt: skip
     step, runs_all = bind_pass(runner, block, counts, logits)
-    steps = [("step", step), ("verify", lambda _: settle())]
+    steps = [("step", step), ("verify", lambda _: end_round())]
     return BoundRound(
         steps, counts, counts.numpy().max, verdict, report, report.numpy().tolist, [logits],
         pays_for_done=runs_all,

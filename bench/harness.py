@@ -106,7 +106,7 @@ class SpeculativeEFT(TemplateLM):  # type: ignore[misc]
         self.tokenizer = tokenizer
         # "auto" asks for the largest that fits, which is not looked for.
         self.batch_size = int(batch_size) if str(batch_size).isdecimal() else max_batch_size or 8
-        self.max_length = max_length or decoder.max_context or _LONGEST
+        self.max_length = max_length or decoder.runners.max_context or _LONGEST
         self.max_gen_toks = max_gen_toks
         self.seed = seed
         self._requests_seen = 0

@@ -116,8 +116,8 @@ def _bind_draft(
             start, block, counts, plan.coefficients, plan.draft_sampling, state.noise, stream, state.memory,
             state.early_stop, by_step[0], correction, keeps_logits,
         )  # fmt: skip
-    from speculative_eft.kernels.cpu.compile import arrays
-    from speculative_eft.kernels.cpu.drafting import begin_draft, draw, draw_arguments
+    from speculative_eft.kernels.cpu.draft_loop import begin_draft, draw, draw_arguments
+    from speculative_eft.kernels.cpu.jit import arrays
 
     batch, steps = block.shape
     drawn, takes_part = (torch.zeros(batch, dtype=torch.int64) for _ in range(2))
@@ -164,7 +164,7 @@ def bind_round(
     """
     if not can_bind(state):
         return None
-    from speculative_eft.kernels.cpu.settle import bind_settle
+    from speculative_eft.kernels.cpu.round_end import bind_round_end
 
     batch, vocab_size = state.last_token.shape[0], plan.vocab_size
     is_given = bool(runners.drafters)
@@ -177,7 +177,7 @@ def bind_round(
     def logits_of(name: str, runner: Runner) -> Tensor:
         return room.take(name, batch, drafted + 1, runner.vocab_size)
 
-    models = [*runners.tuned, runners.base]
+    models = runners.small
     drafting = runners.drafters or (models if plan.drafts_as_pair else runners.tuned)
     # A draft is made step by step, and each step's logits lie together.
     by_step = [
@@ -196,7 +196,7 @@ def bind_round(
     small += scores
     logits = [large, *small] + [correction] * (corrected > 0)
     laws = [room.take(name, batch, drafted + 1, vocab_size) for name in ("log target", "target", "draft")]
-    verdict, report, settle = bind_settle(
+    verdict, report, end_round = bind_round_end(
         state, logits, block, counts, plan.coefficients.of_given_draft if is_given else plan.coefficients,
         plan.sampling, plan.draft_sampling, plan.acceptance, plan.eos_token_ids, plan.draft_length_rule,
         caches_of(runners, plan), laws,
@@ -207,7 +207,7 @@ def bind_round(
         scored, small_runs_all = bind_pass(runner, block, counts, rows)
         steps.append(("base", scored))
         runs_all |= small_runs_all
-    steps.append(("verify", lambda _: settle()))
+    steps.append(("verify", lambda _: end_round()))
     return BoundRound(
         steps=steps,
         counts=counts,

@@ -84,7 +84,7 @@ class EFTDecoder:
         experts = len(self.runners.tuned)
         if len(self.config.alphas) not in (1, experts):
             raise ValueError(f"alpha has {len(self.config.alphas)} values for {experts} tuned models")
-        self.vocab_size = min(runner.vocab_size for runner in self.all_runners())
+        self.vocab_size = min(runner.vocab_size for runner in self.runners.every)
         if self._drafts_by_copies():
             if self.models is None:
                 raise ValueError('draft_weights="int8" needs models, not their runners')
@@ -100,10 +100,6 @@ class EFTDecoder:
         graphs = CapturedFunctions(device, graph_budget(device)) if self.lagging else None
         self.captured = None if graphs is None else CapturedBatch(graphs)
         self._general_is_reported = False
-
-    def all_runners(self) -> list[Any]:
-        """The runners of the large base, the tuned models and the small base."""
-        return [self.runners.large, *self.runners.tuned, self.runners.base]
 
     @cached_property
     def policy(self) -> DraftLengthPolicy | None:
@@ -257,12 +253,6 @@ class EFTDecoder:
             output = self._generate(call, trace)
         return ordinary(output)
 
-    @property
-    def max_context(self) -> int | None:
-        """Longest sequence that all models support, None if there is no limit."""
-        limits = [runner.max_context for runner in self.all_runners()]
-        return min((limit for limit in limits if limit is not None), default=None)
-
     def score(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> TokenScores:
         """What the target says of given tokens, by one pass of each model.
 
@@ -274,10 +264,10 @@ class EFTDecoder:
             ValueError: for bad input, before any model runs.
         """
         prompts = read_prompts(input_ids, attention_mask, self.vocab_size)
-        context = self.max_context
+        context = self.runners.max_context
         if context is not None and prompts.longest > context:
             raise ValueError(f"{prompts.longest} tokens exceed the context of {context} tokens")
-        runners, batch = self.all_runners(), prompts.tokens.shape[0]
+        runners, batch = self.runners.every, prompts.tokens.shape[0]
         # Of a chunk every model's logits, and in float32 the mix, its normalised law, and one on the way.
         beside = (2 * len(runners) + 12) * min(prompts.longest, DEFAULT_CHUNK) * self.vocab_size
         check_caches(runners, batch, [prompts.longest] * len(runners), 0, beside, "input_ids")
@@ -385,7 +375,7 @@ class EFTDecoder:
             _log.warning("%s: not known to the fused rounds; decoding takes the general, slower path", names)
 
     def _check_context(self, prompts: Prompts, tuned_prompts: Prompts, options: GenerationOptions) -> None:
-        for runner in self.all_runners():
+        for runner in self.runners.every:
             longest = (tuned_prompts if runner in self.runners.tuned else prompts).longest
             context = runner.max_context
             if context is not None and longest + options.max_new_tokens > context:
@@ -439,7 +429,7 @@ class EFTDecoder:
         device = self.runners.large.device
         room = options.max_new_tokens + self.longest_draft + 1
         kept = self._room_for_caches(prompts, tuned_prompts, options.max_new_tokens, kept)
-        for runner in self.all_runners():
+        for runner in self.runners.every:
             is_tuned = runner in self.runners.tuned
             own = tuned_prompts if is_tuned else prompts
             held = None if kept is None else kept[is_tuned]
@@ -468,7 +458,7 @@ class EFTDecoder:
     ) -> tuple[Tensor, Tensor] | None:
         """`kept`, or None where memory holds no larger caches beside the present ones; raises ValueError."""
         batch, beyond = prompts.tokens.shape[0], self.longest_draft + 1
-        runners, beside = self.all_runners(), self.bytes_beside_caches
+        runners, beside = self.runners.every, self.bytes_beside_caches
         longest = [(tuned_prompts if runner in self.runners.tuned else prompts).longest for runner in runners]
         lengths = [length + max_new_tokens for length in longest]
         whole = [length + beyond for length in lengths]
@@ -484,7 +474,7 @@ class EFTDecoder:
         rows = self.longest_draft + 1
         drafters = len(self.runners.drafters)
         # The drafters' own, and in float32 the law that they make.
-        logits = 2 * rows * (len(self.all_runners()) + drafters + 2 * (drafters > 0)) * self.vocab_size
+        logits = 2 * rows * (len(self.runners.every) + drafters + 2 * (drafters > 0)) * self.vocab_size
         # Its log-ratios, their mean, and the corrections of a draft.
         remembered = max(self.config.remembered, rows) + rows if self.config.remembered and rows > 1 else 0
         return int(logits + 4 * remembered * self.vocab_size)

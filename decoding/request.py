@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, WatermarkingConfig
 from transformers.generation.configuration_utils import BaseWatermarkingConfig
 
-from speculative_eft.kernels import Sampling, derive_seeds
+from speculative_eft.kernels import Sampling, batch_sampling, derive_seeds
 
 from .fields import FIELDS, OTHER_ARGUMENTS, is_neutral
 
@@ -88,19 +88,13 @@ class GenerationOptions:
 
     def sampling(self, batch: int, vocab_size: int, temperature: float, device: torch.device) -> Sampling:
         """These options for every sequence of a batch, at the given temperature."""
-
-        def column(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.full((batch,), value, dtype=dtype, device=device)
-
-        greedy = temperature == 0
-        filters = not greedy
-        return Sampling(
-            temperature=column(temperature),
-            top_k=column(self.top_k, torch.int64) if filters and 0 < self.top_k < vocab_size else None,
-            top_p=column(self.top_p) if filters and self.top_p < 1 else None,
-            min_p=column(self.min_p) if filters and self.min_p > 0 else None,
-            any_greedy=greedy,
-            all_greedy=greedy,
+        return batch_sampling(
+            [temperature] * batch,
+            [self.top_k] * batch,
+            [self.top_p] * batch,
+            [self.min_p] * batch,
+            vocab_size,
+            device,
         )
 
 

@@ -275,7 +275,7 @@ def score_by_small(
 
     Those that drafted take one step more, after the last drafted token, for the law of the bonus token.
     """
-    models, stepping = [*runners.tuned, runners.base], len(draft.rows)
+    models, stepping = runners.small, len(draft.rows)
     # Where nothing is drafted, all take the same step.
     stepped = forward_each(models if block.shape[1] == 1 else models[:stepping], block[:, -1:], span)
     for runner in models[:stepping]:
@@ -338,7 +338,7 @@ def caches_of(runners: EFTRunners, plan: RoundPlan) -> list[tuple[Tensor, bool]]
 
 def _draft(runners: EFTRunners, state: RoundState, plan: RoundPlan, drafted: int, span: int) -> Drafted:
     stream = Stream.SHARED if plan.acceptance == "shared_seed" else Stream.DRAFT
-    drafting = [*runners.tuned, runners.base] if plan.drafts_as_pair else runners.tuned
+    drafting = runners.small if plan.drafts_as_pair else runners.tuned
     stepping = runners.drafters or drafting
     token = state.last_token
     previous: Tensor | None = None

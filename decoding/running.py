@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from speculative_eft.kernels import RoundState
-from speculative_eft.models import CapturedFunctions, EFTRunners, Runner
+from speculative_eft.models import CapturedFunctions, EFTRunners
 
 from .bound import BoundRound, Room, bind_round
 from .round import PhaseTimer, RoundPlan, TraceBuffers, draft_phase, verify_phase
@@ -55,7 +55,7 @@ class CapturedBatch:
 
     def take(self, parts: Parts, runners: EFTRunners) -> Parts:
         """`parts`, or those of the call before, which now hold the same and which the graphs know."""
-        lengths = [runner.lengths for runner in (runners.large, *runners.tuned, runners.base)]
+        lengths = [runner.lengths for runner in runners.every]
         same = [own.data_ptr() for own in self.lengths] == [own.data_ptr() for own in lengths]
         if self.parts is not None and same and refill(list(self.parts), list(parts)):
             return self.parts
@@ -115,7 +115,7 @@ class RunningBatch:
         self._narrow()
 
     def _narrow(self) -> None:
-        for runner in self._runners():
+        for runner in self.runners.every:
             runner.use(self.rows)
         kept = {} if self._captured is None else self._captured.narrowed
         if self.rows not in kept:
@@ -123,9 +123,6 @@ class RunningBatch:
             kept[self.rows] = narrowed(self.state, self.rows), narrowed(self.plan, self.rows), trace
         self._parts = kept[self.rows]
         self._bound.clear()
-
-    def _runners(self) -> list[Runner]:
-        return [self.runners.large, *self.runners.tuned, self.runners.base]
 
     @property
     def pays_for_done(self) -> bool:
@@ -264,7 +261,7 @@ class RunningBatch:
         if not rows:
             return
         span = self._span([self.order[row] for row in rows], 0)
-        for runner in self._runners():
+        for runner in self.runners.every:
             runner.rearrange(rows, sources, span)
         for part in (self.state, self.trace):
             if part is not None:
@@ -279,5 +276,5 @@ class RunningBatch:
         rows = [row for row, index in enumerate(self.order) if index != row]
         self._rearrange(rows, [places[row] for row in rows])
         self.rows = len(self.order)
-        for runner in self._runners():
+        for runner in self.runners.every:
             runner.use(self.rows)

@@ -39,14 +39,13 @@ def score_tokens(
     """Run every model once over the tokens, `chunk` positions at a time; what the caches held is lost."""
     batch, device = prompts.tokens.shape[0], runners.large.device
     tokens, lengths = prompts.tokens.to(device), prompts.lengths.to(device)
-    every = (runners.large, *runners.tuned, runners.base)
-    for runner in every:
+    for runner in runners.every:
         runner.reserve(batch, prompts.longest)
     log_probs, greedy = [tokens.new_empty(batch, 0, dtype=torch.float32)], [tokens.new_empty(batch, 0).bool()]
     for start in range(0, prompts.longest - 1, chunk):
         end = min(start + chunk, prompts.longest - 1)
-        large, *tuned, base = (runner.forward(tokens[:, start:end], end) for runner in every)
-        for runner in every:
+        large, *tuned, base = (runner.forward(tokens[:, start:end], end) for runner in runners.every)
+        for runner in runners.every:
             runner.lengths.add_(end - start)
         law = target_logits(large, tuned, base, coefficients, vocab_size).log_softmax(dim=-1)
         given = tokens[:, start + 1 : end + 1]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from speculative_eft.kernels import Sampling
+from speculative_eft.kernels import Sampling, batch_sampling
 from speculative_eft.models import check_caches
 
 from .decoder import EFTDecoder
@@ -80,10 +80,7 @@ class SlotBatch:
         self, decoder: EFTDecoder, slots: int, max_length: int, eos_token_ids: tuple[int, ...] = ()
     ) -> None:
         runners = decoder.runners
-        context = min(
-            (runner.max_context for runner in decoder.all_runners() if runner.max_context is not None),
-            default=None,
-        )
+        context = runners.max_context
         if slots < 1:
             raise ValueError(f"slots must be at least 1, got {slots}")
         if max_length < 2 or (context is not None and max_length > context):
@@ -91,7 +88,7 @@ class SlotBatch:
         self.decoder, self.slots, self.max_length = decoder, slots, max_length
         self._eos = eos_token_ids
         self._device = runners.large.device
-        every, beyond = decoder.all_runners(), decoder.longest_draft + 1
+        every, beyond = decoder.runners.every, decoder.longest_draft + 1
         lengths, beside = [max_length] * len(every), decoder.bytes_beside_caches
         check_caches(every, slots, lengths, beyond, beside, "slots and max_length")
         for runner in every:
@@ -119,29 +116,16 @@ class SlotBatch:
         unused = SlotOptions(1, 0)
         options = [self._options.get(index, unused) for index in order]
         options += [unused] * (self.slots - len(options))
-        vocab_size = self.decoder.vocab_size
         own = self.decoder.config.draft_temperature
 
-        def column(values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=self._device)
-
         def sampling(temperatures: list[float]) -> Sampling:
-            greedy = [value == 0 for value in temperatures]
-            top_k = [option.top_k or vocab_size for option in options]
-            used = [option for option in options if option.temperature > 0]
-            return Sampling(
-                temperature=column(temperatures),
-                top_k=column([min(k, vocab_size) for k in top_k], torch.int64)
-                if any(0 < option.top_k < vocab_size for option in used)
-                else None,
-                top_p=column([option.top_p for option in options])
-                if any(option.top_p < 1 for option in used)
-                else None,
-                min_p=column([option.min_p for option in options])
-                if any(option.min_p > 0 for option in used)
-                else None,
-                any_greedy=any(greedy),
-                all_greedy=all(greedy),
+            return batch_sampling(
+                temperatures,
+                [option.top_k for option in options],
+                [option.top_p for option in options],
+                [option.min_p for option in options],
+                self.decoder.vocab_size,
+                self._device,
             )
 
         temperatures = [option.temperature for option in options]
@@ -173,7 +157,7 @@ class SlotBatch:
         self._joined += 1
         self._options[sequence] = options
         row = self._running.join(sequence, length, length + options.max_new_tokens)
-        for runner in self.decoder.all_runners():
+        for runner in self.decoder.runners.every:
             runner.fill_slot(row, prompt[None, :-1])
         ids = {"dtype": torch.int64, "device": self._device}
         one = self.decoder.new_state(

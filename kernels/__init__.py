@@ -1,11 +1,11 @@
-"""Pure tensor operations: the mix, its filters, the noise, and the verification of drafts."""
+"""Pure tensor operations of a round and of the models' layers: torch references and compiled kernels."""
 
 from .attention import HEAD_DIMS, LARGEST_HEAD_DIM, MOST_ROWS, append, attention
 from .backend import Backend, backend, warm_up
 from .commit import DraftLengthRule, RoundState, commit, committed_tokens
 from .draft import draft_step
 from .early_stop import EarlyStop, end_drafts, learn, new_early_stop
-from .filters import Sampling, warp
+from .filters import Sampling, batch_sampling, warp
 from .layers import projections, rotated_attention
 from .memory import DraftMemory, new_draft_memory, recall, remember
 from .mix import Coefficients, draft_logits, target_logits
@@ -34,6 +34,7 @@ __all__ = [
     "append",
     "attention",
     "backend",
+    "batch_sampling",
     "commit",
     "committed_tokens",
     "derive_seeds",

@@ -65,5 +65,5 @@ def warm_up(device: torch.device) -> None:
     Numba keeps what it compiled, beside the source or in the user's cache: once a machine is enough.
     """
     if backend(device) == "numba":
-        for name in ("sampler", "commit", "memory", "settle"):
+        for name in ("draft", "verify", "commit", "memory", "round_end"):
             import_module(f"{__package__}.cpu.{name}")

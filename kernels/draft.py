@@ -59,9 +59,9 @@ def draft_step(
             from .gpu.draft import draft as on_gpu
 
             return on_gpu(rows, weights, sampling, *address, vocab_size, measures)
-        from .cpu import sampler
+        from .cpu.draft import draft as on_cpu
 
-        return sampler.draft(rows, weights, sampling, *address, vocab_size)
+        return on_cpu(rows, weights, sampling, *address, vocab_size)
     mixed = draft_logits(
         [rows[:, None] for rows in tuned],
         None if base is None else base[:, None],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from .mix import log_softmax, top_p_set
 
-__all__ = ["Sampling", "plain_or_warped", "warp"]
+__all__ = ["Sampling", "batch_sampling", "plain_or_warped", "warp"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,37 @@ class Sampling:
     def filtered(self) -> bool:
         """Whether any filter is in use."""
         return self.top_k is not None or self.top_p is not None or self.min_p is not None
+
+
+def batch_sampling(
+    temperatures: Sequence[float],
+    top_k: Sequence[int],
+    top_p: Sequence[float],
+    min_p: Sequence[float],
+    vocab_size: int,
+    device: torch.device,
+) -> Sampling:
+    """Sampling of sequences with these parameters each; 0 for `top_k` keeps all.
+
+    A filter is left out where no sequence of a temperature above 0 cuts anything by it.
+    """
+    sampled = [temperature > 0 for temperature in temperatures]
+    kept = [min(k, vocab_size) if k > 0 else vocab_size for k in top_k]
+
+    def column(values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    def cuts(values: Sequence[float], nothing: float) -> bool:
+        return any(value != nothing for value, is_sampled in zip(values, sampled, strict=True) if is_sampled)
+
+    return Sampling(
+        temperature=column(temperatures),
+        top_k=column(kept, torch.int64) if cuts(kept, vocab_size) else None,
+        top_p=column(top_p) if cuts(top_p, 1.0) else None,
+        min_p=column(min_p) if cuts(min_p, 0.0) else None,
+        any_greedy=not all(sampled),
+        all_greedy=not any(sampled),
+    )
 
 
 def warp(logits: Tensor, sampling: Sampling) -> Tensor:

@@ -105,10 +105,10 @@ def verify(
             )
         )  # fmt: skip
     if kind == "numba":
-        from .cpu import sampler
+        from .cpu import verify as on_cpu
 
         return Verdict(
-            *sampler.verify(
+            *on_cpu.verify(
                 [large, *tuned, base] if correction is None else [large, *tuned, base, correction],
                 coefficients,
                 draft_tokens,
@@ -117,7 +117,7 @@ def verify(
                 draft_sampling,
                 noise,
                 verification_streams(),
-                sampler.RULES[rule],
+                on_cpu.RULES[rule],
                 vocab_size,
             )
         )

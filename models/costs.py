@@ -96,8 +96,8 @@ def measure_step_costs(runners: EFTRunners, drafting: Sequence[Runner], batch: i
     """
     drafters, device = runners.drafters, runners.large.device
     measured = _DRAFTED_BY_MANY if device.type == "cpu" and batch > _FEW else _DRAFTED
-    small = [*runners.tuned, runners.base]
-    for runner in (runners.large, *small):
+    small = runners.small
+    for runner in runners.every:
         runner.reserve(batch, _PROMPT + _DRAFTED + 1)
         runner.lengths.fill_(_PROMPT)
     drawn = torch.zeros(batch, 1, dtype=torch.int64, device=device)

@@ -230,7 +230,7 @@ class EFTModels:
     def drafting_runners(self, pair: bool) -> list[ModelRunner]:
         """The runners of the models that draft: the tuned ones, and as a `pair` the small base."""
         runners = self.runners()
-        drafting = [*runners.tuned, runners.base] if pair else runners.tuned
+        drafting = runners.small if pair else runners.tuned
         return [cast(ModelRunner, runner) for runner in drafting]
 
     def quantised_drafters(self, pair: bool) -> list[Runner]:

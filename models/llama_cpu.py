@@ -29,7 +29,8 @@ from speculative_eft.kernels import (
     Sampling,
     Stream,
 )
-from speculative_eft.kernels.cpu.compile import (
+from speculative_eft.kernels.cpu.draft_loop import DRAWS, begin_draft, draw, draw_arguments
+from speculative_eft.kernels.cpu.jit import (
     CUBE,
     FLAGS,
     FLOAT,
@@ -47,7 +48,6 @@ from speculative_eft.kernels.cpu.compile import (
     largest,
     use_threads,
 )
-from speculative_eft.kernels.cpu.drafting import DRAWS, begin_draft, draw, draw_arguments
 from speculative_eft.kernels.cpu.products import dot_products, quantised_products
 
 from .adapters import is_low_rank

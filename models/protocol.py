@@ -183,10 +183,26 @@ class EFTRunners:
     base: Runner
     drafters: list[Runner] = field(default_factory=list)
 
+    @property
+    def small(self) -> list[Runner]:
+        """Those of the tuned models and the small base."""
+        return [*self.tuned, self.base]
+
+    @property
+    def every(self) -> list[Runner]:
+        """Those of the large base, the tuned models and the small base."""
+        return [self.large, *self.small]
+
+    @property
+    def max_context(self) -> int | None:
+        """Longest sequence that all models support, None if there is no limit."""
+        limits = [runner.max_context for runner in self.every]
+        return min((limit for limit in limits if limit is not None), default=None)
+
 
 def steps_together(runners: EFTRunners, batch: int) -> bool:
     """Whether the tuned models and the small base read their weights once for a step of all of them."""
-    first, *others = [*runners.tuned, runners.base]
+    first, *others = runners.small
     block = torch.zeros(batch, 1, dtype=torch.int64)
     logits = [torch.empty(batch, 1, runner.vocab_size) for runner in (first, *others)]
     return first.bind_together(others, block, block[:, 0], logits) is not None

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .compile import FLAGS, FLOAT, MATRIX, TABLE, TABLES, VECTOR, arrays, entry, integers_at
+from .jit import FLAGS, FLOAT, MATRIX, TABLE, TABLES, VECTOR, arrays, entry, integers_at
 
 if TYPE_CHECKING:
     from speculative_eft.kernels.commit import DraftLengthRule, RoundState

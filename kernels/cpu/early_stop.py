@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..early_stop import GRADES, PRIOR_ACCEPTED, PRIOR_TESTED
-from .compile import FLOAT, MATRIX, TABLE, TABLES, VECTOR, arrays, compiled
+from .jit import FLOAT, MATRIX, TABLE, TABLES, VECTOR, arrays, compiled
 
 if TYPE_CHECKING:
     from ..early_stop import EarlyStop

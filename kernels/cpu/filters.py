@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .compile import FLOAT, MATRIX, TABLE, VECTOR, arrays, compiled, largest, log
+from .jit import FLOAT, MATRIX, TABLE, VECTOR, arrays, compiled, largest, log
 
 if TYPE_CHECKING:
     from ..filters import Sampling

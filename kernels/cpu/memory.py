@@ -9,7 +9,7 @@ from numba import prange
 from torch import Tensor
 
 from ..memory import LAST_WEIGHT, LAST_WEIGHT_AFTER_TWO, MEAN_FADING, MEAN_WEIGHT
-from .compile import (
+from .jit import (
     CUBE,
     FLAGS,
     FLOAT,

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .compile import FLOAT, VECTOR, WORDS, argmax, bits_of_float, compiled, log, strictly_compiled
+from .jit import FLOAT, VECTOR, WORDS, argmax, bits_of_float, compiled, log, strictly_compiled
 
 __all__ = ["race_of_logits", "race_of_weights", "uniform"]
 

@@ -11,7 +11,7 @@ from llvmlite import binding, ir
 from numba import types
 from numba.extending import intrinsic
 
-from .compile import FLOAT, LARGEST_FLOAT, MATRIX, array_at, bytes_at, compiled, largest, stay_a_function
+from .jit import FLOAT, LARGEST_FLOAT, MATRIX, array_at, bytes_at, compiled, largest, stay_a_function
 
 __all__ = ["dot_products", "quantised_products"]
 

@@ -31,7 +31,7 @@ def table_runners(tables: Tables) -> EFTRunners:
 def with_drafters(sampler: EFTDecoder) -> EFTRunners:
     """A decoder's table models with others that draft in their place."""
     runners = sampler.runners
-    drafting = [*runners.tuned, runners.base] if sampler._drafts_as_pair() else runners.tuned
+    drafting = runners.small if sampler._drafts_as_pair() else runners.tuned
     places = [cast(TableRunner, runner) for runner in drafting]
     return replace(runners, drafters=[TableDrafter(place, seed) for seed, place in enumerate(places)])
 

@@ -13,7 +13,7 @@ numba = pytest.importorskip("numba", reason="the extra [cpu] is not installed")
 
 @pytest.fixture(scope="module")
 def dot_products() -> Callable[..., None]:
-    from speculative_eft.kernels.cpu.compile import MATRIX
+    from speculative_eft.kernels.cpu.jit import MATRIX
     from speculative_eft.kernels.cpu.products import dot_products as products
 
     # What compiled functions call has no entry from Python.
@@ -44,7 +44,7 @@ def test_sums(rows: int, size: int, first: int, last: int, add: bool, dot_produc
 
 @pytest.fixture(scope="module")
 def quantised_products() -> Callable[..., None]:
-    from speculative_eft.kernels.cpu.compile import MATRIX
+    from speculative_eft.kernels.cpu.jit import MATRIX
     from speculative_eft.kernels.cpu.products import quantised_products as products
 
     @numba.njit(f"void({MATRIX}, int64, int64, int64, int64, {MATRIX}, int64, boolean)")  # type: ignore[untyped-decorator]
@@ -118,8 +118,8 @@ def test_a_row_has_the_same_sums_beside_any_others(size: int, dot_products: Any)
 
 
 def test_what_was_compiled_is_kept_until_any_source_changes() -> None:
-    from speculative_eft.kernels.cpu import noise, sampler
+    from speculative_eft.kernels.cpu import noise, verify
 
-    for function in (noise.race_of_logits, sampler.verify_rows):
+    for function in (noise.race_of_logits, verify.verify_rows):
         stamp = str(function._cache._cache_file._source_stamp)  # type: ignore[attr-defined]
-        assert all(name in stamp for name in ("noise.py", "sampler.py", "compile.py", "memory.py"))
+        assert all(name in stamp for name in ("noise.py", "verify.py", "jit.py", "memory.py"))

@@ -262,7 +262,7 @@ def adapters_of_one_base(second: list[str], **options: Any) -> tuple[Any, list[A
     tuned = with_adapter(tiny_model("qwen3", 1), 2, "first", **PLAIN)
     with_adapter(tuned, 3, "second", target_modules=second, lora_bias=True)
     runners = EFTModels(tiny_model("llama"), [(tuned, "second"), (tuned, "first")], **options).runners()
-    both: list[Any] = [*runners.tuned, runners.base]
+    both: list[Any] = runners.small
     for index, runner in enumerate(both):
         runner.reserve(2, 9)
         runner.prefill(PROMPTS[:, : 5 - index], LENGTHS - (LENGTHS > 2) * index)

@@ -35,7 +35,7 @@ def decoder() -> EFTDecoder:
 
 
 def storage(owner: EFTDecoder) -> int:
-    caches = [runner.cache for runner in owner.all_runners()]
+    caches = [runner.cache for runner in owner.runners.every]
     return sum(t.numel() * t.element_size() for cache in caches for t in cache.storage())
 
 
@@ -96,7 +96,7 @@ def context_of(length: int) -> EFTModels:
 
 def test_nothing_is_refused_where_memory_is_not_known() -> None:
     assert memory.free_bytes(torch.device("cpu")) is None
-    assert caches_fit(decoder().all_runners(), 10**9, [10**9] * 3, 0)
+    assert caches_fit(decoder().runners.every, 10**9, [10**9] * 3, 0)
 
 
 def test_growing_caches_count_twice_for_a_moment_and_else_are_filled_anew(
@@ -114,11 +114,11 @@ def test_growing_caches_count_twice_for_a_moment_and_else_are_filled_anew(
     lengths = [longer.shape[1]] * 3
     for size, fits in ((enough, True), (enough - 1, False)):
         free(size)
-        runners = owner.all_runners()
+        runners = owner.runners.every
         assert caches_fit(runners, 1, lengths, owner.bytes_beside_caches, growing=True) is fits
         assert caches_fit(runners, 1, lengths, owner.bytes_beside_caches)
     kept: list[bool] = []
-    runner = owner.all_runners()[0]
+    runner = owner.runners.every[0]
     reserve = runner.reserve
 
     def noting(batch: int, length: int, keep: bool = False) -> None:

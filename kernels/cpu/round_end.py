@@ -17,7 +17,9 @@ from torch import Tensor
 
 from ..verify import AcceptanceRule, Verdict, verification_streams
 from .commit import COMMIT, commit_arrays, commit_rows, rule_arguments
-from .compile import (
+from .early_stop import EARLY_STOP, early_stop_arrays, learn_rows
+from .filters import CONSERVATIVE, SAMPLING, conservative_arrays, sampling_arrays
+from .jit import (
     CUBE,
     FLAGS,
     MATRIX,
@@ -29,20 +31,18 @@ from .compile import (
     logits_table,
     use_threads,
 )
-from .early_stop import EARLY_STOP, early_stop_arrays, learn_rows
-from .filters import CONSERVATIVE, SAMPLING, conservative_arrays, sampling_arrays
 from .memory import MEMORY, memory_arrays, remember_rows, remember_sequence
-from .sampler import RULES, VERIFICATION, verify_rows, verify_sequence
+from .verify import RULES, VERIFICATION, verify_rows, verify_sequence
 
 if TYPE_CHECKING:
     from ..commit import DraftLengthRule, RoundState
     from ..filters import Sampling
     from ..mix import Coefficients
 
-__all__ = ["bind_settle"]
+__all__ = ["bind_round_end"]
 
 
-def bind_settle(
+def bind_round_end(
     state: RoundState,
     logits: Sequence[Tensor],
     block: Tensor,
@@ -79,7 +79,7 @@ def bind_settle(
     report = torch.zeros(batch, rows + 2, dtype=torch.int64)
     _rows, table = logits_table(logits)
     call = partial(
-        _settle, table, block.numpy(), counts.numpy(),
+        _end_round, table, block.numpy(), counts.numpy(),
         *arrays(coefficients, "target_weights", "draft_weights"), *conservative_arrays(coefficients),
         *sampling_arrays(sampling), *sampling_arrays(draft_sampling), *arrays(state, "seeds"),
         *verification_streams(), RULES[rule], *(law.numpy() for law in laws),
@@ -162,7 +162,7 @@ def _verify_and_remember(
     f"int64, int64, int64, int64, {CUBE}, {CUBE}, {CUBE}, {TABLE}, {TABLE}, {MATRIX}, {MATRIX}, boolean, "
     f"{MEMORY}, boolean, {EARLY_STOP}, {COMMIT}, {TABLES}, {TABLES}, int64)"
 )
-def _settle(
+def _end_round(
     table: Any,
     block: Any,
     counts: Any,

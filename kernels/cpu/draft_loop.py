@@ -10,7 +10,10 @@ from numba import prange
 from torch import Tensor
 
 from ..noise import Stream
-from .compile import (
+from .draft import draft_share
+from .early_stop import EARLY_STOP, early_stop_arrays, ends_draft
+from .filters import SAMPLING, sampling_arrays
+from .jit import (
     CUBE,
     FLAGS,
     FLOAT,
@@ -24,10 +27,7 @@ from .compile import (
     in_parallel,
     stay_a_function,
 )
-from .early_stop import EARLY_STOP, early_stop_arrays, ends_draft
-from .filters import SAMPLING, sampling_arrays
 from .memory import MEMORY, memory_arrays, recall
-from .sampler import draft_share
 
 if TYPE_CHECKING:
     from ..early_stop import EarlyStop

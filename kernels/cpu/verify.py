@@ -1,7 +1,7 @@
-"""Drafting and verification compiled for a CPU.
+"""Verification compiled for a CPU.
 
 A row's logits are read once and stay in a core's cache until its law is known. The formulas are those of
-`kernels/draft.py` and `kernels/verify.py`, which are the specification; rows are shared among threads.
+`kernels/verify.py`, which is the specification; rows are shared among threads.
 """
 
 from __future__ import annotations
@@ -14,36 +14,25 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from .compile import (
+from .filters import CONSERVATIVE, SAMPLING, conservative_arrays, sampling_arrays
+from .jit import (
     CUBE,
     FLOAT,
-    LARGEST_FLOAT,
     MATRIX,
     TABLE,
     TABLES,
     VECTOR,
     argmax,
-    array_at,
     arrays,
     compiled,
     entry,
     exp,
     in_parallel,
-    largest,
-    log,
     logits_table,
     stay_a_function,
     use_threads,
 )
-from .filters import (
-    CONSERVATIVE,
-    SAMPLING,
-    conservative_arrays,
-    cut_top_p,
-    filter_law,
-    is_filtered,
-    sampling_arrays,
-)
+from .mix import filtered_law, mix, mix_conservatively, softmax
 from .noise import race_of_logits, race_of_weights, uniform
 
 if TYPE_CHECKING:
@@ -51,42 +40,10 @@ if TYPE_CHECKING:
     from ..mix import Coefficients
     from ..noise import NoiseKey
 
-__all__ = [
-    "RULES", "VERIFICATION", "draft", "draft_rows", "draft_share", "verify", "verify_rows",
-    "verify_sequence",
-]  # fmt: skip
+__all__ = ["RULES", "VERIFICATION", "verify", "verify_rows", "verify_sequence"]
 
 RULES = {"token": 0, "block": 1, "shared_seed": 2}
 _TOKEN, _BLOCK, _SHARED_SEED = range(3)
-_PIECE = 4096
-_NOT_WANTED = np.empty(0, np.float32)
-
-
-def draft(
-    logits: Sequence[Tensor],
-    weights: Tensor,
-    sampling: Sampling,
-    seeds: Tensor,
-    counters: Tensor,
-    row: int,
-    stream: int,
-    vocab_size: int,
-) -> Tensor:
-    """One token a sequence from the law of the weighted `logits`, each [batch, 1, >= vocab_size].
-
-    `weights` is float32 [batch, models]; the draw is that of `exponential_noise` at (seeds, counters, row).
-    Returns int64 [batch].
-    """
-    batch = weights.shape[0]
-    _kept, table = logits_table(logits)
-    tokens = torch.empty(batch, dtype=torch.int64)
-    use_threads()
-    draft_rows(
-        table, weights.contiguous().numpy(), *sampling_arrays(sampling), seeds.contiguous().numpy(),
-        counters.contiguous().numpy(), row, stream, vocab_size, np.ones(batch, np.int64), tokens.numpy(),
-        _NOT_WANTED,
-    )  # fmt: skip
-    return tokens
 
 
 def verify(
@@ -122,238 +79,6 @@ def verify(
         accepted.numpy(), next_tokens.numpy(), expected.numpy(), log_probs.numpy(),
     )  # fmt: skip
     return accepted, next_tokens, expected, log_probs
-
-
-@compiled(f"void({TABLES}, {VECTOR}, int64, int64, {VECTOR})")
-def _mix(table: Any, weights: Any, sequence: int, row: int, out: Any) -> None:
-    """Sum of weight times logits of one row; -inf where a model that is consulted has no finite logit."""
-    size = out.shape[0]
-    last = -1
-    for model in range(table.shape[0]):
-        last = model if weights[model] != FLOAT(0) else last
-    is_first = True
-    for model in range(last + 1):
-        weight = weights[model]
-        if weight != FLOAT(0):
-            offset = sequence * table[model, 1] + row * table[model, 2]
-            logits = array_at(table[model, 0] + 4 * offset, (size,))
-            if is_first and model < last:
-                for token in range(size):
-                    out[token] = weight * logits[token]
-            elif model < last:
-                for token in range(size):
-                    out[token] += weight * logits[token]
-            elif is_first:
-                for token in range(size):
-                    total = weight * logits[token]
-                    out[token] = total if abs(total) <= LARGEST_FLOAT else FLOAT(-np.inf)
-            else:
-                # In a loop of its own the choice would take longer than all the sums.
-                for token in range(size):
-                    total = out[token] + weight * logits[token]
-                    out[token] = total if abs(total) <= LARGEST_FLOAT else FLOAT(-np.inf)
-            is_first = False
-    if is_first:
-        for token in range(size):
-            out[token] = FLOAT(0)
-
-
-@compiled(f"float32({VECTOR}, float32, {VECTOR})")
-def _softmax(logits: Any, temperature: float, law: Any) -> Any:
-    """Divide `logits` by the temperature, write their probabilities to `law`, and return their normaliser.
-
-    A row of only -inf, which is no law, becomes the point mass on id 0.
-    """
-    size = logits.shape[0]
-    if temperature != FLOAT(1):
-        for token in range(size):
-            logits[token] /= temperature
-    highest = largest(logits)
-    if highest == FLOAT(-np.inf):
-        logits[0] = highest = FLOAT(0)
-    # In pieces, since the terms of a large vocabulary added up in float32 are digits short.
-    whole = 0.0
-    for first in range(0, size, _PIECE):
-        piece, shares = logits[first : first + _PIECE], law[first : first + _PIECE]
-        part = FLOAT(0)
-        for token in range(piece.shape[0]):
-            shares[token] = exp(piece[token] - highest)
-            part += shares[token]
-        whole += np.float64(part)
-    total = FLOAT(whole)
-    scale = FLOAT(1) / total
-    for token in range(size):
-        law[token] *= scale
-    return highest + log(total)
-
-
-@compiled(f"float32({VECTOR}, float32, {VECTOR})")
-def _normalise(logits: Any, temperature: float, law: Any) -> Any:
-    """`_softmax`, of which the normaliser is subtracted: `logits` become log-probabilities."""
-    shift = _softmax(logits, temperature, law)
-    for token in range(logits.shape[0]):
-        logits[token] -= shift
-    return shift
-
-
-@compiled(f"float32({VECTOR}, {VECTOR}, {SAMPLING}, int64)")
-def _filtered_law(
-    logits: Any, law: Any, temperature: Any, top_k: Any, top_p: Any, min_p: Any, sequence: int
-) -> Any:
-    """Write to `law` the law of `logits` after temperature and filters.
-
-    Returns what `logits`, which are overwritten, then exceed its log-probabilities by: few of these are read,
-    so none is computed for all ids unless a filter needs them.
-    """
-    if not is_filtered(temperature, top_k, top_p, min_p, sequence, logits.shape[0]):
-        return _softmax(logits, temperature[sequence], law)
-    _normalise(logits, temperature[sequence], law)
-    filter_law(logits, law, temperature, top_k, top_p, min_p, sequence)
-    return FLOAT(0)
-
-
-@compiled(f"void({TABLES}, {VECTOR}, {VECTOR}, float32, int64, int64, {VECTOR}, {VECTOR})")
-def _mix_conservatively(
-    table: Any,
-    plain_weights: Any,
-    delta_weights: Any,
-    top_p: Any,
-    sequence: int,
-    row: int,
-    out: Any,
-    room: Any,
-) -> None:
-    """Log-probabilities of the small pair, to which the large model's delta is added inside their top-p set.
-
-    `room` is overwritten.
-    """
-    size = out.shape[0]
-    _mix(table, plain_weights, sequence, row, out)
-    _normalise(out, FLOAT(1), room)
-    ids = np.arange(size)
-    count = cut_top_p(out.copy(), room, ids, size, top_p)
-    _mix(table, delta_weights, sequence, row, room)
-    # The delta is one of log-probabilities: of raw logits but for their normalisers.
-    shift, alone = FLOAT(0), np.zeros_like(delta_weights)
-    law, scratch = np.empty(size, FLOAT), np.empty(size, FLOAT)
-    for model in range(alone.shape[0]):
-        if delta_weights[model] != FLOAT(0):
-            alone[model] = FLOAT(1)
-            _mix(table, alone, sequence, row, scratch)
-            shift += delta_weights[model] * _normalise(scratch, FLOAT(1), law)
-            alone[model] = FLOAT(0)
-    for token in ids[:count]:
-        out[token] += room[token] - shift
-
-
-@compiled(
-    f"void({TABLES}, {MATRIX}, {SAMPLING}, {TABLE}, {TABLE}, int64, int64, int64, {TABLE}, {TABLE}, "
-    f"{VECTOR}, {VECTOR}, int64)"
-)
-def draft_share(
-    table: Any,
-    weights: Any,
-    temperature: Any,
-    top_k: Any,
-    top_p: Any,
-    min_p: Any,
-    seeds: Any,
-    counters: Any,
-    row: int,
-    stream: int,
-    vocab_size: int,
-    takes_part: Any,
-    tokens: Any,
-    chances: Any,
-    kept: Any,
-    sequence: int,
-) -> None:
-    """One sequence's draw, and, where there is room for them, the logits that it was drawn from in `kept`."""
-    stay_a_function()
-    if takes_part[sequence] == 0:
-        return
-    values = np.empty(vocab_size, FLOAT)
-    _mix(table, weights[sequence], sequence, 0, values)
-    for token in range(kept.shape[0]):
-        kept[token] = values[token]
-    scale = temperature[sequence]
-    filtered = is_filtered(temperature, top_k, top_p, min_p, sequence, vocab_size)
-    law = np.empty(vocab_size if filtered or chances.shape[0] > 0 else 0, FLOAT)
-    if filtered:
-        _normalise(values, scale, law)
-        filter_law(values, law, temperature, top_k, top_p, min_p, sequence)
-        scale = FLOAT(1)
-    elif chances.shape[0] > 0:
-        _normalise(values.copy(), scale if scale > FLOAT(0) else FLOAT(1), law)
-    if scale > FLOAT(0):
-        tokens[sequence] = race_of_logits(values, scale, seeds[sequence], counters[sequence], row, stream)
-    else:
-        tokens[sequence] = argmax(values)
-    if chances.shape[0] > 0:
-        chances[sequence] = law[tokens[sequence]]
-
-
-@in_parallel(
-    f"void({TABLES}, {MATRIX}, {SAMPLING}, {TABLE}, {TABLE}, int64, int64, int64, {TABLE}, {TABLE}, {VECTOR})"
-)
-def _draft_together(
-    table: Any,
-    weights: Any,
-    temperature: Any,
-    top_k: Any,
-    top_p: Any,
-    min_p: Any,
-    seeds: Any,
-    counters: Any,
-    row: int,
-    stream: int,
-    vocab_size: int,
-    takes_part: Any,
-    tokens: Any,
-    chances: Any,
-) -> None:
-    for share in prange(tokens.shape[0]):
-        draft_share(
-            table, weights, temperature, top_k, top_p, min_p, seeds, counters, row, stream, vocab_size,
-            takes_part, tokens, chances, chances[:0], np.int64(share),
-        )  # fmt: skip
-
-
-@entry(
-    f"void({TABLES}, {MATRIX}, {SAMPLING}, {TABLE}, {TABLE}, int64, int64, int64, {TABLE}, {TABLE}, {VECTOR})"
-)
-def draft_rows(
-    table: Any,
-    weights: Any,
-    temperature: Any,
-    top_k: Any,
-    top_p: Any,
-    min_p: Any,
-    seeds: Any,
-    counters: Any,
-    row: int,
-    stream: int,
-    vocab_size: int,
-    takes_part: Any,
-    tokens: Any,
-    chances: Any,
-) -> None:
-    """Draw one token for each sequence that takes part, into int64 `tokens` [batch].
-
-    `table` is as `logits_table` makes it, `takes_part` is int64 [batch], 0 or 1. Into `chances`, float32
-    [batch] or empty where they are not wanted, go the tokens' probabilities in the draft law, of a greedy
-    sequence those before temperature and filters.
-    """
-    if tokens.shape[0] > 1:
-        _draft_together(
-            table, weights, temperature, top_k, top_p, min_p, seeds, counters, row, stream, vocab_size,
-            takes_part, tokens, chances,
-        )  # fmt: skip
-    else:
-        draft_share(
-            table, weights, temperature, top_k, top_p, min_p, seeds, counters, row, stream, vocab_size,
-            takes_part, tokens, chances, chances[:0], 0,
-        )  # fmt: skip
 
 
 @compiled(
@@ -403,17 +128,17 @@ def _row_laws(
     logits, law = log_target[row], target[row]
     size = logits.shape[0]
     if conservative.shape[0] > 0:
-        _mix_conservatively(
+        mix_conservatively(
             table, plain_weights[sequence], delta_weights[sequence], conservative[sequence], sequence, row,
             logits, law,
         )  # fmt: skip
     else:
-        _mix(table, target_weights[sequence], sequence, row, logits)
+        mix(table, target_weights[sequence], sequence, row, logits)
     if temperature[sequence] == FLOAT(0):
         winners[row] = argmax(logits)
-        shifts[row] = _softmax(logits, FLOAT(1), law)
+        shifts[row] = softmax(logits, FLOAT(1), law)
         return
-    shift = _filtered_law(logits, law, temperature, top_k, top_p, min_p, sequence)
+    shift = filtered_law(logits, law, temperature, top_k, top_p, min_p, sequence)
     if rule == _SHARED_SEED:
         for token in range(size):
             logits[token] -= shift
@@ -424,8 +149,8 @@ def _row_laws(
     shifts[row] = shift
     if row < log_target.shape[0] - 1:
         small = np.empty(size, FLOAT)
-        _mix(table, draft_weights[sequence], sequence, row, small)
-        small_shift = _filtered_law(
+        mix(table, draft_weights[sequence], sequence, row, small)
+        small_shift = filtered_law(
             small, draft[row], draft_temperature, draft_top_k, draft_top_p, draft_min_p, sequence
         )
         token = draft_tokens[sequence, row]
