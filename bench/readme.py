@@ -12,9 +12,9 @@ from . import compiled_bodies, round_time
 from .analysis import losses, noise_sentence
 from .benchmark import Report
 from .comparison import Spread
-from .engine import BY_COST_MODEL
+from .engine import ALONE, BY_COST_MODEL, PLAIN
 from .markdown import markdown_table, with_part
-from .plan import TUNED
+from .plan import NAIVE, TUNED
 from .plots import figures, svg
 from .report import against_baselines, break_even_sentences, machine_line, main_table, spread_text
 
@@ -114,18 +114,22 @@ def with_gpu(page: str, paths: Iterable[Path], brief: bool = False) -> str:
     for path in sorted(paths):
         stages = json.loads(path.read_text(encoding="utf-8"))["stages"]
         if stages.get("engine", {}).get("result"):
-            lines += [*_gpu_lines(stages["engine"]["result"], brief), ""]
+            lines += [*_gpu_lines(stages["engine"], brief), ""]
     return with_part(page, "gpu", "\n".join(lines[:-1]))
 
 
-def _gpu_lines(result: dict[str, Any], brief: bool) -> list[str]:
+def _gpu_lines(stage: dict[str, Any], brief: bool) -> list[str]:
+    result = stage["result"]
     machine = result["environment"]
     heads = [
         "trio, context, batch", "decoder", "acceptance", "tokens a round", "ms a round", "times its bytes",
         "tokens/s", "times naive EFT", "times large alone", "host us",
     ]  # fmt: skip
     rows: list[list[str]] = []
+    rounds: dict[int, int] = {}
     for row in result["rows"]:
+        if row.get("kind") == "simulated" and row["decoder"] != PLAIN:
+            rounds[row["batch"]] = row["rounds_a_window"]
         if "round_milliseconds" not in row or (brief and row["decoder"] not in BY_COST_MODEL):
             continue
         times = row.get("times", {})
@@ -139,7 +143,7 @@ def _gpu_lines(result: dict[str, Any], brief: bool) -> list[str]:
             f"{row['tokens_per_second']['median']:.0f}",
             *(
                 spread_text(Spread(**times[other])) if other in times else "-"
-                for other in ("naive EFT", "large model alone")
+                for other in (NAIVE, ALONE)
             ),
             f"{row['host_microseconds']:.0f}",
         ])  # fmt: skip
@@ -148,7 +152,9 @@ def _gpu_lines(result: dict[str, Any], brief: bool) -> list[str]:
         f"{machine['transformers']}, CUDA {machine['cuda']}; commit {machine['commit'][:12]}; a copy moves "
         f"{result['copy_bytes_per_second'] / 1e12:.2f} TB/s, read and written. Medians over windows, "
         "quartiles of ratios in brackets. Llama's and Qwen's rows are simulated: random weights in bfloat16 "
-        "at the true shapes, each drafted token accepted with the stated chance.",
+        "at the true shapes, each drafted token accepted with the stated chance. Their windows have "
+        f"{', '.join(f'{count} rounds at batch {batch}' for batch, count in sorted(rounds.items()))}; the "
+        f"stage {stage['status']} after {stage['seconds']:.0f} seconds.",
         "",
         *markdown_table(heads, rows),
     ]
