@@ -6,16 +6,16 @@ random weights: small shapes on a CPU, some that exist on a GPU, where passes ru
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from speculative_eft.models import ModelRunner
@@ -142,21 +142,20 @@ def load(path: Path) -> tuple[str, list[BodyTime]]:
     return environment_line(Environment(**saved["environment"]), saved["dtype"], saved["commit"]), times
 
 
-def main() -> None:
+def main(
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the measurements there.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="The first family alone.")] = False,
+) -> None:
     """Time every family, and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="where to write the figures, with machine and versions")
-    parser.add_argument("--quick", action="store_true", help="the first family alone")
-    arguments = parser.parse_args()
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     dtype, turns = (torch.bfloat16, 3) if on_gpu else (torch.float32, 60)
     times = []
-    for family in list(FAMILIES)[: 1 if arguments.quick else None]:
+    for family in list(FAMILIES)[: 1 if quick else None]:
         times += time_family(family, FAMILIES[family][on_gpu], device, dtype, turns)
     passes = [asdict(time) for time in times]
-    show_and_save(*table(times), arguments.json, dtype=str(dtype).removeprefix("torch."), passes=passes)
+    show_and_save(*table(times), json_path, dtype=str(dtype).removeprefix("torch."), passes=passes)
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

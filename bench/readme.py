@@ -121,6 +121,9 @@ def with_gpu(page: str, paths: Iterable[Path], brief: bool = False) -> str:
 def _gpu_lines(stage: dict[str, Any], brief: bool) -> list[str]:
     result = stage["result"]
     machine = result["environment"]
+    # Whole until it was shortened where it is found, and marked there if the source differs.
+    digest, *mark = machine["commit"].split(" ", 1)
+    commit = " ".join([digest[:12], *mark])
     heads = [
         "trio, context, batch", "decoder", "acceptance", "tokens a round", "ms a round", "times its bytes",
         "tokens/s", "times naive EFT", "times large alone", "host us",
@@ -149,7 +152,7 @@ def _gpu_lines(stage: dict[str, Any], brief: bool) -> list[str]:
         ])  # fmt: skip
     return [
         f"{machine['device']}; torch {machine['torch']}, Triton {machine['triton']}, transformers "
-        f"{machine['transformers']}, CUDA {machine['cuda']}; commit {machine['commit'][:12]}; a copy moves "
+        f"{machine['transformers']}, CUDA {machine['cuda']}; commit {commit}; a copy moves "
         f"{result['copy_bytes_per_second'] / 1e12:.2f} TB/s, read and written. Medians over windows, "
         "quartiles of ratios in brackets. Llama's and Qwen's rows are simulated: random weights in bfloat16 "
         "at the true shapes, each drafted token accepted with the stated chance. Their windows have "

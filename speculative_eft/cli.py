@@ -20,6 +20,7 @@ import typer
 from rich.console import Console
 
 from . import console_tables as tables
+from .bench.json_files import without_nan
 from .bench_command import bench_app
 from .command_options import (
     DRAFTING,
@@ -146,7 +147,7 @@ def demo(
         err=err,
     )
     if json_file is not None:
-        json_file.write_text(json.dumps(_without_nan(report), indent=1) + "\n", encoding="utf-8")
+        json_file.write_text(json.dumps(without_nan(report), indent=1) + "\n", encoding="utf-8")
 
 
 @app.command()
@@ -284,7 +285,7 @@ def generate(
     )
     if as_json:
         record = {"prompt": text, "seed": seed, "config": asdict(config), **continuation.to_dict()}
-        print(json.dumps(_without_nan(record), ensure_ascii=False))
+        print(json.dumps(without_nan(record), ensure_ascii=False))
     if stats:
         err.print(tables.stats_table(continuation.stats, seed, continuation.seconds))
 
@@ -371,15 +372,6 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
     if not text:
         raise typer.BadParameter("the prompt is empty; it needs at least one character.")
     return text
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null instead."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":
