@@ -16,7 +16,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from speculative_eft.models import ModelRunner
 
@@ -24,7 +23,7 @@ from .comparison import Spread
 from .kernels.timing import time_operation
 from .machine import Environment, show_and_save
 from .report import environment_line, spread_text
-from .shapes import fill_with_noise
+from .shapes import fill_with_noise, random_model
 
 __all__ = ["FAMILIES", "BodyTime", "load", "table", "time_family"]
 
@@ -83,9 +82,8 @@ def time_family(
     family: str, settings: dict[str, Any], device: torch.device, dtype: torch.dtype, turns: int
 ) -> list[BodyTime]:
     """Time passes of one and of five tokens, with `turns` of each runner on a CPU."""
-    config = AutoConfig.for_model(family, **{"vocab_size": _VOCABULARY, **settings})
     with device:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+        model = random_model({"model_type": family, "vocab_size": _VOCABULARY, **settings}, dtype)
     plain, compiled = ModelRunner(model), ModelRunner(model, compile_body=True)
     found = []
     for runner in (plain, compiled):
