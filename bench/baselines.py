@@ -574,8 +574,7 @@ def _refuse_filters_and_ends(top_k: int, eos_token_id: Sequence[int]) -> None:
     if top_k != 0 or len(eos_token_id):
         raise ValueError(
             f"top_k must be 0 and eos_token_id empty, got {top_k} and {list(eos_token_id)}: this baseline "
-            "has "
-            "neither filters nor ends"
+            "has neither filters nor ends"
         )
 
 

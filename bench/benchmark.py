@@ -11,7 +11,7 @@ from typing import Any
 
 from speculative_eft.models import EFTModels
 
-from .comparison import Comparison, compare
+from .comparison import Comparison, compare, sampling_options
 from .cost_model import Projection
 from .json_files import write_json
 from .kernels.timing import copy_bandwidth
@@ -160,8 +160,7 @@ def check_contexts(models: EFTModels, plan: Plan, prompts: Sequence[Sequence[int
         if limit is not None and prompt + setting.new_tokens > limit:
             raise ValueError(
                 f"prompts of {prompt} tokens (--context) and {setting.new_tokens} new ones (--length) exceed "
-                "the "
-                f"models' context of {limit} tokens"
+                f"the models' context of {limit} tokens"
             )
 
 
@@ -212,9 +211,6 @@ def run_benchmark(
     for setting in _missing(report):
         on_setting(setting)
         ids = prompts if setting.context is None else with_context(prompts, setting.context)
-        sampling: dict[str, Any] = {"do_sample": False}
-        if setting.temperature > 0:
-            sampling = {"do_sample": True, "temperature": setting.temperature}
         pausing = device.type == "cpu" and can_pause() and _fits_many_times(report, setting, ids)
         subject = (plan, setting, models, report.simulated_acceptance, pausing)
         comparison = compare(
@@ -231,7 +227,7 @@ def run_benchmark(
             top_k=0,
             # Every decoder makes the same number of tokens.
             eos_token_id=[],
-            **sampling,
+            **sampling_options(setting.temperature),
         )
         report.results.append(Result(setting, comparison))
         on_result()

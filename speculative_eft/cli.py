@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -44,6 +44,8 @@ from .command_options import (
     new_file,
     option,
     seed_value,
+    tokenizer_of,
+    trio_or_demo,
 )
 from .console_text import has_colours
 
@@ -130,7 +132,7 @@ def demo(
     if prompts is not None and prompts > len(texts):
         raise typer.BadParameter(f"there are {len(texts)} held-out prompts.", param_hint="'--prompts'")
     out, err = Console(highlight=False), Console(stderr=True, highlight=False)
-    models = load_models(None, [], None, "auto", None, err)
+    models = load_models(*trio_or_demo(None, [], None, "auto"), None, err)
     from .decoding import EFTConfig
     from .demonstration import show_demo
 
@@ -239,23 +241,17 @@ def generate(
     """Continue a prompt; only the continuation goes to standard output."""
     tuned, alpha = tuned or [], alpha or [1.0]
     text = _read_prompt(prompt, file)
-    if any((large, tuned, base)) and not all((large, tuned, base)):
-        raise typer.BadParameter(
-            "give all three of --large, --tuned and --base, or none for the bundled trio."
-        )
     if len(alpha) not in (1, max(len(tuned), 1)):
         raise typer.BadParameter(
             f"{len(alpha)} values for {max(len(tuned), 1)} tuned models.", param_hint="'--alpha'"
         )
     seed = secrets.randbits(63) if seed is None else seed
     out, err = Console(highlight=False), Console(stderr=True, highlight=False)
-    models = load_models(large, tuned, base, dtype, device_map, err)
+    models = load_models(*trio_or_demo(large, tuned, base, dtype), device_map, err)
     from .continuation import SourceStreamer, continue_prompt
     from .decoding import EFTConfig, EFTDecoder, NaiveEFTDecoder
 
-    tokenizer: Any = models.tokenizer
-    if tokenizer is None:
-        raise ValueError("none of the models comes with a tokenizer")
+    tokenizer = tokenizer_of(models)
     config = EFTConfig(
         alpha=alpha[0] if len(alpha) == 1 else alpha,
         beta=beta,
