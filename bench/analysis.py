@@ -106,9 +106,8 @@ def noise_sentence(report: Report) -> str:
     half = max((spread.upper_quartile - spread.lower_quartile) / 2 for spread in spreads)
     return (
         f"Noise: {report.plan.chosen} against itself in the same turns differs by at most {100 * off:.1f}% "
-        "in "
-        f"the median of any setting, and half of its single pairs lie within {100 * half:.0f}% of each other "
-        "or closer."
+        f"in the median of any setting, and half of its single pairs lie within {100 * half:.0f}% of each "
+        "other or closer."
     )
 
 
@@ -193,8 +192,7 @@ def _loss(result: Result, chosen: str, baseline: str, ratio: Spread) -> Loss:
         if pass_other > 0 and pass_own > 1.1 * pass_other and other.tokens_per_round == 1:
             reason += (
                 f"; a pass of the large model over a draft takes {pass_own:.2f} ms where one over a token "
-                "takes "
-                f"{pass_other:.2f} ms, and gives {own.tokens_per_round:.2f} tokens a sequence"
+                f"takes {pass_other:.2f} ms, and gives {own.tokens_per_round:.2f} tokens a sequence"
             )
         idle = 1 - sum(own.run_tokens) / own.tokens_per_round / (own.rounds * result.comparison.batch)
         if idle > 0.05:

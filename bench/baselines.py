@@ -342,11 +342,34 @@ class TransformersLoop:
     """
 
     def __init__(self, models: EFTModels, alpha: float = 1.0, beta: float = 1.0) -> None:
-        self._networks = models.forward_passes()
+        self.networks = models.forward_passes()
         tuned = len(models.small_tuned)
         # B + sum alpha (F - B) + beta (L - B); the models' normalisers cancel.
         self._weights = [beta, *[alpha] * tuned, 1 - tuned * alpha - beta]
         self._vocab_size = models.vocab_size
+
+    def step(
+        self, tokens: Tensor, caches: Sequence[DynamicCache], timer: PhaseTimer, **inputs: Tensor | None
+    ) -> Tensor:
+        """The target's logits, float32 [batch, vocabulary], after `tokens`, int64 [batch, width].
+
+        Each model's pass goes on from its cache, with what `inputs` say besides.
+        """
+        mixed: Tensor | None = None
+        phases = ["large", *["draft"] * (len(self.networks) - 2), "base"]
+        for (model, in_its_role), cache, weight, phase in zip(
+            self.networks, caches, self._weights, phases, strict=True
+        ):
+            with in_its_role():
+                logits = model(
+                    input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1, **inputs
+                ).logits[:, -1, : self._vocab_size]
+            timer.mark(phase)
+            if weight != 0:
+                part = logits.float() * weight
+                mixed = part if mixed is None else mixed + part
+        assert mixed is not None
+        return mixed
 
     @torch.inference_mode()
     def generate(
@@ -371,7 +394,7 @@ class TransformersLoop:
         """
         _refuse_trace(trace)
         _refuse_filters_and_ends(top_k, eos_token_id)
-        device = self._networks[0][0].device
+        device = self.networks[0][0].device
         generator = torch.Generator(device)
         generator.manual_seed(0 if seed is None else seed)
         batch = input_ids.shape[0]
@@ -380,31 +403,16 @@ class TransformersLoop:
         mask = mask.to(device)
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
         tokens = input_ids.to(device)
-        caches = [DynamicCache(config=model.config) for model, _ in self._networks]
-        phases = ["large", *["draft"] * (len(self._networks) - 2), "base"]
+        caches = [DynamicCache(config=model.config) for model, _ in self.networks]
         timer = PhaseTimer()
         begin_stream(streamer, input_ids)
         output: list[Tensor] = []
         for step in range(max_new_tokens):
-            mixed: Tensor | None = None
-            for (model, in_its_role), cache, weight, phase in zip(
-                self._networks, caches, self._weights, phases, strict=True
-            ):
-                with in_its_role():
-                    logits = model(
-                        input_ids=tokens,
-                        # Without padding the mask says nothing, and transformers is faster without it.
-                        attention_mask=None if attention_mask is None else mask,
-                        position_ids=positions,
-                        past_key_values=cache,
-                        use_cache=True,
-                        logits_to_keep=1,
-                    ).logits[:, -1, : self._vocab_size]
-                timer.mark("prefill" if step == 0 else phase)
-                if weight != 0:
-                    part = logits.float() * weight
-                    mixed = part if mixed is None else mixed + part
-            assert mixed is not None
+            # Without padding the mask says nothing, and transformers is faster without it.
+            padding = None if attention_mask is None else mask
+            mixed = self.step(tokens, caches, timer, attention_mask=padding, position_ids=positions)
+            if step == 0:
+                timer.seconds = {"prefill": sum(timer.seconds.values())}
             if do_sample and temperature > 0:
                 law = torch.softmax(mixed / temperature, dim=-1)
                 tokens = torch.multinomial(law, 1, generator=generator)
@@ -566,8 +574,7 @@ def _refuse_filters_and_ends(top_k: int, eos_token_id: Sequence[int]) -> None:
     if top_k != 0 or len(eos_token_id):
         raise ValueError(
             f"top_k must be 0 and eos_token_id empty, got {top_k} and {list(eos_token_id)}: this baseline "
-            "has "
-            "neither filters nor ends"
+            "has neither filters nor ends"
         )
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -13,9 +11,11 @@ from typing import Any
 
 from speculative_eft.models import EFTModels
 
-from .comparison import Comparison, compare
+from .comparison import Comparison, compare, sampling_options
 from .cost_model import Projection
-from .machine import Environment, environment, memory_bandwidth, source_commit
+from .json_files import write_json
+from .kernels.timing import copy_bandwidth
+from .machine import Environment, environment, source_commit
 from .plan import NAIVE, Plan, Setting, build_decoders, decoder_names
 from .prompts import prompt_batches, with_context
 from .turns import can_pause
@@ -101,10 +101,7 @@ class Report:
 
     def save(self, path: Path, derived: dict[str, Any] | None = None) -> None:
         """Write the JSON in one step, so that an interrupted run leaves the last whole one."""
-        content = self.to_dict() | ({} if derived is None else {"derived": derived})
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(_without_nan(content), indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_json(path, self.to_dict() | ({} if derived is None else {"derived": derived}))
 
     @classmethod
     def load(cls, path: Path) -> Report:
@@ -134,18 +131,11 @@ class Report:
 _KEPT = ("command", "commit", "started", "simulated_acceptance", "models", "prompts", "bandwidth")
 
 
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def new_report(
     models: EFTModels, plan: Plan, command: str, prompts: str, simulated_acceptance: float | None
 ) -> Report:
     """A report of this machine without results."""
+    device = models.runners().large.device
     described = [{**asdict(row), "name": Path(row.name).name} for row in models.describe()]
     return Report(
         command=command,
@@ -156,22 +146,19 @@ def new_report(
         environment=environment(),
         models=described,
         prompts=prompts,
-        bandwidth=memory_bandwidth(models.runners().large.device),
+        bandwidth=copy_bandwidth(device) if device.type == "cuda" else None,
     )
 
 
 def check_contexts(models: EFTModels, plan: Plan, prompts: Sequence[Sequence[int]]) -> None:
     """Raise ValueError if a setting's prompts and new tokens do not fit into a model."""
-    runners = models.runners()
-    limits = [runner.max_context for runner in (runners.large, *runners.tuned, runners.base)]
-    limit = min((value for value in limits if value is not None), default=None)
+    limit = models.runners().max_context
     for setting in plan.settings():
         prompt = setting.context or max(map(len, prompts))
         if limit is not None and prompt + setting.new_tokens > limit:
             raise ValueError(
                 f"prompts of {prompt} tokens (--context) and {setting.new_tokens} new ones (--length) exceed "
-                "the "
-                f"models' context of {limit} tokens"
+                f"the models' context of {limit} tokens"
             )
 
 
@@ -222,9 +209,6 @@ def run_benchmark(
     for setting in _missing(report):
         on_setting(setting)
         ids = prompts if setting.context is None else with_context(prompts, setting.context)
-        sampling: dict[str, Any] = {"do_sample": False}
-        if setting.temperature > 0:
-            sampling = {"do_sample": True, "temperature": setting.temperature}
         pausing = device.type == "cpu" and can_pause() and _fits_many_times(report, setting, ids)
         subject = (plan, setting, models, report.simulated_acceptance, pausing)
         comparison = compare(
@@ -241,7 +225,7 @@ def run_benchmark(
             top_k=0,
             # Every decoder makes the same number of tokens.
             eos_token_id=[],
-            **sampling,
+            **sampling_options(setting.temperature),
         )
         report.results.append(Result(setting, comparison))
         on_result()

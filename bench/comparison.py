@@ -26,7 +26,9 @@ from .machine import peak_memory
 from .prompts import PromptBatch
 from .turns import Watch, take_turns
 
-__all__ = ["PHASES", "Comparison", "Decoder", "Measurement", "Percentiles", "Spread", "compare"]
+__all__ = [
+    "PHASES", "Comparison", "Decoder", "Measurement", "Percentiles", "Spread", "compare", "sampling_options",
+]  # fmt: skip
 
 PHASES = ("draft", "large", "base", "verify", "other")
 """Phases of a round in `EFTStats.seconds`."""
@@ -191,6 +193,11 @@ class Comparison:
         values = {field.name: saved[field.name] for field in fields(cls)}
         values["measurements"] = tuple(Measurement.from_dict(row) for row in values["measurements"])
         return cls(**values)
+
+
+def sampling_options(temperature: float) -> dict[str, Any]:
+    """transformers' options for a temperature, 0 being greedy decoding."""
+    return {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
 
 
 class _Arrivals:

@@ -6,17 +6,16 @@ random weights: small shapes on a CPU, some that exist on a GPU, where passes ru
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+import typer
 
 from speculative_eft.models import ModelRunner
 
@@ -24,7 +23,7 @@ from .comparison import Spread
 from .kernels.timing import time_operation
 from .machine import Environment, show_and_save
 from .report import environment_line, spread_text
-from .shapes import fill_with_noise
+from .shapes import fill_with_noise, random_model
 
 __all__ = ["FAMILIES", "BodyTime", "load", "table", "time_family"]
 
@@ -83,9 +82,8 @@ def time_family(
     family: str, settings: dict[str, Any], device: torch.device, dtype: torch.dtype, turns: int
 ) -> list[BodyTime]:
     """Time passes of one and of five tokens, with `turns` of each runner on a CPU."""
-    config = AutoConfig.for_model(family, **{"vocab_size": _VOCABULARY, **settings})
     with device:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+        model = random_model({"model_type": family, "vocab_size": _VOCABULARY, **settings}, dtype)
     plain, compiled = ModelRunner(model), ModelRunner(model, compile_body=True)
     found = []
     for runner in (plain, compiled):
@@ -142,21 +140,20 @@ def load(path: Path) -> tuple[str, list[BodyTime]]:
     return environment_line(Environment(**saved["environment"]), saved["dtype"], saved["commit"]), times
 
 
-def main() -> None:
+def main(
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the measurements there.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="The first family alone.")] = False,
+) -> None:
     """Time every family, and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="where to write the figures, with machine and versions")
-    parser.add_argument("--quick", action="store_true", help="the first family alone")
-    arguments = parser.parse_args()
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     dtype, turns = (torch.bfloat16, 3) if on_gpu else (torch.float32, 60)
     times = []
-    for family in list(FAMILIES)[: 1 if arguments.quick else None]:
+    for family in list(FAMILIES)[: 1 if quick else None]:
         times += time_family(family, FAMILIES[family][on_gpu], device, dtype, turns)
     passes = [asdict(time) for time in times]
-    show_and_save(*table(times), arguments.json, dtype=str(dtype).removeprefix("torch."), passes=passes)
+    show_and_save(*table(times), json_path, dtype=str(dtype).removeprefix("torch."), passes=passes)
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -12,15 +12,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from .comparison import Comparison
+from .shapes import SHAPES, random_model, step_bytes
 
 __all__ = [
-    "SHAPES",
     "Projection",
     "break_even_batch",
     "expected_tokens",
@@ -31,33 +29,6 @@ __all__ = [
 ]
 
 _LONGEST_DRAFT = 24
-
-_LLAMA_2 = {"model_type": "llama", "vocab_size": 32000, "max_position_embeddings": 4096}
-_LLAMA_3 = {"model_type": "llama", "vocab_size": 128256, "max_position_embeddings": 131072}
-
-
-def _shape(
-    family: dict[str, Any], hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int
-) -> dict[str, Any]:
-    return {
-        **family,
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-    }
-
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-2-7b": _shape(_LLAMA_2, 4096, 11008, 32, 32, 32),
-    "llama-2-13b": _shape(_LLAMA_2, 5120, 13824, 40, 40, 40),
-    "llama-2-70b": _shape(_LLAMA_2, 8192, 28672, 80, 64, 8),
-    "llama-3.2-1b": {**_shape(_LLAMA_3, 2048, 8192, 16, 32, 8), "tie_word_embeddings": True},
-    "llama-3.1-8b": _shape(_LLAMA_3, 4096, 14336, 32, 32, 8),
-    "llama-3.1-70b": _shape(_LLAMA_3, 8192, 28672, 80, 64, 8),
-}
-"""Configurations of published models by name, for simulations and projections without their files."""
 
 
 def expected_tokens(acceptance: float, drafted: float) -> float:
@@ -180,7 +151,4 @@ def _parameters(name: str) -> int:
     if name not in SHAPES:
         raise ValueError(f"{name!r} is not one of {', '.join(SHAPES)}")
     with torch.device("meta"):
-        config: Any = AutoConfig.for_model(**SHAPES[name])
-        model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    table = 0 if config.tie_word_embeddings else model.get_input_embeddings().weight.numel()
-    return int(sum(parameter.numel() for parameter in model.parameters())) - int(table)
+        return step_bytes(random_model(SHAPES[name], torch.float32), itemsize=1).weights

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from time import monotonic, perf_counter
@@ -32,6 +32,7 @@ from .baselines import SingleModelDecoder
 from .comparison import Spread
 from .kernels.script import Script, run
 from .kernels.timing import time_operation
+from .plan import NAIVE
 from .shapes import (
     LLAMA,
     QWEN,
@@ -53,12 +54,12 @@ from .windows import (
     warm_up_rounds,
 )
 
-__all__ = ["ALONE", "NAIVE", "measure", "roofline_bytes"]
+__all__ = ["ALONE", "PLAIN", "measure", "roofline_bytes"]
 
 _EFT: dict[DraftWeights, str] = {"own": "EFT", "int8": "EFT, drafts of 8 bits"}
 _BY_COST_MODEL = tuple(f"{name}, K by the cost model" for name in _EFT.values())
 """The decoders whose draft lengths the cost model chooses: by the models' own weights, and by copies."""
-NAIVE, ALONE, PLAIN = "naive EFT", "large model alone", "plain transformers loop"
+ALONE, PLAIN = "large model alone", "plain transformers loop"
 _HOST_MICROSECONDS, _OF_ROOFLINE = 100.0, 1.2
 _OVER = {NAIVE: 3.0, ALONE: 2.5, PLAIN: 8.0}
 """How many times as fast EFT is to be at an acceptance of 0.9."""
@@ -71,26 +72,26 @@ class Sweep:
     Attributes:
         acceptances: simulated chances.
         draft_lens: fixed ones, beside the one of the cost model.
-        rounds, plain_steps: of a window.
+        rounds, plain_steps: of a window, for each batch.
         turns: windows of each decoder and acceptance.
         demo_tokens: new tokens a sequence of the demo trio.
     """
 
     trios: tuple[TrioShape, ...]
     contexts: tuple[int, ...]
-    batches: tuple[int, ...]
     acceptances: tuple[float, ...]
     draft_lens: tuple[int, ...]
-    rounds: int
-    plain_steps: int
+    rounds: Mapping[int, int]
+    plain_steps: Mapping[int, int]
     turns: int
     demo_tokens: int
     dtype: torch.dtype = torch.bfloat16
 
 
-_WHOLE = Sweep((LLAMA, QWEN), (1024, 8192), (1, 4, 16), (0.7, 0.9), (4, 8, 12), 16, 6, 3, 96)
-_QUICK = Sweep((LLAMA,), (1024,), (1,), (0.9,), (8,), 24, 6, 3, 96)
-_SMOKE = Sweep((TINY,), (40,), (2,), (0.9,), (3,), 6, 2, 2, 8)
+_ROUNDS, _PLAIN_STEPS = {1: 24, 4: 12, 16: 12}, {1: 3, 4: 2, 16: 2}
+_WHOLE = Sweep((LLAMA, QWEN), (1024, 8192), (0.7, 0.9), (4, 8, 12), _ROUNDS, _PLAIN_STEPS, 3, 96)
+_QUICK = Sweep((LLAMA,), (1024,), (0.9,), (8,), {1: 24}, {1: 3}, 3, 96)
+_SMOKE = Sweep((TINY,), (40,), (0.9,), (3,), {2: 6}, {2: 2}, 2, 8)
 
 
 @dataclass
@@ -118,7 +119,7 @@ class _Contest:
             window = run_window(decoder, self.start, seed, rounds)
             self.windows.setdefault((name, acceptance), []).append(window)
         if self.plain is not None:
-            window = _plain_window(self.plain, self.start, self.sweep.plain_steps)
+            window = _plain_window(self.plain, self.start, self.sweep.plain_steps[self.labels["batch"]])
             self.windows.setdefault((PLAIN, acceptance), []).append(window)
 
 
@@ -151,7 +152,7 @@ def measure(script: Script) -> None:
         "verification runs in full, but what it gains over that chance is not in the figures."
     )
     # What has bars first.
-    for batch in sweep.batches:
+    for batch in sweep.rounds:
         _guarded(script, {"trio": "demo", "batch": batch}, partial(_measure_demo, script, sweep, batch))
         for shape in sweep.trios:
             labels = {"trio": shape.name, "batch": batch}
@@ -196,17 +197,13 @@ def _measure_trio(script: Script, sweep: Sweep, shape: TrioShape, batch: int) ->
         _guarded(script, labels, partial(_measure_shape, script, sweep, models, labels))
 
 
-def _all_runners(runners: EFTRunners) -> list[Any]:
-    return [runners.large, *runners.tuned, runners.base]
-
-
 def _measure_shape(script: Script, sweep: Sweep, models: EFTModels, labels: dict[str, Any]) -> None:
     batch, context, device = labels["batch"], labels["context"], script.device
     # The same models with caches of their own, of which none is reserved yet.
     models = EFTModels(models.large_base, models.small_tuned, models.small_base)
     _measure_costs(models, batch)
     # All tokens of a window's rounds and of the warm-up.
-    limit = (sweep.rounds + 3) * 17
+    limit = (sweep.rounds[batch] + 3) * 17
     start = Start(
         models,
         last_token=torch.arange(batch, device=device) + 3,
@@ -229,7 +226,7 @@ def _measure_shape(script: Script, sweep: Sweep, models: EFTModels, labels: dict
                 continue
             chance.fill_(acceptance)
             for turn in range(sweep.turns):
-                contest.turn(turn, acceptance, sweep.rounds)
+                contest.turn(turn, acceptance, sweep.rounds[batch])
             for name in decoders:
                 if name not in (NAIVE, ALONE):
                     _add_row(contest, name, acceptance)
@@ -253,7 +250,7 @@ def _measure_demo(script: Script, sweep: Sweep, batch: int) -> None:
     longest = int(lengths.max())
     tokens = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
     tokens, lengths = tokens.to(script.device), lengths.to(script.device)
-    for runner in _all_runners(models.runners()):
+    for runner in models.runners().every:
         # The tokens, a round that was begun before they were known to be the last, and the last one's bonus.
         runner.reserve(batch, longest + sweep.demo_tokens + 18)
         runner.prefill(tokens[:, :-1], lengths - 1)
@@ -324,7 +321,7 @@ def _warm_up(
 
 @torch.inference_mode()
 def _fill_with_noise(runners: EFTRunners, batch: int, length: int) -> None:
-    every = _all_runners(runners)
+    every = runners.every
     try:
         check_caches(every, batch, [length] * len(every), 0, 0, "batch and context")
     except ValueError as error:
@@ -527,7 +524,7 @@ def _phases(decoder: RoundDecoder, start: Start) -> dict[str, Callable[[], objec
         commit_phase(runners, state, plan, block, drafts.tokens, verdict, logits, PhaseTimer(), None)
         # Repeated commits would leave the output and the caches.
         state.generated.zero_()
-        for runner in _all_runners(runners):
+        for runner in runners.every:
             runner.lengths.copy_(before)
 
     return {

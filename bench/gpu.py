@@ -29,7 +29,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .kernels.timing import facts, write_json
+from .json_files import write_json
+from .kernels.timing import facts
 
 __all__ = ["STAGES", "Stage", "run_stage"]
 

@@ -2,7 +2,7 @@
 
 Needs the extra `[eval]`. Importing this module registers the model; as a program it is the harness itself:
 
-    python -m speculative_eft.bench.harness run --model speculative_eft --tasks arc_easy \\
+    python -P -m speculative_eft.bench.harness run --model speculative_eft --tasks arc_easy \\
         --model_args large_base=L,small_tuned=F,small_base=B,alpha=1.0
 """
 

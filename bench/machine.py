@@ -1,11 +1,10 @@
-"""Where a measurement is taken: the machine, the versions, the memory a run needs, how fast memory is.
+"""Where a measurement is taken: the machine, the versions, the memory a run needs.
 
 And what saves a measurement with all that.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
@@ -13,7 +12,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from time import perf_counter
 
 import torch
 from rich.console import Console
@@ -21,9 +19,9 @@ from rich.table import Table
 
 from speculative_eft.kernels import backend
 
-__all__ = [
-    "Environment", "environment", "memory_bandwidth", "peak_memory", "show_and_save", "source_commit",
-]  # fmt: skip
+from .json_files import write_json
+
+__all__ = ["Environment", "environment", "peak_memory", "show_and_save", "source_commit"]
 
 
 @dataclass(frozen=True)
@@ -108,8 +106,7 @@ def show_and_save(
         shown.add_row(*row)
     Console(width=100).print(shown)
     if path is not None:
-        saved = {"commit": source_commit(), "environment": asdict(environment()), **found}
-        path.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
+        write_json(path, {"commit": source_commit(), "environment": asdict(environment()), **found})
 
 
 def peak_memory(device: torch.device, run: Callable[[], object]) -> int | None:
@@ -134,19 +131,3 @@ def peak_memory(device: torch.device, run: Callable[[], object]) -> int | None:
             if name == "VmHWM":
                 return int(value.split()[0]) * 1024
     return None
-
-
-def memory_bandwidth(device: torch.device) -> float | None:
-    """Bytes a second that a GPU reads and writes in a copy of 256 MiB, the best of ten; None on a CPU."""
-    if device.type != "cuda":
-        return None
-    source = torch.empty(2**28, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    best = float("inf")
-    for _ in range(11):
-        torch.cuda.synchronize(device)
-        start = perf_counter()
-        target.copy_(source)
-        torch.cuda.synchronize(device)
-        best = min(best, perf_counter() - start)
-    return 2 * source.numel() / best

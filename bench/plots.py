@@ -77,8 +77,8 @@ def figures(report: Report) -> dict[str, tuple[str, Figure]]:
             _legend_below(figure, axes)
             made["draft-length"] = (
                 "Speed against the draft length, in times naive EFT: medians over pairs with quartiles. "
-                "Dashed: "
-                "the cost model with the measured acceptance and cost ratio. K=auto stands at the right.",
+                "Dashed: the cost model with the measured acceptance and cost ratio. K=auto stands at the "
+                "right.",
                 figure,
             )
         drafting = [result for result in first if _longest_drafts(report, result)]
@@ -115,8 +115,7 @@ def figures(report: Report) -> dict[str, tuple[str, Figure]]:
             _legend_below(figure, axes)
             made["batch"] = (
                 f"Speed of {report.plan.chosen} over each baseline against the batch size: medians over "
-                "pairs "
-                "with quartiles. Below 1 the baseline is faster.",
+                "pairs with quartiles. Below 1 the baseline is faster.",
                 figure,
             )
         swept = list(dict.fromkeys(r.setting.varied for r in report.results if r.setting.varied is not None))

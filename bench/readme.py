@@ -15,9 +15,9 @@ from . import compiled_bodies, round_time
 from .analysis import losses, noise_sentence
 from .benchmark import Report
 from .comparison import Spread
-from .engine import ALONE, NAIVE
+from .engine import ALONE, PLAIN
 from .markdown import markdown_table, with_part
-from .plan import TUNED
+from .plan import NAIVE, TUNED
 from .plots import figures, svg
 from .report import against_baselines, break_even_sentences, machine_line, main_table, spread_text
 
@@ -105,7 +105,8 @@ def pages(root: Path) -> dict[Path, str]:
     """Each page that quotes bench/results, by its path, as it has to be; `root` is the repository's."""
     folder, docs = root / "bench" / "results", root / "docs"
     report = Report.load(folder / RESULT)
-    engines = _engine_results(folder.glob("gpu-*.json"))
+    stages = _engine_stages(folder.glob("gpu-*.json"))
+    engines = [stage["result"] for stage in stages]
     machine, times = round_time.load(folder / _ROUNDS)
     bodies_machine, bodies = compiled_bodies.load(folder / _BODIES)
     readme, gpu, whole = root / "README.md", docs / "gpu.md", docs / "measurements.md"
@@ -115,7 +116,7 @@ def pages(root: Path) -> dict[Path, str]:
             {"measurements": _brief_measurements(report), "gpu": "\n".join(map(_brief_gpu, engines))},
         ),
         whole: _with_parts(
-            whole, {"measurements": _measurements(report), "gpu": "\n\n".join(map(_gpu, engines))}
+            whole, {"measurements": _measurements(report), "gpu": "\n\n".join(map(_gpu, stages))}
         ),
         gpu: _with_parts(
             gpu,
@@ -140,16 +141,19 @@ def _timed(machine: str, table: tuple[list[str], list[list[str]]]) -> str:
     return "\n".join([f"{machine}:", "", *markdown_table(*table)])
 
 
-def _engine_results(paths: Iterable[Path]) -> list[dict[str, Any]]:
+def _engine_stages(paths: Iterable[Path]) -> list[dict[str, Any]]:
     stages = (json.loads(path.read_text(encoding="utf-8"))["stages"] for path in sorted(paths))
-    return [stage["engine"]["result"] for stage in stages if stage.get("engine", {}).get("result")]
+    return [stage["engine"] for stage in stages if stage.get("engine", {}).get("result")]
 
 
 def _gpu_line(result: dict[str, Any]) -> str:
     machine = result["environment"]
+    # Some files hold all its digits. A mark follows where the source differed.
+    digest, *mark = machine["commit"].split(" ", 1)
+    commit = " ".join([digest[:12], *mark])
     return (
         f"{machine['device']}; torch {machine['torch']}, Triton {machine['triton']}, transformers "
-        f"{machine['transformers']}, CUDA {machine['cuda']}; commit {machine['commit'][:12]}; a copy moves "
+        f"{machine['transformers']}, CUDA {machine['cuda']}; commit {commit}; a copy moves "
         f"{result['copy_bytes_per_second'] / 1e12:.2f} TB/s, read and written. Medians over windows, "
         "quartiles of ratios in brackets. Llama's and Qwen's rows are simulated: random weights in bfloat16 "
         "at the true shapes, each drafted token accepted with the stated chance."
@@ -175,9 +179,20 @@ def _gpu_row(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def _gpu(result: dict[str, Any]) -> str:
+def _gpu(stage: dict[str, Any]) -> str:
+    result = stage["result"]
+    rounds = {
+        row["batch"]: row["rounds_a_window"]
+        for row in _rounds(result)
+        if row["kind"] == "simulated" and row["decoder"] != PLAIN
+    }
+    windows = ", ".join(f"{count} rounds at batch {batch}" for batch, count in sorted(rounds.items()))
+    line = (
+        f"{_gpu_line(result)} Their windows have {windows}; the stage {stage['status']} after "
+        f"{stage['seconds']:.0f} seconds."
+    )
     rows = [_gpu_row(row) for row in _rounds(result)]
-    return "\n".join([_gpu_line(result), "", *markdown_table(list(_GPU_HEADS), rows)])
+    return "\n".join([line, "", *markdown_table(list(_GPU_HEADS), rows)])
 
 
 def _brief_gpu(result: dict[str, Any]) -> str:

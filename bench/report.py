@@ -278,25 +278,19 @@ def html_page(report: Report, drawings: dict[str, tuple[str, str]]) -> str:
     parts += [
         "<h2>The cost model</h2>",
         "<p>With a the chance of acceptance of one token (the expected one above) and c the time of a small "
-        "model's "
-        "step over the large model's (from naive EFT's own steps), a round of K drafted tokens gives "
-        "(1 - a<sup>K+1</sup>) / (1 - a) tokens and costs (K + 1) c + 1 + c large steps; naive EFT costs 1 + "
-        "2 c a "
-        "token. It counts neither verification nor launches, and takes a pass over K + 1 rows to cost as "
-        "much as "
-        "one over a single row: where a measurement falls short of it, the split of the time tells which of "
-        "these "
-        "is to blame.</p>",
+        "model's step over the large model's (from naive EFT's own steps), a round of K drafted tokens gives "
+        "(1 - a<sup>K+1</sup>) / (1 - a) tokens and costs (K + 1) c + 1 + c large steps; naive EFT costs "
+        "1 + 2 c a token. It counts neither verification nor launches, and takes a pass over K + 1 rows to "
+        "cost as much as one over a single row: where a measurement falls short of it, the split of the time "
+        "tells which of these is to blame.</p>",
     ]
     if report.projections:
         parts += [
             "<h2>Projection (not measured)</h2>",
             "<p>The cost model for machines that were not at hand. Steps are taken to read their weights at "
-            "the full "
-            "bandwidth of their devices and to do nothing else, so the tokens a second are an upper bound. "
-            "The "
-            "acceptance a is an input, not a finding: what those models reach depends on them and on the "
-            "text.</p>",
+            "the full bandwidth of their devices and to do nothing else, so the tokens a second are an upper "
+            "bound. The acceptance a is an input, not a finding: what those models reach depends on them and "
+            "on the text.</p>",
             _table(_projection_table(report)),
         ]
     spreads = noise(report)
@@ -305,8 +299,7 @@ def html_page(report: Report, drawings: dict[str, tuple[str, str]]) -> str:
         parts += [
             "<h2>Noise</h2>",
             f"<p>{_escape(report.plan.chosen)} over its twin, the same decoder measured again in the same "
-            "turns"
-            f" (the rows ending in “{AGAIN.strip()}”).</p>",
+            f"turns (the rows ending in “{AGAIN.strip()}”).</p>",
             _table((["setting", "ratio of a decoder to itself"], rows)),
         ]
     parts += ["<h2>Terms</h2>", _list(f"{term}: {meaning}." for term, meaning in _TERMS.items())]

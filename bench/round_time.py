@@ -8,17 +8,17 @@ the next draft finds others' weights in the processor's caches, as it would with
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from time import perf_counter
-from typing import Any
+from typing import Annotated, Any
 from unittest import mock
 
 import torch
+import typer
 from torch import Tensor
 
 from speculative_eft.decoding import EFTConfig, EFTDecoder, EFTOutput, EFTStats
@@ -126,16 +126,14 @@ def round_time(
     """Time the rounds of speculative EFT, block rule, on each of `prompts`, after a run to warm up."""
     batch = prompts[0].input_ids.shape[0]
     decoder = EFTDecoder(models, EFTConfig(draft_tokens=draft_tokens, expected_batch=batch))
-    sampling: dict[str, Any] = {"do_sample": temperature > 0}
-    if temperature > 0:
-        sampling["temperature"] = temperature
     runs, gains = [], []
     for seed, prompt in enumerate([prompts[0], *prompts]):
         steps = _Steps(decoder.runners, batch, draft_tokens)
         with mock.patch.object(RunningBatch, "advance", steps.advance_of()):
             output = decoder.generate(
-                prompt.input_ids, prompt.attention_mask, max_new_tokens=new_tokens, top_k=0, eos_token_id=[],
-                seed=seed, return_dict_in_generate=True, trace=False, **sampling,
+                prompt.input_ids, prompt.attention_mask, max_new_tokens=new_tokens, do_sample=True,
+                temperature=temperature, top_k=0, eos_token_id=[], seed=seed, return_dict_in_generate=True,
+                trace=False,
             )  # fmt: skip
         assert isinstance(output, EFTOutput) and output.stats is not None
         runs.append(_parts(output.stats, steps))
@@ -188,23 +186,21 @@ def load(path: Path) -> tuple[str, list[RoundTime]]:
     return f"{line}; {saved['new_tokens']} new tokens", times
 
 
-def main() -> None:
+def main(
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the measurements there.")] = None,
+    runs: Annotated[int, typer.Option(help="Of each setting; of batches a quarter.")] = 16,
+) -> None:
     """Time the bundled trio's rounds, and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="where to write the figures, with machine and versions")
-    parser.add_argument("--runs", type=int, default=16, help="of each setting; of batches a quarter")
-    arguments = parser.parse_args()
     models = EFTModels.demo()
     assert models.tokenizer is not None
     ids = [models.tokenizer(prompt).input_ids for prompt in held_out_prompts()]
     times = []
     for temperature, batch, draft_tokens in _SETTINGS:
-        runs = arguments.runs if batch == 1 else -(-arguments.runs // 4)
-        prompts = prompt_batches(ids, batch, runs)
+        prompts = prompt_batches(ids, batch, runs if batch == 1 else -(-runs // 4))
         times.append(round_time(models, prompts, temperature, draft_tokens, _NEW_TOKENS))
     rounds = [asdict(time) for time in times]
-    show_and_save(*table(times), arguments.json, new_tokens=_NEW_TOKENS, rounds=rounds)
+    show_and_save(*table(times), json_path, new_tokens=_NEW_TOKENS, rounds=rounds)
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from speculative_eft.models import EFTModels, ModelRunner
 from speculative_eft.models.describe import cache_bytes_per_token
@@ -14,6 +14,7 @@ from speculative_eft.models.describe import cache_bytes_per_token
 __all__ = [
     "LLAMA",
     "QWEN",
+    "SHAPES",
     "TINY",
     "StepBytes",
     "TrioShape",
@@ -34,28 +35,45 @@ class TrioShape:
     small: dict[str, Any]
 
 
-def _llama_rope(factor: float) -> dict[str, Any]:
+def _sized(
+    family: dict[str, Any],
+    hidden: int,
+    intermediate: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    **others: Any,
+) -> dict[str, Any]:
     return {
-        "rope_type": "llama3", "rope_theta": 500_000.0, "factor": factor, "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+        **family, "hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, **others,
     }  # fmt: skip
 
 
-_LLAMA = {
-    "model_type": "llama", "vocab_size": 128_256, "num_attention_heads": 32, "num_key_value_heads": 8,
-    "max_position_embeddings": 131_072, "rms_norm_eps": 1e-5,
-}  # fmt: skip
-LLAMA = TrioShape(
-    "Llama-3.1-8B, Llama-3.2-1B twice",
-    {
-        **_LLAMA, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "head_dim": 128,
-        "tie_word_embeddings": False, "rope_parameters": _llama_rope(8.0),
-    },
-    {
-        **_LLAMA, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64,
-        "tie_word_embeddings": True, "rope_parameters": _llama_rope(32.0),
-    },
-)  # fmt: skip
+def _llama_3(factor: float) -> dict[str, Any]:
+    """What the versions from 3.1 on share, but for the factor by which they stretch their positions."""
+    return {
+        "model_type": "llama", "vocab_size": 128_256, "max_position_embeddings": 131_072,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {
+            "rope_type": "llama3", "rope_theta": 500_000.0, "factor": factor, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+        },
+    }  # fmt: skip
+
+
+_LLAMA_2 = {"model_type": "llama", "vocab_size": 32_000, "max_position_embeddings": 4096}
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-2-7b": _sized(_LLAMA_2, 4096, 11_008, 32, 32, 32),
+    "llama-2-13b": _sized(_LLAMA_2, 5120, 13_824, 40, 40, 40),
+    "llama-2-70b": _sized(_LLAMA_2, 8192, 28_672, 80, 64, 8),
+    "llama-3.2-1b": _sized(_llama_3(32.0), 2048, 8192, 16, 32, 8, tie_word_embeddings=True),
+    "llama-3.1-8b": _sized(_llama_3(8.0), 4096, 14_336, 32, 32, 8),
+    "llama-3.1-70b": _sized(_llama_3(8.0), 8192, 28_672, 80, 64, 8),
+}
+"""Configurations of published models by name, for simulations and projections without their files."""
+
+LLAMA = TrioShape("Llama-3.1-8B, Llama-3.2-1B twice", SHAPES["llama-3.1-8b"], SHAPES["llama-3.2-1b"])
 
 _QWEN = {
     "model_type": "qwen2", "max_position_embeddings": 131_072,
@@ -63,23 +81,12 @@ _QWEN = {
 }  # fmt: skip
 QWEN = TrioShape(
     "Qwen2.5-32B, Qwen2.5-1.5B twice",
-    {
-        **_QWEN, "vocab_size": 152_064, "hidden_size": 5120, "intermediate_size": 27_648,
-        "num_hidden_layers": 64, "num_attention_heads": 40, "num_key_value_heads": 8,
-        "tie_word_embeddings": False, "rms_norm_eps": 1e-5,
-    },
-    {
-        **_QWEN, "vocab_size": 151_936, "hidden_size": 1536, "intermediate_size": 8960,
-        "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2,
-        "tie_word_embeddings": True, "rms_norm_eps": 1e-6,
-    },
-)  # fmt: skip
+    _sized(_QWEN, 5120, 27_648, 64, 40, 8, vocab_size=152_064, rms_norm_eps=1e-5),
+    _sized(_QWEN, 1536, 8960, 28, 12, 2, vocab_size=151_936, tie_word_embeddings=True),
+)
 
-_TINY = {
-    "model_type": "llama", "vocab_size": 100, "hidden_size": 32, "intermediate_size": 48,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,
-}  # fmt: skip
-TINY = TrioShape("tiny", {**_TINY, "num_hidden_layers": 2}, {**_TINY, "num_hidden_layers": 1})
+_TINY = {"model_type": "llama", "vocab_size": 100, "max_position_embeddings": 4096}
+TINY = TrioShape("tiny", _sized(_TINY, 32, 48, 2, 4, 2), _sized(_TINY, 32, 48, 1, 4, 2))
 
 
 def weight_bytes(shape: TrioShape, dtype: torch.dtype) -> int:
@@ -103,9 +110,10 @@ def random_trio(shape: TrioShape, dtype: torch.dtype, device: torch.device) -> E
     return EFTModels(large, tuned, base)
 
 
-def random_model(settings: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
-    """A model of random weights and these settings, one of which is its `model_type`."""
-    config = AutoConfig.for_model(**settings)
+def random_model(config: dict[str, Any] | PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A model of random weights and this configuration, of whose settings one is its `model_type`."""
+    if isinstance(config, dict):
+        config = AutoConfig.for_model(**config)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     return model
 

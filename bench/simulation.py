@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from speculative_eft.models import EFTModels, EFTRunners, Runner
 
-from .cost_model import SHAPES
+from .shapes import SHAPES, random_model
 
 __all__ = ["forced_runners", "random_models"]
 
@@ -48,8 +48,7 @@ def random_models(large: str, tuned: list[str], base: str, dtype: str, device: s
         config.name_or_path = name
         wanted = config.dtype or torch.float32 if dtype == "auto" else getattr(torch, dtype)
         with torch.device(device or "cpu"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=wanted)  # type: ignore[no-untyped-call]
-        return model
+            return random_model(config, wanted)
 
     return EFTModels(build(large), [build(name) for name in tuned], build(base))
 

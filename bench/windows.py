@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
 from speculative_eft.decoding import round as round_module
 from speculative_eft.decoding import running as running_module
@@ -35,7 +35,7 @@ from speculative_eft.kernels import (
 )
 from speculative_eft.models import EFTModels, EFTRunners
 
-from .baselines import SingleModelDecoder, SingleModelRounds
+from .baselines import SingleModelDecoder, SingleModelRounds, TransformersLoop
 from .kernels.script import filtered
 
 __all__ = ["RoundDecoder", "Start", "Window", "begin", "forced_acceptance", "run_window", "warm_up_rounds"]
@@ -160,7 +160,7 @@ def begin(decoder: RoundDecoder, start: Start, seed: int) -> RunningBatch:
     """The sequences of `start`, ready for `decoder`'s rounds; none has ended, and none ends by a token."""
     batch, device = start.last_token.shape[0], start.last_token.device
     runners = start.models.runners()
-    for runner in (runners.large, *runners.tuned, runners.base):
+    for runner in runners.every:
         runner.use(batch)
         runner.lengths.copy_(start.lengths - 1)
     seeds = derive_seeds(seed, batch).to(device)
@@ -231,23 +231,18 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-class PlainLoop:
-    """Naive EFT as it is written in a few lines of transformers: three models, three `DynamicCache`s.
-
-    Args:
-        models: the three models, with one tuned model.
-    """
+class PlainLoop(TransformersLoop):
+    """A `TransformersLoop` that samples at temperature 1, and begins in the middle of sequences."""
 
     def __init__(self, models: EFTModels) -> None:
-        self.models: list[PreTrainedModel] = [models.large_base, models.small_tuned[0], models.small_base]
-        self.vocab_size = models.vocab_size
+        super().__init__(models)
         self.caches: list[DynamicCache] = []
 
     @torch.inference_mode()
     def start(self, batch: int, context: int) -> None:
         """Begin with caches that hold random keys and values of `context` tokens a sequence."""
         self.caches = []
-        for model in self.models:
+        for model, _ in self.networks:
             config = model.config
             heads = config.num_key_value_heads
             dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -264,13 +259,6 @@ class PlainLoop:
     def run(self, token: Tensor, steps: int) -> Tensor:
         """Sample `steps` tokens after `token`, int64 [batch]; the last one."""
         for _ in range(steps):
-            large, tuned, base = (
-                model(input_ids=token[:, None], past_key_values=cache, use_cache=True)
-                .logits[:, -1, : self.vocab_size]
-                .float()
-                .log_softmax(dim=-1)
-                for model, cache in zip(self.models, self.caches, strict=True)
-            )
-            law = (large + tuned - base).softmax(dim=-1)
+            law = self.step(token[:, None], self.caches, PhaseTimer()).softmax(dim=-1)
             token = torch.multinomial(law, 1)[:, 0]
         return token

@@ -24,12 +24,16 @@ from .command_options import (
     between,
     choice,
     draft_tokens_value,
+    each,
     finite_numbers,
     load_models,
     model_name,
     model_names,
+    new_file,
     option,
     seed_value,
+    tokenizer_of,
+    trio_or_demo,
 )
 
 if TYPE_CHECKING:
@@ -46,24 +50,6 @@ bench_app = typer.Typer(
     invoke_without_command=True,
     pretty_exceptions_enable=False,
 )
-
-
-def _each(low: float, high: float, *, without_low: bool = False) -> Any:
-    check = between(low, high, without_low=without_low)
-
-    def check_all(values: list[float] | None) -> list[float] | None:
-        for value in values or ():
-            check(value)
-        return values
-
-    return check_all
-
-
-def _counts(values: list[int] | None) -> list[int] | None:
-    for value in values or ():
-        if value < 1:
-            raise typer.BadParameter(f"{value} is not at least 1.")
-    return values
 
 
 def _program(value: str | None) -> str | None:
@@ -83,31 +69,27 @@ def _projection(value: str) -> tuple[str, str, int]:
     return large, small, int(devices or 1)
 
 
-_FULL: dict[str, Any] = {
-    "temperature": [1.0, 0.0],
-    "batch": [1, 4, 16],
-    "context": [256, 1024],
-    "length": [128, 32, 512],
-    "alpha": [1.0, 0.5, 1.5],
-    "beta": [1.0, 0.5, 1.5],
-    "conservative_top_p": [0.9],
-    "acceptance": ["block", "token", "shared_seed"],
-    "draft_tokens": [1, 2, 3, 4, 5, 6, 8, "auto"],
-    "prompts": 12,
-    "least_runs": 6,
+_FULL: dict[str, tuple[Any, ...]] = {
+    "temperatures": (1.0, 0.0),
+    "batches": (1, 4, 16),
+    "contexts": (256, 1024),
+    "lengths": (128, 32, 512),
+    "alphas": (1.0, 0.5, 1.5),
+    "betas": (1.0, 0.5, 1.5),
+    "conservative_top_ps": (0.9,),
+    "rules": ("block", "token", "shared_seed"),
+    "draft_tokens": (1, 2, 3, 4, 5, 6, 8, "auto"),
 }
-_QUICK: dict[str, Any] = {
-    "temperature": [1.0, 0.0],
-    "batch": [1, 4],
-    "context": [],
-    "length": [40],
-    "alpha": [1.0],
-    "beta": [1.0],
-    "conservative_top_p": [],
-    "acceptance": ["block"],
-    "draft_tokens": [2, 4, 8, "auto"],
-    "prompts": 7,
-    "least_runs": 4,
+_QUICK: dict[str, tuple[Any, ...]] = {
+    "temperatures": (1.0, 0.0),
+    "batches": (1, 4),
+    "contexts": (),
+    "lengths": (40,),
+    "alphas": (1.0,),
+    "betas": (1.0,),
+    "conservative_top_ps": (),
+    "rules": ("block",),
+    "draft_tokens": (2, 4, 8, "auto"),
 }
 
 
@@ -147,25 +129,25 @@ def bench(
     ] = False,
     temperature: Annotated[
         list[float] | None,
-        option("0 is greedy; may be repeated.", "X", _PLAN, callback=_each(0, math.inf), show_default="1, 0"),
+        option(
+            "0 is greedy; may be repeated.",
+            "X",
+            _PLAN,
+            callback=each(between(0, math.inf)),
+            show_default="1, 0",
+        ),
     ] = None,
     batch: Annotated[
         list[int] | None,
-        option(
-            "Sequences decoded together; may be repeated.",
-            "N",
-            _PLAN,
-            callback=_counts,
-            show_default="1, 4, 16",
-        ),
+        option("Sequences decoded together; may be repeated.", "N", _PLAN, min=1, show_default="1, 4, 16"),
     ] = None,
     context: Annotated[
         list[int] | None,
-        option("Also prompts of that many tokens; may be repeated.", "N", _PLAN, callback=_counts),
+        option("Also prompts of that many tokens; may be repeated.", "N", _PLAN, min=1),
     ] = None,
     length: Annotated[
         list[int] | None,
-        option("New tokens; may be repeated, the first is used elsewhere.", "N", _PLAN, callback=_counts),
+        option("New tokens; may be repeated, the first is used elsewhere.", "N", _PLAN, min=1),
     ] = None,
     draft_tokens: Annotated[
         list[Any] | None,
@@ -192,7 +174,7 @@ def bench(
             "Also with this conservative filter; may be repeated.",
             "X",
             LAW,
-            callback=_each(0, 1, without_low=True),
+            callback=each(between(0, 1, without_low=True)),
         ),
     ] = None,
     repeats: Annotated[int, option("Runs on each batch of prompts.", "N", SAMPLING, min=1)] = 1,
@@ -201,8 +183,7 @@ def bench(
         float | None,
         option(
             "Random weights at the models' shapes, drafts accepted with this chance. Models may be named by "
-            "shape "
-            "(llama-2-7b...).",
+            "shape (llama-2-7b...).",
             "X",
             _SIMULATION,
             callback=between(0, 1),
@@ -227,9 +208,9 @@ def bench(
             callback=between(0, math.inf, without_low=True),
         ),
     ] = 3350.0,
-    output: Annotated[Path, option("Writes PREFIX.json and PREFIX.html.", "PREFIX", OUTPUT)] = Path(
-        "speculative-eft-bench"
-    ),
+    output: Annotated[
+        Path, option("Writes PREFIX.json and PREFIX.html.", "PREFIX", OUTPUT, callback=new_file)
+    ] = Path("speculative-eft-bench"),
     against: Annotated[
         str | None,
         option(
@@ -253,7 +234,7 @@ def bench(
     """Measure speculative EFT and every baseline, interleaved in one process, and write a report."""
     if invocation.invoked_subcommand is not None:
         return
-    from .bench.against import inherited_line, other_version
+    from .bench.against import inherited_line
     from .bench.plots import require_matplotlib
 
     # The other version is told what this one was told.
@@ -262,74 +243,60 @@ def bench(
         against = None
     if with_html:
         require_matplotlib()
-    json_file = _with_suffix(output, ".json")
-    other_output = _with_suffix(output, "-against")
-    other_file = _with_suffix(other_output, ".json")
-    if not json_file.absolute().parent.is_dir():
-        raise typer.BadParameter(
-            f"there is no folder {str(json_file.absolute().parent)!r}.", param_hint="'--output'"
-        )
+    json_file, other_file = _with_suffix(output, ".json"), _with_suffix(output, "-against.json")
     for file in (json_file, other_file) if against else (json_file,):
         if file.exists() != resume:
             what = "does not exist" if resume else "exists; --resume goes on with it"
             raise typer.BadParameter(f"{file} {what}.", param_hint="'--resume'" if resume else "'--output'")
-    named = (large, tuned, base)
-    if any(named) and not all(named):
-        raise typer.BadParameter(
-            "give all three of --large, --tuned and --base, or none for the bundled trio."
-        )
     if simulate_acceptance is not None and prompts is not None:
         raise typer.BadParameter("a simulation has no text to take prompts from.", param_hint="'--prompts'")
-
+    swept = _swept(
+        _QUICK if quick else _FULL,
+        temperatures=temperature,
+        batches=batch,
+        contexts=context,
+        lengths=length,
+        alphas=alpha,
+        betas=beta,
+        conservative_top_ps=conservative_top_p,
+        rules=acceptance,
+        draft_tokens=draft_tokens,
+    )
     out = Console(highlight=False)
     err = Console(stderr=True, highlight=False, quiet=line is not None)
-    defaults = _QUICK if quick else _FULL
-    plan_values = {
-        "temperatures": tuple(temperature or defaults["temperature"]),
-        "batches": tuple(batch or defaults["batch"]),
-        "contexts": (None, *(context or defaults["context"])),
-        "lengths": tuple(length or defaults["length"]),
-        "alphas": tuple(alpha or defaults["alpha"]),
-        "betas": tuple(beta or defaults["beta"]),
-        "conservative_top_ps": (None, *(conservative_top_p or defaults["conservative_top_p"])),
-        "rules": tuple(acceptance or defaults["acceptance"]),
-        "draft_tokens": tuple(draft_tokens or defaults["draft_tokens"]),
-    }
-    for name, values in plan_values.items():
-        if len(set(values)) < len(values):
-            raise typer.BadParameter(
-                f"{name.replace('_', ' ')} has a value twice: {', '.join(map(str, values))}."
-            )
     models = _models(large, tuned or [], base, dtype, device, simulate_acceptance, err)
 
     from .bench.benchmark import Report, check_contexts, new_report
     from .bench.plan import Plan
 
-    plan = Plan(
-        **plan_values,
-        repeats=repeats,
-        least_runs=defaults["least_runs"],
-        seed=seed,
-    )
-    ids, described = _prompt_ids(models, prompts, defaults["prompts"], simulate_acceptance)
+    plan = Plan(**swept, repeats=repeats, least_runs=4 if quick else 6, seed=seed)
+    ids, described = _prompt_ids(models, prompts, 7 if quick else 12, simulate_acceptance)
     check_contexts(models, plan, ids)
     command = shlex.join(["speculative-eft", *sys.argv[1:]])
     report = new_report(models, plan, command, described, simulate_acceptance)
-    projections = project or [("llama-2-70b", "llama-2-7b", 2)]
     if resume:
         report = _resumed(json_file, report)
-    with ExitStack() as stack:
-        if against is not None:
-            arguments = [*sys.argv[1:], "--output", str(other_output), "--no-html"]
-            line = stack.enter_context(other_version(against, arguments))
-        _measure(models, ids, report, json_file, err, line)
-    _add_projections(report, projections, bandwidth)
+    _measure(models, ids, report, output, err, line, against)
+    _add_projections(report, project or [("llama-2-70b", "llama-2-7b", 2)], bandwidth)
     _write(report, json_file, with_html)
     _show(report, out)
     written = f"Written: {json_file}" + (f" and {_with_suffix(output, '.html')}" if with_html else "")
     out.print(written, markup=False, soft_wrap=True)
     if against is not None:
         _show_changes(Report.load(other_file), report, out)
+
+
+def _swept(defaults: dict[str, tuple[Any, ...]], **given: list[Any] | None) -> dict[str, tuple[Any, ...]]:
+    """The values of each of the plan's quantities: those that were given, or else the plan's own."""
+    swept = defaults | {name: tuple(values) for name, values in given.items() if values}
+    for name in ("contexts", "conservative_top_ps"):
+        swept[name] = (None, *swept[name])
+    for name, values in swept.items():
+        if len(set(values)) < len(values):
+            raise typer.BadParameter(
+                f"{name.replace('_', ' ')} has a value twice: {', '.join(map(str, values))}."
+            )
+    return swept
 
 
 def _with_suffix(prefix: Path, suffix: str) -> Path:
@@ -345,20 +312,16 @@ def _models(
     simulate_acceptance: float | None,
     err: Console,
 ) -> EFTModels:
+    named = trio_or_demo(large, tuned, base, dtype)
     if simulate_acceptance is None:
-        return load_models(large, tuned, base, dtype, device, err)
+        return load_models(*named, device, err)
     from transformers.utils import logging
 
     from .bench.simulation import random_models
-    from .models.demo import weights_folder
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    if large is None or base is None:
-        # The bundled trio's shapes, small enough for any machine.
-        large, base = str(weights_folder("large_base")), str(weights_folder("small_base"))
-        tuned, dtype = [str(weights_folder("small_tuned"))], "float32" if dtype == "auto" else dtype
     with err.status("Drawing random weights"):
-        models = random_models(large, tuned, base, dtype, device)
+        models = random_models(*named, device)
         models.runners()
     return models
 
@@ -376,9 +339,7 @@ def _prompt_ids(
     from .models.demo import held_out_prompts
 
     texts = held_out_prompts()[:most] if file is None else read_prompt_file(file)
-    tokenizer: Any = models.tokenizer
-    if tokenizer is None:
-        raise ValueError("none of the models comes with a tokenizer")
+    tokenizer = tokenizer_of(models)
     where = "of the bundled held-out set" if file is None else f"of {file.name}"
     return [tokenizer(text).input_ids for text in texts], f"{len(texts)} {where}"
 
@@ -398,21 +359,18 @@ def _resumed(file: Path, fresh: Report) -> Report:
 
 
 def _measure(
-    models: EFTModels, ids: list[list[int]], report: Report, file: Path, err: Console, line: Line | None
+    models: EFTModels,
+    ids: list[list[int]],
+    report: Report,
+    output: Path,
+    err: Console,
+    line: Line | None,
+    against: str | None,
 ) -> None:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+    """What the report does not have yet, in turns with the version at the line's other end, or `against`."""
+    from . import console_tables as tables
+    from .bench.against import other_version
     from .bench.benchmark import run_benchmark, total_runs
-
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=err,
-        transient=True,
-        disable=not err.is_terminal,
-    )
 
     def announce(label: str) -> None:
         progress.update(task, description=label)
@@ -420,7 +378,11 @@ def _measure(
             # A log has no bar, but it can tell how far the run is.
             err.print(f"Measuring {label}", markup=False, soft_wrap=True)
 
-    with progress:
+    with ExitStack() as stack:
+        if against is not None:
+            arguments = [*sys.argv[1:], "--output", str(_with_suffix(output, "-against")), "--no-html"]
+            line = stack.enter_context(other_version(against, arguments))
+        progress = stack.enter_context(tables.progress_bar(err))
         task = progress.add_task("Measuring", total=total_runs(report, len(ids)))
         run_benchmark(
             models,
@@ -428,7 +390,7 @@ def _measure(
             report,
             on_setting=lambda setting: announce(setting.label),
             on_run=lambda: progress.advance(task),
-            on_result=lambda: report.save(file),
+            on_result=lambda: report.save(_with_suffix(output, ".json")),
             give_way=(lambda: None) if line is None else line.give_way,
         )
 

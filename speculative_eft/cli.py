@@ -14,12 +14,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from . import console_tables as tables
+from .bench.json_files import without_nan
 from .bench_command import bench_app
 from .command_options import (
     DRAFTING,
@@ -43,6 +44,8 @@ from .command_options import (
     new_file,
     option,
     seed_value,
+    tokenizer_of,
+    trio_or_demo,
 )
 from .console_text import has_colours
 
@@ -129,7 +132,7 @@ def demo(
     if prompts is not None and prompts > len(texts):
         raise typer.BadParameter(f"there are {len(texts)} held-out prompts.", param_hint="'--prompts'")
     out, err = Console(highlight=False), Console(stderr=True, highlight=False)
-    models = load_models(None, [], None, "auto", None, err)
+    models = load_models(*trio_or_demo(None, [], None, "auto"), None, err)
     from .decoding import EFTConfig
     from .demonstration import show_demo
 
@@ -146,7 +149,7 @@ def demo(
         err=err,
     )
     if json_file is not None:
-        json_file.write_text(json.dumps(_without_nan(report), indent=1) + "\n", encoding="utf-8")
+        json_file.write_text(json.dumps(without_nan(report), indent=1) + "\n", encoding="utf-8")
 
 
 @app.command()
@@ -238,23 +241,17 @@ def generate(
     """Continue a prompt; only the continuation goes to standard output."""
     tuned, alpha = tuned or [], alpha or [1.0]
     text = _read_prompt(prompt, file)
-    if any((large, tuned, base)) and not all((large, tuned, base)):
-        raise typer.BadParameter(
-            "give all three of --large, --tuned and --base, or none for the bundled trio."
-        )
     if len(alpha) not in (1, max(len(tuned), 1)):
         raise typer.BadParameter(
             f"{len(alpha)} values for {max(len(tuned), 1)} tuned models.", param_hint="'--alpha'"
         )
     seed = secrets.randbits(63) if seed is None else seed
     out, err = Console(highlight=False), Console(stderr=True, highlight=False)
-    models = load_models(large, tuned, base, dtype, device_map, err)
+    models = load_models(*trio_or_demo(large, tuned, base, dtype), device_map, err)
     from .continuation import SourceStreamer, continue_prompt
     from .decoding import EFTConfig, EFTDecoder, NaiveEFTDecoder
 
-    tokenizer: Any = models.tokenizer
-    if tokenizer is None:
-        raise ValueError("none of the models comes with a tokenizer")
+    tokenizer = tokenizer_of(models)
     config = EFTConfig(
         alpha=alpha[0] if len(alpha) == 1 else alpha,
         beta=beta,
@@ -284,7 +281,7 @@ def generate(
     )
     if as_json:
         record = {"prompt": text, "seed": seed, "config": asdict(config), **continuation.to_dict()}
-        print(json.dumps(_without_nan(record), ensure_ascii=False))
+        print(json.dumps(without_nan(record), ensure_ascii=False))
     if stats:
         err.print(tables.stats_table(continuation.stats, seed, continuation.seconds))
 
@@ -371,15 +368,6 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
     if not text:
         raise typer.BadParameter("the prompt is empty; it needs at least one character.")
     return text
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null instead."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

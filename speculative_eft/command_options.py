@@ -34,6 +34,7 @@ __all__ = [
     "between",
     "choice",
     "draft_tokens_value",
+    "each",
     "finite_numbers",
     "load_models",
     "model_name",
@@ -42,6 +43,8 @@ __all__ = [
     "one_of",
     "option",
     "seed_value",
+    "tokenizer_of",
+    "trio_or_demo",
 ]
 
 _ROLES: tuple[Literal["large_base", "small_tuned", "small_base"], ...] = (
@@ -68,10 +71,15 @@ def between(low: float, high: float, *, without_low: bool = False) -> Callable[[
     return check
 
 
-def finite_numbers(values: list[float] | None) -> list[float] | None:
-    for value in values or ():
-        between(-math.inf, math.inf)(value)
-    return values
+def each(check: Callable[[Any], object]) -> Callable[[Any], Any]:
+    """The callback of an option that may be repeated, by that of a single value."""
+
+    def check_all(values: Any) -> Any:
+        for value in values or ():
+            check(value)
+        return values
+
+    return check_all
 
 
 def seed_value(value: int | None) -> int | None:
@@ -104,17 +112,14 @@ def model_name(value: str | None) -> str | None:
     return value
 
 
-def model_names(values: list[str] | None) -> list[str] | None:
-    for value in values or ():
-        model_name(value)
-    return values
-
-
 def new_file(path: Path | None) -> Path | None:
     if path is not None and not path.absolute().parent.is_dir():
         raise typer.BadParameter(f"there is no folder {str(path.absolute().parent)!r}.")
     return path
 
+
+finite_numbers = each(between(-math.inf, math.inf))
+model_names = each(model_name)
 
 Acceptance = Literal["block", "token", "shared_seed"]
 Draft = Literal["auto", "tuned", "pair"]
@@ -139,18 +144,28 @@ DraftTokens = Annotated[Any, option("Tokens drafted a round.", "K|auto", DRAFTIN
 AcceptanceRule = Annotated[Acceptance, choice(Acceptance, "Rule; all leave the law as it is.", DRAFTING)]
 
 
+def trio_or_demo(
+    large: str | None, tuned: list[str], base: str | None, dtype: str
+) -> tuple[str, list[str], str, str]:
+    """The models that were named, or the bundled trio if none was, and their dtype."""
+    if large and tuned and base:
+        return large, tuned, base, dtype
+    if large or tuned or base:
+        raise typer.BadParameter(
+            "give all three of --large, --tuned and --base, or none for the bundled trio."
+        )
+    from .models.demo import weights_folder
+
+    large, first, base = (str(weights_folder(role)) for role in _ROLES)
+    return large, [first], base, "float32" if dtype == "auto" else dtype
+
+
 def load_models(
-    large: str | None, tuned: list[str], base: str | None, dtype: str, device_map: str | None, err: Console
+    large: str, tuned: list[str], base: str, dtype: str, device_map: str | None, err: Console
 ) -> EFTModels:
-    """The models asked for, or the bundled trio; problems are reported before torch is imported."""
+    """The models of these names; problems are reported before torch is imported."""
     from .models import find_sources
 
-    if large is None or base is None:
-        from .models.demo import weights_folder
-
-        large, first, base = (str(weights_folder(role)) for role in _ROLES)
-        tuned = [first]
-        dtype = "float32" if dtype == "auto" else dtype
     find_sources(large, tuned, base)
     local = all(Path(name).expanduser().is_dir() for name in (large, *tuned, base))
     # The Hub's own bars tell more about downloads.
@@ -166,3 +181,14 @@ def load_models(
         models = EFTModels.from_pretrained(large, tuned, base, dtype=dtype, device_map=device_map)
         models.runners()
     return models
+
+
+def tokenizer_of(models: EFTModels) -> Any:
+    """Theirs.
+
+    Raises:
+        ValueError: if they have none.
+    """
+    if models.tokenizer is None:
+        raise ValueError("none of the models comes with a tokenizer")
+    return models.tokenizer

@@ -1,4 +1,4 @@
-"""Tables and sentences of the command line, made from measurements and reports."""
+"""Tables and sentences of the command line, made from measurements and reports, and its progress bar."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
+from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ __all__ = [
     "memory_table",
     "models_table",
     "phases_table",
+    "progress_bar",
     "size_text",
     "stats_table",
     "text_table",
@@ -226,3 +229,9 @@ def changes_table(changes: Sequence[Change]) -> Table:
             style=styles[change.verdict],
         )
     return table
+
+
+def progress_bar(console: Console) -> Progress:
+    """What is measured, how far it is and how long it will take; nothing where there is no terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

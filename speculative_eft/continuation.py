@@ -15,7 +15,7 @@ from torch import Tensor
 from .console_text import LOOKS, TokenText, has_colours, marked, token_pieces
 from .decoding import EFTDecoder, EFTOutput, EFTStats, EFTTrace, Streamer
 
-__all__ = ["Continuation", "SourceStreamer", "continue_prompt", "sampling_options"]
+__all__ = ["Continuation", "SourceStreamer", "continue_prompt"]
 
 
 class SourceStreamer:
@@ -115,11 +115,6 @@ class Continuation:
         }
 
 
-def sampling_options(temperature: float) -> dict[str, Any]:
-    """transformers' options for a temperature, 0 being greedy decoding."""
-    return {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-
-
 def continue_prompt(
     decoder: EFTDecoder,
     tokenizer: Any,
@@ -129,14 +124,15 @@ def continue_prompt(
     streamer: Streamer | None = None,
     **generation_kwargs: Any,
 ) -> Continuation:
-    """Continue one prompt, `input_ids` [1, length]."""
+    """Continue one prompt, `input_ids` [1, length]; a temperature of 0 is greedy."""
     start = perf_counter()
     output = decoder.generate(
         input_ids,
         seed=seed,
         streamer=streamer,
         return_dict_in_generate=True,
-        **sampling_options(temperature),
+        do_sample=True,
+        temperature=temperature,
         **generation_kwargs,
     )
     seconds = perf_counter() - start

@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 from torch import Tensor
 
 from . import console_tables as tables
 from .bench.baselines import SingleModelDecoder
-from .bench.comparison import Comparison, Decoder, compare
+from .bench.comparison import Comparison, Decoder, compare, sampling_options
 from .bench.machine import environment
 from .bench.plan import LARGE, NAIVE
 from .bench.prompts import PromptBatch
+from .command_options import tokenizer_of
 from .console_text import LOOKS, has_colours, source_counts, styled_pieces
-from .continuation import Continuation, continue_prompt, sampling_options
+from .continuation import Continuation, continue_prompt
 from .decoding import EFTConfig, EFTDecoder, NaiveEFTDecoder
 from .kernels import AcceptanceRule
 from .models import EFTModels
@@ -55,7 +55,7 @@ def show_demo(
         config: of the speculative decoder; the table has the other rules of acceptance beside its own.
         temperature: of the continuations and the first table; a second table is greedy.
     """
-    tokenizer: Any = models.tokenizer
+    tokenizer = tokenizer_of(models)
 
     def ids(prompt: str) -> Tensor:
         found: Tensor = tokenizer(prompt, return_tensors="pt").input_ids
@@ -115,18 +115,9 @@ def _measure(
     err: Console,
 ) -> dict[str, Comparison]:
     """One comparison a temperature."""
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=err,
-        transient=True,
-        disable=not err.is_terminal,
-    )
     runs = sum(map(len, turns.values())) * (repeats * len(inputs) + 1)
     comparisons = {}
-    with progress:
+    with tables.progress_bar(err) as progress:
         task = progress.add_task("Measuring", total=runs)
         for temperature, decoders in turns.items():
             label = f"T={temperature:g}"

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from speculative_eft.kernels import Coefficients, NoiseKey, Sampling, backend, derive_seeds
 
-from .timing import Timing, copy_bandwidth, facts, launch_floor, time_operation, write_json
+from ..json_files import write_json
+from .timing import Timing, copy_bandwidth, facts, launch_floor, time_operation
 
 __all__ = [
     "BATCHES",

@@ -9,7 +9,6 @@ CPU the wall clock serves, for smoke tests alone.
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import subprocess
@@ -25,7 +24,7 @@ from typing import Any
 import torch
 
 from ..comparison import Spread
-from ..machine import environment
+from ..machine import environment, source_commit
 
 __all__ = [
     "Timing",
@@ -34,7 +33,6 @@ __all__ = [
     "launch_floor",
     "reference_kernels",
     "time_operation",
-    "write_json",
 ]
 
 _SHORTEST_FLUSH = 128 * 2**20
@@ -169,7 +167,7 @@ def facts(device: torch.device) -> dict[str, Any]:
         found["triton"] = version("triton")
     except PackageNotFoundError:
         found["triton"] = None
-    found["commit"] = _output("git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD")
+    found["commit"] = source_commit()
     found["kernels_sha256"] = _digest(Path(__file__).parents[2] / "kernels")
     found["device"] = "cpu"
     if device.type == "cuda":
@@ -199,11 +197,3 @@ def _digest(folder: Path) -> str:
     for path in sorted(folder.rglob("*.py")):
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Replace a JSON file at once, so that a reader or a broken run never meets half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)

@@ -66,9 +66,9 @@ def _generate(
 ) -> None:
     assert models.tokenizer is not None
     prompt = torch.tensor([models.tokenizer(held_out_prompts()[0]).input_ids])
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     # One seed for all rounds, so that each does the same work.
     benchmark(
         decoder.generate,
-        prompt.expand(batch, -1), seed=0, max_new_tokens=64, top_k=0, eos_token_id=[], **sampling,
+        prompt.expand(batch, -1), seed=0, max_new_tokens=64, do_sample=True, temperature=temperature, top_k=0,
+        eos_token_id=[],
     )  # fmt: skip

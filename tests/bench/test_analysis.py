@@ -20,7 +20,6 @@ from speculative_eft.bench.analysis import (
 from speculative_eft.bench.benchmark import Report
 from speculative_eft.bench.comparison import PHASES, Comparison, Measurement, Percentiles, Spread
 from speculative_eft.bench.cost_model import (
-    SHAPES,
     break_even_batch,
     expected_tokens,
     project,
@@ -31,6 +30,7 @@ from speculative_eft.bench.plan import AGAIN, ASSISTED, LARGE, NAIVE, TUNED
 from speculative_eft.bench.plots import figures, svg
 from speculative_eft.bench.regressions import changes
 from speculative_eft.bench.report import html_page
+from speculative_eft.bench.shapes import SHAPES
 
 from .conftest import PLAN
 

@@ -38,7 +38,7 @@ def costs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def tiny_start(batch: int, limit: int) -> Start:
     models = random_trio(TINY, torch.float32, CPU)
-    for runner in engine._all_runners(models.runners()):
+    for runner in models.runners().every:
         runner.reserve(batch, 40 + limit + 20)
         runner.prefill(torch.randint(3, 100, (batch, 39)), torch.full((batch,), 39))
     lengths = torch.full((batch,), 40)
@@ -139,7 +139,7 @@ def test_the_plain_loop_draws_from_the_target(monkeypatch: pytest.MonkeyPatch) -
     last = plain.run(first, 2)
     tokens = torch.stack([first, laws[0].argmax(-1)], dim=1)
     with torch.no_grad():
-        large, tuned, base = (model(tokens).logits for model in plain.models)
+        large, tuned, base = (model(tokens).logits for model, _ in plain.networks)
     target = (large + tuned - base).softmax(-1)
     torch.testing.assert_close(torch.stack(laws, dim=1), target)
     assert torch.equal(last, laws[1].argmax(-1))

@@ -136,7 +136,7 @@ def test_a_simulation_says_so(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--batch", "0"), "at least 1"),
+        (("--batch", "0"), "greater than or equal to 1"),
         (("--temperature", "-1"), "finite number"),
         (("--draft-tokens", "0"), "neither an integer"),
         (("--acceptance", "best"), "not one of"),
