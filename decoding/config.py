@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from speculative_eft.kernels import AcceptanceRule
+from speculative_eft.kernels import LARGEST_TEMPERATURE, AcceptanceRule
 
 __all__ = ["DraftKind", "DraftWeights", "EFTConfig"]
 
@@ -87,7 +87,7 @@ class EFTConfig:
             if choice not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {choice!r}")
         for name, scale in (("draft_temperature", self.draft_temperature), ("cost_ratio", self.cost_ratio)):
-            if scale is not None and not (_is_number(scale) and math.isfinite(scale) and scale > 0):
+            if scale is not None and not (_is_number(scale) and 0 < scale <= LARGEST_TEMPERATURE):
                 raise ValueError(f"{name} must be a finite number above 0 or None, got {scale!r}")
         if not _is_number(self.row_cost) or not 0 <= self.row_cost < math.inf:
             raise ValueError(f"row_cost must be a finite number of at least 0, got {self.row_cost!r}")

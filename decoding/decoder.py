@@ -233,13 +233,19 @@ class EFTDecoder:
         Raises:
             ValueError: for bad input, before any model runs.
         """
+        for name, other, both in (
+            ("inputs", "input_ids", (inputs, input_ids)),
+            ("cache", "past_key_values", (cache, past_key_values)),
+        ):
+            if all(value is not None for value in both):
+                raise ValueError(f"{name} is another name of {other}; give one of them")
         given = Arguments(
             input_ids if inputs is None else inputs, attention_mask, generation_config, generation_kwargs,
             seed, tuned_input_ids, tuned_attention_mask, chat, chat_rendering, logits_processor,
             stopping_criteria, prefix_allowed_tokens_fn, tokenizer,
             past_key_values if cache is None else cache, streamer,
         )  # fmt: skip
-        with torch.inference_mode():
+        with self.runners.lock, torch.inference_mode():
             call = read_call(
                 given,
                 self.models,
@@ -271,8 +277,8 @@ class EFTDecoder:
         # Of a chunk every model's logits, and in float32 the mix, its normalised law, and one on the way.
         beside = (2 * len(runners) + 12) * min(prompts.longest, DEFAULT_CHUNK) * self.vocab_size
         check_caches(runners, batch, [prompts.longest] * len(runners), 0, beside, "input_ids")
-        self._past = None
-        with torch.inference_mode():
+        with self.runners.lock, torch.inference_mode():
+            self._past = None
             coefficients = self._coefficients(batch, self.runners.large.device)
             return score_tokens(self.runners, prompts, coefficients, self.vocab_size)
 

@@ -144,6 +144,9 @@ OTHER_ARGUMENTS: Mapping[str, str] = {
     "inputs_embeds": "prompts are given as input_ids, since every model has its own embedding",
     "position_ids": "the tokens of each prompt are counted from 0",
     "custom_generate": "this is the custom generation",
+    "token_type_ids": "decoders read no types of tokens",
+    "synced_gpus": "each process decodes by itself",
+    "use_model_defaults": "what a call does not name is as the large base's own config says",
 }
 """Arguments of transformers' `generate` that no path honours, and why."""
 

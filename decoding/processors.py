@@ -24,6 +24,8 @@ from transformers import (
     SynthIDTextWatermarkLogitsProcessor,
 )
 
+from speculative_eft.kernels import usable_temperature
+
 from .request import GenerationOptions
 
 __all__ = ["PrefixFunction", "Processing", "build_processing", "process_rows"]
@@ -125,7 +127,7 @@ def build_processing(
     draft = target
     if draft_temperature is not None and options.temperature > 0:
         config = copy.copy(options.config)
-        config.temperature = draft_temperature
+        config.temperature = usable_temperature(draft_temperature)
         draft = build(config)
     _try_out(target, prompts, vocab_size)
     return Processing(target, draft, prompts)

@@ -13,8 +13,15 @@ from torch import Tensor
 from transformers import GenerationConfig, WatermarkingConfig
 from transformers.generation.configuration_utils import BaseWatermarkingConfig
 
-from speculative_eft.kernels import Sampling, batch_sampling, derive_seeds
+from speculative_eft.kernels import (
+    LARGEST_TEMPERATURE,
+    Sampling,
+    batch_sampling,
+    derive_seeds,
+    usable_temperature,
+)
 
+from .checks import between, index_of, integer, is_integral, seed_of
 from .fields import FIELDS, OTHER_ARGUMENTS, is_neutral
 
 __all__ = ["GenerationOptions", "Prompts", "read_options", "read_prompts", "read_seeds"]
@@ -142,20 +149,18 @@ def read_options(
     eos_token_ids = _end_tokens(asked, model_configs)
     values["max_new_tokens"] = max_new_tokens = _new_tokens(values, prompt_width)
     do_sample = bool(values["do_sample"])
-    temperature = _between("temperature", _or(values["temperature"], 1.0), 0, math.inf)
-    temperature = temperature if do_sample else 0.0
+    temperature = between("temperature", _or(values["temperature"], 1.0), 0, LARGEST_TEMPERATURE)
+    temperature = usable_temperature(temperature) if do_sample else 0.0
     values.update(
         temperature=temperature,
         do_sample=temperature > 0,
-        top_k=_integer("top_k", _or(values["top_k"], 0)),
-        top_p=_between("top_p", _or(values["top_p"], 1.0), 0, 1),
-        min_p=_between("min_p", _or(values["min_p"], 0.0), 0, 1),
+        top_k=integer("top_k", _or(values["top_k"], 0)),
+        top_p=between("top_p", _or(values["top_p"], 1.0), 0, 1),
+        min_p=between("min_p", _or(values["min_p"], 0.0), 0, 1),
         eos_token_id=list(eos_token_ids) or None,
         max_length=prompt_width + max_new_tokens,
     )
-    copies = _integer("num_return_sequences", _or(values["num_return_sequences"], 1))
-    if copies < 1:
-        raise ValueError(f"num_return_sequences must be at least 1, got {copies}")
+    copies = integer("num_return_sequences", _or(values["num_return_sequences"], 1), least=1)
     if copies > 1 and temperature == 0:
         raise ValueError(
             f"num_return_sequences={copies} needs do_sample=True: greedy decoding would give the same "
@@ -163,7 +168,8 @@ def read_options(
         )
     for name in ("pad_token_id", "bos_token_id"):
         token = values.get(name)
-        if token is not None and (not isinstance(token, int) or token < 0):
+        values[name] = index_of(token)
+        if token is not None and (values[name] is None or values[name] < 0):
             # Some models' own configs say -1 for none.
             if name in asked and token != own.get(name):
                 raise ValueError(f"{name} must be a token id, got {token!r}")
@@ -222,18 +228,18 @@ def _check_values(values: dict[str, Any]) -> None:
         if given.get(name, False) not in (True, False):
             raise ValueError(f"{name} must be True or False, got {given[name]!r}")
     for name in _COUNTS:
-        _integer(name, given.get(name, 0))
+        integer(name, given.get(name, 0))
     for name, (low, high) in _REALS.items():
         if name in given:
-            values[name] = _between(name, given[name], low, high)
+            values[name] = between(name, given[name], low, high)
     decay = given.get("exponential_decay_length_penalty")
     if decay is not None:
         if not isinstance(decay, Sequence) or len(decay) != 2:
             raise ValueError(
                 f"exponential_decay_length_penalty must be a pair (first token, factor), got {decay!r}"
             )
-        _integer("the start of exponential_decay_length_penalty", decay[0])
-        _between("the factor of exponential_decay_length_penalty", decay[1], 0, math.inf)
+        integer("the start of exponential_decay_length_penalty", decay[0])
+        between("the factor of exponential_decay_length_penalty", decay[1], 0, math.inf)
     watermark = given.get("watermarking_config")
     if watermark is not None and not isinstance(watermark, dict | BaseWatermarkingConfig):
         raise ValueError(
@@ -250,16 +256,13 @@ def _end_tokens(asked: Mapping[str, Any], model_configs: Sequence[GenerationConf
 def _new_tokens(values: Mapping[str, Any], prompt_width: int) -> int:
     new, length = values.get("max_new_tokens"), values.get("max_length")
     if new is None and length is not None:
-        new = _integer("max_length", length) - prompt_width
+        new = integer("max_length", length) - prompt_width
         if new < 1:
             raise ValueError(
                 f"max_length={length} leaves no room after {prompt_width} prompt tokens; raise it, or set "
                 "max_new_tokens"
             )
-    new = _integer("max_new_tokens", _or(new, _DEFAULT_NEW_TOKENS))
-    if new < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {new}")
-    return new
+    return integer("max_new_tokens", _or(new, _DEFAULT_NEW_TOKENS), least=1)
 
 
 def _general_options(values: Mapping[str, Any], prompt_width: int) -> tuple[str, ...]:
@@ -309,15 +312,11 @@ def _stop_strings(value: Any) -> tuple[str, ...]:
 
 
 def _seconds(value: Any) -> float | None:
-    return None if value is None else _between("max_time", value, 0, math.inf)
+    return None if value is None else between("max_time", value, 0, math.inf)
 
 
 def _chunk(value: Any) -> int | None:
-    if value is None:
-        return None
-    if _integer("prefill_chunk_size", value) < 1:
-        raise ValueError(f"prefill_chunk_size must be at least 1, got {value}")
-    return int(value)
+    return None if value is None else integer("prefill_chunk_size", value, least=1)
 
 
 def _token_ids(name: str, value: int | Iterable[int] | Tensor | None) -> tuple[int, ...]:
@@ -325,24 +324,10 @@ def _token_ids(name: str, value: int | Iterable[int] | Tensor | None) -> tuple[i
         return ()
     if isinstance(value, Tensor):
         value = value.flatten().tolist()
-    ids = (value,) if isinstance(value, int) else tuple(value) if isinstance(value, Iterable) else (value,)
-    if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+    ids = tuple(map(index_of, value if isinstance(value, Iterable) else (value,)))
+    if any(token is None for token in ids):
         raise ValueError(f"{name} must be a token id or a list of them, got {value!r}")
-    return ids
-
-
-def _integer(name: str, value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
-    return value
-
-
-def _between(name: str, value: Any, low: float, high: float) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
-        raise ValueError(f"{name} must lie between {low} and {high}, got {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value!r}")
-    return float(value)
+    return tuple(token for token in ids if token is not None)
 
 
 @dataclass(frozen=True)
@@ -374,7 +359,7 @@ def read_prompts(
     Raises:
         ValueError: for a wrong shape or type, an empty prompt, or an id beyond the vocabulary.
     """
-    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.is_floating_point():
+    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or not is_integral(input_ids):
         raise ValueError(f"{name} must be an integer tensor of shape [batch, length]")
     mask_name = name.replace("input_ids", "attention_mask")
     batch, width = input_ids.shape
@@ -416,15 +401,13 @@ def read_seeds(seed: int | Sequence[int] | None, batch: int) -> Tensor:
     """
     if seed is None:
         seed = int(torch.randint(2**63 - 1, ()))
-    seeds = [seed] if isinstance(seed, int) else seed
-    if (
-        not isinstance(seeds, Sequence)
-        or isinstance(seeds, str)
-        or not all(isinstance(value, int) and -(2**63) <= value < 2**63 for value in seeds)
-    ):
+    one = seed_of(seed)
+    if one is not None:
+        return derive_seeds(one, batch)
+    seeds = list(seed) if isinstance(seed, Iterable) and not isinstance(seed, str) else [seed]
+    found = [value for value in map(seed_of, seeds) if value is not None]
+    if len(found) < len(seeds):
         raise ValueError(f"seed must be an int of 64 bits, one such int a sequence, or None, got {seed!r}")
-    if isinstance(seed, int):
-        return derive_seeds(seed, batch)
-    if len(seeds) != batch:
-        raise ValueError(f"seed has {len(seeds)} values for {batch} sequences")
-    return torch.tensor(seeds, dtype=torch.int64)
+    if len(found) != batch:
+        raise ValueError(f"seed has {len(found)} values for {batch} sequences")
+    return torch.tensor(found, dtype=torch.int64)

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from speculative_eft.kernels import Sampling, batch_sampling
+from speculative_eft.kernels import LARGEST_TEMPERATURE, Sampling, batch_sampling
 from speculative_eft.models import check_caches
 
+from .checks import between, integer, is_integral, seed_of
 from .decoder import EFTDecoder
 from .round import PhaseTimer, RoundPlan
 from .running import RunningBatch
@@ -27,7 +28,10 @@ class SlotOptions:
         max_new_tokens: at least 1.
         seed: an int of 64 bits; with it the output depends on nothing else.
         temperature: 0 for greedy decoding.
-        top_k: 0 keeps all tokens; top_p: in (0, 1]; min_p: in [0, 1).
+        top_k: 0 keeps all tokens; top_p and min_p: in [0, 1].
+
+    Raises:
+        ValueError: naming what is out of range or of another type.
     """
 
     max_new_tokens: int
@@ -38,17 +42,12 @@ class SlotOptions:
     min_p: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, value, low, high in (
-            ("max_new_tokens", self.max_new_tokens, 1, None),
-            ("temperature", self.temperature, 0, None),
-            ("top_k", self.top_k, 0, None),
-            ("top_p", self.top_p, 0, 1),
-            ("min_p", self.min_p, 0, 1),
-        ):
-            if value < low or (high is not None and value > high):
-                upper = "" if high is None else f" and at most {high}"
-                raise ValueError(f"{name} must be at least {low}{upper}, got {value!r}")
-        if not -(2**63) <= self.seed < 2**63:
+        integer("max_new_tokens", self.max_new_tokens, least=1)
+        integer("top_k", self.top_k)
+        between("temperature", self.temperature, 0, LARGEST_TEMPERATURE)
+        between("top_p", self.top_p, 0, 1)
+        between("min_p", self.min_p, 0, 1)
+        if seed_of(self.seed) is None:
             raise ValueError(f"seed must be an int of 64 bits, got {self.seed!r}")
 
 
@@ -141,10 +140,11 @@ class SlotBatch:
         """
         if self.free == 0:
             raise ValueError(f"all {self.slots} slots are taken: step until one is free")
-        prompt = torch.as_tensor(prompt)
+        if not isinstance(prompt, Tensor):
+            prompt = torch.tensor([integer("an id of prompt", token) for token in prompt], dtype=torch.int64)
         length = prompt.numel()
-        if prompt.dim() != 1 or length == 0 or prompt.is_floating_point():
-            raise ValueError("prompt must be an integer tensor of shape [length] with at least one token")
+        if prompt.dim() != 1 or length == 0 or not is_integral(prompt):
+            raise ValueError("prompt must be integers of shape [length], at least one")
         if length + options.max_new_tokens > self.max_length:
             raise ValueError(
                 f"a prompt of {length} tokens and max_new_tokens={options.max_new_tokens} exceed max_length="

@@ -5,7 +5,7 @@ from .backend import Backend, backend, warm_up
 from .commit import DraftLengthRule, RoundState, commit, committed_tokens
 from .draft import draft_step
 from .early_stop import EarlyStop, end_drafts, learn, new_early_stop
-from .filters import Sampling, batch_sampling, warp
+from .filters import LARGEST_TEMPERATURE, Sampling, batch_sampling, usable_temperature, warp
 from .layers import projections, rotated_attention
 from .memory import DraftMemory, new_draft_memory, recall, remember
 from .mix import Coefficients, draft_logits, target_logits
@@ -17,6 +17,7 @@ from .verify import AcceptanceRule, Verdict, verify
 __all__ = [
     "HEAD_DIMS",
     "LARGEST_HEAD_DIM",
+    "LARGEST_TEMPERATURE",
     "MOST_ROWS",
     "AcceptanceRule",
     "Backend",
@@ -56,6 +57,7 @@ __all__ = [
     "side_by_side",
     "target_logits",
     "uniform_noise",
+    "usable_temperature",
     "verify",
     "warm_up",
     "warp",

@@ -10,7 +10,12 @@ from torch import Tensor
 
 from .mix import log_softmax, top_p_set
 
-__all__ = ["Sampling", "batch_sampling", "plain_or_warped", "warp"]
+__all__ = [
+    "LARGEST_TEMPERATURE", "Sampling", "batch_sampling", "plain_or_warped", "usable_temperature", "warp",
+]  # fmt: skip
+
+LARGEST_TEMPERATURE = torch.finfo(torch.float32).max
+_SMALLEST_TEMPERATURE = 1e-30
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,14 @@ class Sampling:
         return self.top_k is not None or self.top_p is not None or self.min_p is not None
 
 
+def usable_temperature(temperature: float) -> float:
+    """A temperature by which logits can be divided in float32, of the same law as `temperature`; 0 stays 0.
+
+    At 1e-30 all mass lies on the largest logits already, and those of up to 1e8 stay finite.
+    """
+    return max(temperature, _SMALLEST_TEMPERATURE) if temperature > 0 else 0.0
+
+
 def batch_sampling(
     temperatures: Sequence[float],
     top_k: Sequence[int],
@@ -61,7 +74,7 @@ def batch_sampling(
         return any(value != nothing for value, is_sampled in zip(values, sampled, strict=True) if is_sampled)
 
     return Sampling(
-        temperature=column(temperatures),
+        temperature=column([usable_temperature(temperature) for temperature in temperatures]),
         top_k=column(kept, torch.int64) if cuts(kept, vocab_size) else None,
         top_p=column(top_p) if cuts(top_p, 1.0) else None,
         min_p=column(min_p) if cuts(min_p, 0.0) else None,

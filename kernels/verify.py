@@ -125,6 +125,7 @@ def verify(
     logits = target_logits(large, tuned, base, coefficients, vocab_size)
     rows = torch.arange(drafted + 1, device=logits.device)
     submitted = rows[:drafted] < draft_lens[:, None]
+    draft_tokens = draft_tokens.masked_fill(~submitted, 0)
     if sampling.all_greedy:
         decided = _accept_greedily(logits, draft_tokens, submitted)
         return _verdict(*decided, logits, sampling, draft_tokens, statistics)

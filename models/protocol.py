@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Protocol
+from threading import RLock
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -176,12 +178,14 @@ class EFTRunners:
         drafters: what drafts in the place of the tuned models and, where it drafts along, the small base: for
             each a network over that runner's cache, which is not reserved or filled itself. Without any they
             draft themselves.
+        lock: who decodes holds it, since the caches are one sequence's, or one batch's, at a time.
     """
 
     large: Runner
     tuned: list[Runner]
     base: Runner
     drafters: list[Runner] = field(default_factory=list)
+    lock: AbstractContextManager[Any] = field(default_factory=RLock, repr=False, compare=False)
 
     @property
     def small(self) -> list[Runner]:

@@ -63,7 +63,9 @@ def _bars(values: Any, count: int) -> Any:
     bars, values = np.empty(count, np.int32), values[:count]
     highest = largest(values)
     for index in range(count):
-        bars[index] = np.int32(min((highest - values[index]) * FLOAT(_BARS_PER_NAT), FLOAT(_BARS - 1)))
+        below = (highest - values[index]) * FLOAT(_BARS_PER_NAT)
+        # Written so that what is no number has a bar too.
+        bars[index] = np.int32(below) if FLOAT(0) <= below < FLOAT(_BARS - 1) else np.int32(_BARS - 1)
     return bars
 
 

@@ -30,6 +30,7 @@ from .jit import (
     in_parallel,
     logits_table,
     stay_a_function,
+    strictly_compiled,
     use_threads,
 )
 from .mix import filtered_law, mix, mix_conservatively, softmax
@@ -79,6 +80,12 @@ def verify(
         accepted.numpy(), next_tokens.numpy(), expected.numpy(), log_probs.numpy(),
     )  # fmt: skip
     return accepted, next_tokens, expected, log_probs
+
+
+@strictly_compiled("float32(float32, float32, float32, float32)")
+def _difference(logit: Any, shift: Any, small: Any, small_shift: Any) -> Any:
+    """Of two log-probabilities, which cold temperatures make small differences of large numbers."""
+    return (logit - shift) - (small - small_shift)
 
 
 @compiled(
@@ -147,14 +154,14 @@ def _row_laws(
             logits, FLOAT(1), seeds[sequence], positions[sequence] + row, 0, shared_stream
         )
     shifts[row] = shift
-    if row < log_target.shape[0] - 1:
+    if row < counts[sequence] - 1:
         small = np.empty(size, FLOAT)
         mix(table, draft_weights[sequence], sequence, row, small)
         small_shift = filtered_law(
             small, draft[row], draft_temperature, draft_top_k, draft_top_p, draft_min_p, sequence
         )
         token = draft_tokens[sequence, row]
-        log_ratio[row] = (logits[token] - shift) - (small[token] - small_shift)
+        log_ratio[row] = _difference(logits[token], shift, small[token], small_shift)
 
 
 @in_parallel(

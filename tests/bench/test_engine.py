@@ -53,7 +53,7 @@ def test_every_decoder_has_its_row_and_every_bar_its_figure(
     assert script.path is not None
     assert json.loads(script.path.read_text()) == script.content
     rows = {(row["trio"], row["decoder"]): row for row in script.content["rows"]}
-    decoders = {engine.BY_COST_MODEL[0], "EFT, K=3", engine.NAIVE, engine.ALONE}
+    decoders = {engine._BY_COST_MODEL[0], "EFT, K=3", engine.NAIVE, engine.ALONE}
     assert {name for trio, name in rows if trio == "demo"} == decoders
     assert {name for trio, name in rows if trio == "tiny"} == decoders | {engine.PLAIN, "EFT, phases"}
     for (trio, name), row in rows.items():
@@ -166,7 +166,7 @@ def test_windows_of_captured_rounds_one_ahead_of_the_host() -> None:
         assert isinstance(decoder, EFTDecoder | SingleModelDecoder)
         graphs = _Uncaptured(CPU, 1)
         decoder.lagging, decoder.captured = True, CapturedBatch(graphs)
-        adaptive = name in engine.BY_COST_MODEL
+        adaptive = name in engine._BY_COST_MODEL
         lengths = [1, 2] if adaptive else [decoder.longest_draft]
         warm_up_rounds(decoder, start, lengths, narrowing=True)
         # Of all rows, and of those that are left as sequences end.
@@ -193,7 +193,7 @@ def test_drafts_of_eight_bits_are_measured_for_one_sequence() -> None:
     start = tiny_start(1, 30)
     decoders = engine._decoders(start.models, [3], 1)
     assert [name for name in decoders if "8 bits" in name] == [
-        engine.BY_COST_MODEL[1],
+        engine._BY_COST_MODEL[1],
         "EFT, drafts of 8 bits, K=3",
     ]
     assert run_window(decoders["EFT, drafts of 8 bits, K=3"], start, 0, None).tokens == 30

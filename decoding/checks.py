@@ -1,0 +1,50 @@
+"""Checks of single values that a caller gives."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["between", "index_of", "integer", "is_integral", "seed_of"]
+
+
+def index_of(value: Any) -> int | None:
+    """An integer of Python, numpy or torch (of one element) as an int; None for all else, booleans too."""
+    if isinstance(value, bool) or getattr(value, "dtype", None) in (torch.bool, bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def seed_of(value: Any) -> int | None:
+    """A seed of 64 bits as an int; None for all else."""
+    found = index_of(value)
+    return found if found is not None and -(2**63) <= found < 2**63 else None
+
+
+def is_integral(tensor: Tensor) -> bool:
+    """Whether a tensor holds integers; booleans are none."""
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool)
+
+
+def integer(name: str, value: Any, least: int = 0) -> int:
+    """`value` as an int. Raises ValueError if it is none, or below `least`."""
+    found = index_of(value)
+    if found is None or found < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    return found
+
+
+def between(name: str, value: Any, low: float, high: float) -> float:
+    """`value` as a float. Raises ValueError if it is no number, not finite, or outside `low`..`high`."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
+        raise ValueError(f"{name} must lie between {low} and {high}, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value!r}")
+    return float(value)
