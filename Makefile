@@ -1,7 +1,8 @@
 # `make demo` and `make test` set up all they need: a virtual environment in .venv, the package in
-# editable mode, and the development tools. Only Python >= 3.10, git and make must be there.
+# editable mode, and for tests the development tools. Only Python >= 3.10, git and make must be there.
 
 PYTHON ?= python3
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 # Keeps the repository's root off sys.path, where kernels/ would hide the Hub's package of that name.
@@ -13,8 +14,11 @@ export PYTHONDONTWRITEBYTECODE :=
 .PHONY: help setup demo test bench lint types compile compile-cpu compile-gpu wheel gpu clean
 
 help:
-	@echo "make demo    set up, then sample from the bundled trio and measure it"
-	@echo "make test    set up, then lint, type-check, compile every kernel and run every test"
+	@echo "make demo    set up what it needs, then sample from the bundled trio and measure it"
+	@echo "make test    set up, then lint, type-check, compile every kernel and run every test, WORKERS=$(WORKERS) at a time"
+	@echo "make setup   set up for development, in .venv"
+	@echo "make lint    check the style of the Python"
+	@echo "make types   check its types"
 	@echo "make compile compile for this CPU, and every GPU kernel for every target, which needs no GPU"
 	@echo "make bench   time kernels and rounds on this CPU, and compare with the last time"
 	@echo "make gpu     test and measure on this machine's NVIDIA GPU, with PYTHON's own packages"
@@ -23,19 +27,22 @@ help:
 
 setup: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+# The demonstration needs no more than its own extra, which is among those of development: either may come first.
+$(VENV)/.installed: EXTRA := dev
+$(VENV)/.installed-for-demo: EXTRA := cpu
+$(VENV)/.installed $(VENV)/.installed-for-demo: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
-	touch $@
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[$(EXTRA)]'
+	touch $(VENV)/.installed-for-demo $@
 
-demo: setup
+demo: $(VENV)/.installed-for-demo
 	$(BIN)/speculative-eft demo
 
 # Numba, linters and types are one process at a time. Triton takes ten minutes and more for every variant and target.
 test: setup
 	$(MAKE) --jobs=2 compile lint types COMPILE_OPTIONS=--sparsely
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n $(WORKERS)
 
 # Kept in .benchmarks/, by machine; without an earlier run there is nothing to compare with.
 bench: setup

@@ -1,10 +1,11 @@
-"""Imports go one way: speculative_eft -> serving, bench -> decoding -> models, kernels."""
+"""Imports go one way: speculative_eft -> bench -> decoding -> models, kernels."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
@@ -15,29 +16,31 @@ ALLOWED = {
     "models": {"kernels"},
     "decoding": {"kernels", "models"},
     "bench": {"kernels", "models", "decoding"},
-    "serving": {"kernels", "models", "decoding"},
-    "speculative_eft": {"kernels", "models", "decoding", "bench", "serving"},
+    "speculative_eft": {"kernels", "models", "decoding", "bench"},
 }
 FILES = [path for folder in ALLOWED for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
-def packages_imported(path: Path) -> set[str]:
-    """Sub-packages of ours that a file imports, inside functions and type-checking blocks too."""
-    folder = path.relative_to(ROOT).parts[0]
-    found = set()
+def packages_imported(path: Path, root: Path = ROOT) -> set[str]:
+    """Packages of ours that a file imports, inside functions and type-checking blocks too.
+
+    All that is in none of the sub-packages counts as "speculative_eft".
+    """
+    folder, *parents = path.relative_to(root).parts[:-1]
+    package = ".".join(["speculative_eft", *([] if folder == "speculative_eft" else [folder]), *parents])
+    names: list[str] = []
     for node in ast.walk(ast.parse(path.read_text())):
-        names: list[str] = []
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and folder == "speculative_eft":
-            names = [f"speculative_eft.{node.module or alias.name}" for alias in node.names]
-        for name in names:
-            first, *rest = name.split(".")
-            assert first not in set(ALLOWED) - {"speculative_eft"}, f"{path}: import {name} by its full name"
-            if first == "speculative_eft" and rest and rest[0] in ALLOWED:
-                found.add(rest[0])
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            module = resolve_name("." * node.level + (node.module or ""), package)
+            names += [f"{module}.{alias.name}" for alias in node.names]
+    found = set()
+    for name in names:
+        first, second, *_ = [*name.split("."), ""]
+        assert first == "speculative_eft" or first not in ALLOWED, f"{path}: import {name} by its full name"
+        if first == "speculative_eft":
+            found.add(second if second in ALLOWED else first)
     return found - {folder}
 
 
@@ -45,6 +48,38 @@ def packages_imported(path: Path) -> set[str]:
 def test_a_file_imports_only_what_lies_below(path: Path) -> None:
     folder = path.relative_to(ROOT).parts[0]
     assert packages_imported(path) <= ALLOWED[folder]
+
+
+@pytest.mark.parametrize(
+    ("file", "statement", "imported"),
+    [
+        ("kernels/verify.py", "from ..decoding import EFTDecoder", {"decoding"}),
+        ("kernels/verify.py", "from ..decoding.round import speculative_round", {"decoding"}),
+        ("kernels/verify.py", "from .. import models, bench", {"models", "bench"}),
+        ("kernels/verify.py", "from .mix import Coefficients", set()),
+        ("kernels/cpu/settle.py", "from ..verify import Verdict", set()),
+        ("kernels/cpu/settle.py", "from ...models.runner import ModelRunner", {"models"}),
+        ("models/__init__.py", "from .runner import ModelRunner", set()),
+        ("models/runner.py", "def run():\n    from ..cli import main", {"speculative_eft"}),
+        ("models/runner.py", "from speculative_eft import EFTModels", {"speculative_eft"}),
+        ("decoding/round.py", "import torch, speculative_eft.models.runner", {"models"}),
+        ("speculative_eft/cli.py", "from .bench import analysis", {"bench"}),
+        ("speculative_eft/cli.py", "from . import bench, console_text", {"bench"}),
+    ],
+)
+def test_imports_are_found(file: str, statement: str, imported: set[str], tmp_path: Path) -> None:
+    path = tmp_path / file
+    path.parent.mkdir(parents=True)
+    path.write_text(statement)
+    assert packages_imported(path, tmp_path) == imported
+
+
+def test_a_package_by_its_bare_name_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bench" / "plan.py"
+    path.parent.mkdir()
+    path.write_text("from kernels import verify")
+    with pytest.raises(AssertionError, match=r"plan.py: import kernels.verify by its full name"):
+        packages_imported(path, tmp_path)
 
 
 def test_the_package_and_its_help_load_no_torch() -> None:

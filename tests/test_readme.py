@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from speculative_eft.bench.benchmark import Report
+from speculative_eft.bench.plots import figures, svg
 from speculative_eft.bench.readme import FIGURES, RESULT, pages, source_digest
 
 ROOT = Path(__file__).parent.parent
@@ -23,6 +26,33 @@ def test_figures_are_made_of_the_committed_json() -> None:
     for file, _ in FIGURES.values():
         assert digest in (RESULTS / file).read_text()
         assert file in (ROOT / "docs" / "measurements.md").read_text()
+
+
+def parts(figure: str) -> tuple[str, list[float]]:
+    """The text of an SVG, and apart from it its coordinates, whose last digits may be another processor's.
+
+    matplotlib makes some ids of coordinates; they are left out.
+    """
+    figure = re.sub(r"\b[a-z][0-9a-f]{10}\b", "", figure)
+    number = r"-?\d+\.\d+"
+    return re.sub(number, "", figure), [float(found) for found in re.findall(number, figure)]
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_figures_are_as_they_are_drawn(name: str) -> None:
+    matplotlib = pytest.importorskip("matplotlib", reason="the extra [bench] is not installed")
+    (wanted,) = re.findall(r"matplotlib==([\d.]+); python_version >=", (ROOT / "constraints.txt").read_text())
+    if matplotlib.__version__ != wanted:
+        pytest.skip(f"the figures are those of matplotlib {wanted}, here is {matplotlib.__version__}")
+    file, _ = FIGURES[name]
+    digest = source_digest((RESULTS / RESULT).read_text())
+    _, figure = figures(Report.load(RESULTS / RESULT))[name]
+    text, coordinates = parts(svg(figure, digest))
+    found, found_coordinates = parts((RESULTS / file).read_text())
+    # Of texts this long pytest's account of a difference takes minutes.
+    same = found == text
+    assert same, f"{file} is not what python -P -m speculative_eft.bench.readme draws"
+    np.testing.assert_allclose(found_coordinates, coordinates, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/drop-in.md"])

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+import speculative_eft
+
 ROOT = Path(__file__).parent.parent
 
 FIVE_LINES = """
@@ -62,6 +64,18 @@ def test_one_package_at_the_top(installed: Path) -> None:
         weights = installed / "speculative_eft" / "models" / "demo" / "weights" / role
         assert list(weights.glob("*.safetensors"))
         assert (weights / "tokenizer.json").exists()
+
+
+def test_every_module_and_the_version_are_in_it(installed: Path) -> None:
+    package = installed / "speculative_eft"
+    for folder in ("speculative_eft", "kernels", "models", "decoding", "bench"):
+        home = package if folder == "speculative_eft" else package / folder
+        modules = {path.relative_to(ROOT / folder) for path in (ROOT / folder).rglob("*.py")}
+        # The suites of `make bench` are run from a checkout.
+        missing = {path for path in modules if path.parts[0] != "suites" and not (home / path).exists()}
+        assert not missing
+    (metadata,) = installed.glob("*.dist-info/METADATA")
+    assert f"\nVersion: {speculative_eft.__version__}\n" in metadata.read_text()
 
 
 def test_the_five_lines_of_python_run_from_it(installed: Path) -> None:

@@ -15,7 +15,7 @@ from speculative_eft.decoding.request import read_options, read_prompts, read_se
 from speculative_eft.decoding.round import PhaseTimer, new_trace_buffers, speculative_round
 from speculative_eft.kernels import noise as noise_module
 
-from ..sync_guard import HostSyncError, no_host_sync
+from ..sync_guard import no_host_sync
 from .test_generate import ragged_prompts, tiny_trio
 
 
@@ -77,9 +77,3 @@ def test_no_host_synchronisation(
                 )
         assert list(storages(state)) == before
     assert (state.generated > 0).all()
-
-
-def test_the_guard_refuses_what_waits() -> None:
-    for wait in (lambda x: x.sum().item(), lambda x: x.nonzero(), lambda x: x[x > 0], lambda x: x.tolist()):
-        with pytest.raises(HostSyncError), no_host_sync():
-            wait(torch.ones(3))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,20 +15,6 @@ pytest.importorskip("triton", reason="triton is not installed")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 TOLERANCES = {FP32: 1e-5, FP16: 2e-3, BF16: 1.6e-2}
 """Of the results' largest: a unit in the last place of the dtype, or two."""
-
-
-@pytest.fixture
-def both(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], tuple[Any, Any]]:
-    """The results of the reference and of Triton's kernels."""
-
-    def run(operation: Callable[[], Any]) -> tuple[Any, Any]:
-        results = []
-        for backend in ("torch", "triton"):
-            monkeypatch.setenv("SPECULATIVE_EFT_BACKEND", backend)
-            results.append(operation())
-        return results[0], results[1]
-
-    return run
 
 
 def random(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:

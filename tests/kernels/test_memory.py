@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from speculative_eft.kernels import DraftMemory, new_draft_memory, recall, remem
 from speculative_eft.kernels.memory import LAST_WEIGHT, LAST_WEIGHT_AFTER_TWO, MEAN_WEIGHT
 
 from ..decoding.test_generate import ragged_prompts, tiny_trio
+from ..device import test_device
+from .cases import COMPILED, tensors_of
 
 VOCAB, SLOTS = 5, 6
 
@@ -83,3 +86,39 @@ def test_a_draft_asks_for_the_tokens_that_it_follows(
     for (_, token), (before, _) in pairwise(asked):
         assert before in (None, token)
     assert sum(before is not None for before, _ in asked) > len(asked) / 2
+
+
+@COMPILED
+@pytest.mark.parametrize(
+    ("vocab_size", "dtype"), [(30, torch.float32), (100, torch.float16), (4_100, torch.bfloat16)]
+)
+def test_memory(vocab_size: int, dtype: torch.dtype, compiled: str, both: Any) -> None:
+    batch, slots, rows = 5, 7, 4
+
+    def run() -> list[Tensor]:
+        generator = torch.Generator().manual_seed(3)
+        memory = new_draft_memory(batch, slots, vocab_size, test_device())
+        seen = []
+        for turn in range(4):
+            # Every other row of a larger tensor: rows are not contiguous.
+            large, base = (
+                torch.randn(batch, 2 * rows, vocab_size + 2, generator=generator).to(dtype)[:, ::2]
+                for _ in range(2)
+            )
+            large[0, :, 3] = -float("inf")
+            base[1, 2] = torch.nan
+            block = torch.randint(0, 4, (batch, rows), generator=generator)
+            accepted = torch.randint(0, rows, (batch,), generator=generator)
+            done = torch.arange(batch) == turn
+            remember(memory, large, base, block, accepted, done)
+            for token in range(4):
+                tokens = torch.full((batch,), token)
+                # One number for all sequences stands in memory once.
+                for beta in (torch.linspace(0.5, 2, batch), torch.tensor(0.7).expand(batch)):
+                    for previous in (None, tokens, (tokens + 1) % 4):
+                        seen.append(recall(memory, tokens, previous, beta))
+        return [*seen, *tensors_of(memory).values()]
+
+    for expected, result in zip(*both(run, compiled), strict=True):
+        assert result.isfinite().all()
+        torch.testing.assert_close(result, expected)

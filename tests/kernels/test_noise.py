@@ -1,6 +1,8 @@
-"""Counter-based noise: known answers, ranges, independence of the batch."""
+"""Counter-based noise: known answers, ranges, independence of the batch, and the compiled kernels' bits."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import pytest
@@ -109,3 +111,73 @@ def test_moments() -> None:
         seeds, torch.arange(20_000).expand(4, -1), torch.zeros(20_000).long(), Stream.ACCEPT
     )
     assert abs(uniform.mean().item() - 0.5) < 6 * (1 / 12 / uniform.numel()) ** 0.5
+
+
+@pytest.mark.parametrize("vocab_size", [7, 4_096, 8_193])
+def test_exponential_noise_has_the_references_bits(vocab_size: int, both: Any) -> None:
+    seeds = torch.tensor([3, -5, 2**63 - 1, -(2**63)])
+    counters = torch.tensor([[0, 2**32 - 1]] * 4)
+    arguments = (seeds, counters, torch.tensor([2, 5]), Stream.RESIDUAL, vocab_size)
+    expected, drawn = both(lambda: exponential_noise(*arguments), "triton")
+    # On a GPU a division is off by up to two units in the last place, a logarithm by one, as torch's own is.
+    torch.testing.assert_close(drawn, expected, rtol=6e-7 if drawn.is_cuda else 4e-7, atol=0)
+
+
+@pytest.fixture
+def races() -> Any:
+    """Compiled noise: a uniform draw, a race of logits and one of weights, to be called from Python."""
+    numba = pytest.importorskip("numba", reason="the extra [cpu] is not installed")
+    if test_device().type != "cpu":
+        pytest.skip("Numba's kernels are a CPU's")
+    from speculative_eft.kernels.cpu.noise import race_of_logits, race_of_weights, uniform
+
+    return [
+        numba.njit(lambda seed, counter, row, stream: uniform(seed, counter, row, stream)),
+        numba.njit(lambda values, scale, *address: race_of_logits(values, scale, *address)),
+        numba.njit(lambda values, *address: race_of_weights(values, *address)),
+    ]
+
+
+def where_of(seed: int, counter: int) -> tuple[Tensor, Tensor, Tensor, Stream]:
+    """The noise of row 2 there, as the reference asks for it."""
+    return torch.tensor([seed]), torch.tensor([[counter]]), torch.tensor([2]), Stream.ACCEPT
+
+
+def test_noise_has_the_references_bits(races: Any) -> None:
+    uniform, *_ = races
+    for seed in (3, -5, 2**63 - 1, -(2**63)):
+        first = uniform(seed, 2**32 - 1, 2, int(Stream.ACCEPT))
+        assert first == uniform_noise(*where_of(seed, 2**32 - 1)).item()
+
+
+@pytest.mark.parametrize("temperature", [0.2, 1.0, 3.0])
+@pytest.mark.parametrize("spread", [0.0, 1.0, 8.0, 3000.0])
+@pytest.mark.parametrize("size", [3, 7, 4099, 151_936])
+def test_races_have_the_references_winners(size: int, spread: float, temperature: float, races: Any) -> None:
+    _, race_of_logits, race_of_weights = races
+    generator = np.random.default_rng(0)
+    counts = 0
+    for counter in range(400 if size < 10_000 else 25):
+        logits = (spread * generator.standard_normal(size)).astype(np.float32)
+        logits[generator.random(size) < 0.2 * (counter % 2)] = -np.inf
+        logits[counter % size] = spread
+        noise = exponential_noise(*where_of(5, counter), size)[0, 0].double().numpy()
+        address = (5, counter, 2, int(Stream.ACCEPT))
+        weights = np.exp((logits - logits.max()) / np.float32(temperature)) / np.float32(size)
+        scores = logits.astype(np.float64) - temperature * np.log(noise)
+        shares = weights.astype(np.float64) / noise
+        second, first = np.sort(scores)[-2:]
+        if first - second > 1e-4 * temperature + 1e-6 * spread:
+            counts += 1
+            assert race_of_logits(logits, np.float32(temperature), *address) == scores.argmax()
+        second, first = np.sort(shares)[-2:]
+        if second < (1 - 1e-4) * first:
+            assert race_of_weights(weights, *address) == shares.argmax()
+    assert counts > 20
+
+
+def test_a_race_that_nobody_can_win_is_the_first_ids(races: Any) -> None:
+    _, race_of_logits, race_of_weights = races
+    address = (5, 1, 2, int(Stream.ACCEPT))
+    assert race_of_logits(np.full(9, -np.inf, np.float32), np.float32(1), *address) == 0
+    assert race_of_weights(np.zeros(9, np.float32), *address) == 0

@@ -1,8 +1,9 @@
-"""Verification on laws known in full."""
+"""Verification on laws known in full, and the compiled kernels against their references."""
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,6 @@ from speculative_eft.kernels import (
     Sampling,
     Stream,
     Verdict,
-    committed_tokens,
     derive_seeds,
     draft_step,
     verify,
@@ -23,8 +23,28 @@ from speculative_eft.kernels import (
 
 from ..conftest import is_interpreted
 from ..device import test_device
+from .cases import (
+    COMPILED,
+    DTYPES,
+    RULES,
+    VOCABULARIES,
+    assert_same,
+    batch_of,
+    draft_from,
+    extreme_case,
+    random_case,
+    spare,
+)
 
-pytestmark = pytest.mark.usefixtures("each_backend")
+# Every vocabulary, rule and dtype, but of the large vocabularies, slow in Triton's interpreter, each dtype
+# with one rule.
+CASES = [
+    (vocab_size, rule, dtype)
+    for place, vocab_size in enumerate(VOCABULARIES)
+    for index, rule in enumerate(RULES)
+    for number, dtype in enumerate(DTYPES)
+    if vocab_size < 10_000 or (index + place) % 3 == number
+]
 
 
 @pytest.fixture
@@ -73,7 +93,7 @@ def test_expected_acceptance_is_the_overlap_of_the_laws(samples: int) -> None:
     assert abs(rate - 0.6) < 6 * (0.24 / samples) ** 0.5
 
 
-@pytest.mark.parametrize("rule", ["block", "token", "shared_seed"])
+@pytest.mark.parametrize("rule", RULES)
 def test_equal_laws_are_always_accepted(rule: AcceptanceRule, samples: int) -> None:
     verdict = verify_fixed_laws([0.2, 0.5, 0.3], [0.2, 0.5, 0.3], 4, rule, samples)
     # Rounding of p / q rejects about one token in ten million.
@@ -117,7 +137,8 @@ def take_rows(value: object, index: int) -> object:
     return value
 
 
-@pytest.mark.parametrize("rule", ["block", "token", "shared_seed"])
+@pytest.mark.usefixtures("each_backend")
+@pytest.mark.parametrize("rule", RULES)
 def test_a_sequence_depends_on_itself_alone(rule: AcceptanceRule) -> None:
     # Every length of a draft, greedy or drawn, twice.
     batch = 12
@@ -131,6 +152,7 @@ def test_a_sequence_depends_on_itself_alone(rule: AcceptanceRule) -> None:
         assert alone.next_token[0] == together.next_token[index]
 
 
+@pytest.mark.usefixtures("each_backend")
 def test_tokens_beyond_a_sequences_own_draft_are_ignored() -> None:
     inputs = ragged_inputs(torch.zeros(24, dtype=torch.bool))
     first = verify(**inputs, rule="block")  # type: ignore[arg-type]
@@ -143,17 +165,37 @@ def test_tokens_beyond_a_sequences_own_draft_are_ignored() -> None:
     assert torch.equal(first.next_token, second.next_token)
 
 
-def test_commit_cuts_at_the_first_end_and_at_the_limit() -> None:
-    draft = torch.tensor([[1, 9, 3], [1, 2, 3], [1, 2, 3], [9, 2, 3], [1, 2, 3]])
-    tokens, counts, done = committed_tokens(
-        draft_tokens=draft,
-        accepted_lens=torch.tensor([3, 3, 1, 0, 2]),
-        next_token=torch.tensor([4, 4, 9, 5, 6]),
-        done=torch.tensor([False, False, False, False, True]),
-        remaining=torch.tensor([10, 2, 10, 10, 10]),
-        eos_token_ids=torch.tensor([9, 8]),
-    )
-    assert counts.tolist() == [2, 2, 2, 1, 0]
-    assert done.tolist() == [True, True, True, False, True]
-    assert tokens[2, :2].tolist() == [1, 9]
-    assert tokens[3, 0] == 5
+@COMPILED
+@pytest.mark.parametrize(("vocab_size", "rule", "dtype"), CASES)
+def test_verify(
+    vocab_size: int,
+    rule: AcceptanceRule,
+    dtype: torch.dtype,
+    compiled: str,
+    both: Any,
+    request: pytest.FixtureRequest,
+) -> None:
+    spare(vocab_size == 128_256 or (vocab_size > 128_256 and rule != "block"), compiled, request)
+    experts = 2 if dtype is torch.float16 else 1
+    case = random_case(vocab_size, dtype, experts, batch_of(vocab_size, compiled, request))
+    assert_same(case, *both(lambda: case.verify(rule), compiled))
+
+
+@COMPILED
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("vocab_size", [100, 8_193])
+def test_verify_where_logits_are_extreme(
+    vocab_size: int, rule: AcceptanceRule, compiled: str, both: Any
+) -> None:
+    case = draft_from(extreme_case(vocab_size))
+    assert_same(case, *both(lambda: case.verify(rule), compiled))
+
+
+@COMPILED
+def test_a_model_of_no_weight_is_not_consulted(compiled: str, both: Any) -> None:
+    case = random_case(50)
+    case.large[:] = torch.nan
+    case.coefficients = replace(case.coefficients, beta=torch.zeros(3))
+    expected, verdict = both(lambda: case.verify("block"), compiled)
+    assert_same(case, expected, verdict)
+    assert verdict.log_probs[0, 0].isfinite()

@@ -8,13 +8,11 @@ from types import ModuleType
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import GraniteConfig, GraniteForCausalLM, PreTrainedModel
 
 from speculative_eft.models import EFTModels, ModelRunner
 from speculative_eft.models import attention as attention_module
 from tests.models.families import FAMILIES, tiny_model
-from tests.sync_guard import no_host_sync
 
 from .test_runner import LENGTH, TOLERANCE, plain_logits, random_tokens
 
@@ -22,69 +20,8 @@ OWN_ATTENTION = ("falcon-multi-query", "falcon-new-decoder")
 """Families that ask transformers for no attention function."""
 
 
-def flash_attn_with_kvcache(
-    query: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cache_seqlens: Tensor,
-    softmax_scale: float,
-    causal: bool,
-    window_size: tuple[int, int],
-    softcap: float,
-    alibi_slopes: Tensor | None,
-) -> Tensor:
-    """What flash-attn documents for these arguments, without new keys: row i of n stands at L - n + i."""
-    batch, count, heads, dim = query.shape
-    assert k_cache.shape == v_cache.shape
-    assert k_cache.shape[0] == batch
-    assert k_cache.shape[3] == dim
-    assert k_cache.stride(3) == v_cache.stride(3) == query.stride(3) == 1
-    assert cache_seqlens.dtype == torch.int32
-    assert cache_seqlens.shape == (batch,)
-    assert bool((cache_seqlens <= k_cache.shape[1]).all())
-    assert causal
-    shared = heads // k_cache.shape[2]
-    keys, values = (cache.repeat_interleave(shared, dim=2).double() for cache in (k_cache, v_cache))
-    scores = torch.einsum("bihd,bjhd->bhij", query.double(), keys) * softmax_scale
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    column = torch.arange(k_cache.shape[1])
-    position = cache_seqlens[:, None, None, None] - count + torch.arange(count)[:, None]
-    if alibi_slopes is not None:
-        assert alibi_slopes.dtype == torch.float32
-        scores = scores - alibi_slopes[:, None, None] * (position - column).abs()
-    left, right = window_size
-    hidden = column > position + (0 if causal or right < 0 else right)
-    if left >= 0:
-        hidden = hidden | (column < position - left)
-    weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1).nan_to_num()
-    return torch.einsum("bhij,bjhd->bihd", weights, values).to(query.dtype)
-
-
 def placed_model(family: str) -> PreTrainedModel:
     return tiny_model(family).to(random_tokens(1, 1).device)
-
-
-@pytest.fixture
-def flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if flash-attn were installed and the processor a GPU that it knows."""
-    module = ModuleType("flash_attn")
-    module.__spec__ = ModuleSpec("flash_attn", None)
-    module.flash_attn_with_kvcache = flash_attn_with_kvcache  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "flash_attn", module)
-    monkeypatch.setattr(attention_module, "_compute_capability", lambda device: (9, 0))
-    monkeypatch.setattr(attention_module, "FLASH_DTYPES", (torch.float32, torch.bfloat16))
-
-
-@pytest.fixture(params=["triton", "flash_attn"])
-def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "triton":
-        pytest.importorskip("triton")
-        monkeypatch.setenv("SPECULATIVE_EFT_BACKEND", "triton")
-    else:
-        monkeypatch.setenv("SPECULATIVE_EFT_BACKEND", "torch")
-        request.getfixturevalue("flash_attn")
-    return str(request.param)
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in OWN_ATTENTION])
@@ -144,7 +81,8 @@ def test_full_slots_reach_nobody(family: str, chosen: str) -> None:
     assert [tensor.data_ptr() for tensor in runner.cache.storage()] == storage
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "falcon-alibi"])
+@pytest.mark.parametrize("chosen", ["sdpa", "triton", "flash_attn"], indirect=True)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "falcon-alibi", "gpt-neox"])
 def test_half_precision_is_as_close_as_the_model_itself(family: str, chosen: str) -> None:
     tokens = random_tokens(2, 12)
     exact = plain_logits(placed_model(family), tokens)
@@ -157,22 +95,6 @@ def test_half_precision_is_as_close_as_the_model_itself(family: str, chosen: str
     error = (logits.float() - exact[:, 5:]).abs().mean()
     plain_error = (plain_logits(model, tokens)[:, 5:].float() - exact[:, 5:]).abs().mean()
     assert error < 1.5 * plain_error
-
-
-@pytest.mark.usefixtures("flash_attn")
-@pytest.mark.parametrize("family", ["llama", "gemma2", "falcon-alibi"])
-def test_passes_read_nothing_from_the_device(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SPECULATIVE_EFT_BACKEND", "torch")
-    # What flash-attn does is its own affair; of ours all but the Triton kernels runs here.
-    monkeypatch.setattr(
-        sys.modules["flash_attn"], "flash_attn_with_kvcache", lambda query, *rest, **named: query.clone()
-    )
-    runner = ModelRunner(placed_model(family), attention="flash_attn")
-    tokens = random_tokens(3, 12)
-    with no_host_sync():
-        runner.reserve(3, LENGTH)
-        runner.prefill(tokens, torch.tensor([12, 4, 7]), chunk=5)
-        runner.forward(tokens[:, :6], 18)
 
 
 def granite() -> PreTrainedModel:

@@ -13,10 +13,8 @@ from speculative_eft.models import EFTModels, ModelRunner
 from tests.models.families import tiny_model
 
 from ..decoding.test_generate import perturbed, ragged_prompts
-from .test_attention import chosen, flash_attn, placed_model
+from .test_attention import placed_model
 from .test_runner import LENGTH, TOLERANCE, plain_logits, random_tokens
-
-__all__ = ["chosen", "flash_attn"]
 
 # torch's own, when it first imports what compiles.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")

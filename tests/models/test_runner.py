@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from transformers import BloomConfig, BloomForCausalLM, GraniteConfig, GraniteFo
 
 from speculative_eft.models import ModelRunner
 from tests.models.families import FAMILIES, tiny_model
-from tests.sync_guard import HostSyncError, no_host_sync
+from tests.sync_guard import no_host_sync
 
 VOCABULARY = 101
 LENGTH = 30
@@ -61,10 +63,24 @@ def test_ragged_blocks_with_roll_backs_give_the_logits_of_a_full_pass(family: st
     assert compared == 4 * LENGTH - int(prompts.sum())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_passes_read_nothing_from_the_device(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [
+        *((family, "sdpa") for family in FAMILIES),
+        *((family, "flash_attn") for family in ("llama", "gemma2", "falcon-alibi")),
+    ],
+)
+def test_passes_read_nothing_from_the_device(
+    family: str, attention: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SPECULATIVE_EFT_BACKEND", "torch")
-    runner = ModelRunner(tiny_model(family))
+    if attention == "flash_attn":
+        request.getfixturevalue("flash_attn")
+        # What flash-attn does is its own affair; of ours all but the Triton kernels runs here.
+        monkeypatch.setattr(
+            sys.modules["flash_attn"], "flash_attn_with_kvcache", lambda query, *rest, **named: query.clone()
+        )
+    runner = ModelRunner(tiny_model(family), attention=attention)
     tokens = random_tokens(3, 12)
     with no_host_sync():
         runner.reserve(3, LENGTH)
@@ -240,21 +256,6 @@ def test_copies_of_eight_bits_follow_their_weights() -> None:
     ]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "falcon-alibi", "gpt-neox"])
-def test_half_precision_is_as_close_as_the_model_itself(family: str) -> None:
-    tokens = random_tokens(2, 12)
-    exact = plain_logits(tiny_model(family), tokens)
-    model = tiny_model(family).to(torch.bfloat16)
-    runner = ModelRunner(model)
-    runner.reserve(2, 12)
-    runner.prefill(tokens[:, :5], torch.tensor([5, 5]))
-    logits = runner.forward(tokens[:, 5:], 12)
-    assert logits.dtype == torch.bfloat16
-    error = (logits.float() - exact[:, 5:]).abs().mean()
-    plain_error = (plain_logits(model, tokens)[:, 5:].float() - exact[:, 5:]).abs().mean()
-    assert error < 1.5 * plain_error
-
-
 def test_an_untested_architecture_that_agrees_with_itself_is_accepted() -> None:
     config = GraniteConfig(
         vocab_size=VOCABULARY,
@@ -285,20 +286,3 @@ def test_an_architecture_that_does_not_is_refused() -> None:
 def test_unknown_attention_is_refused() -> None:
     with pytest.raises(ValueError, match=r"attention must be one of 'auto', 'sdpa', .* not 'flash'"):
         ModelRunner(tiny_model("llama"), attention="flash")
-
-
-def test_the_guard_sees_waiting() -> None:
-    tensor = torch.arange(3)
-    with no_host_sync():
-        tensor.add_(1)
-        for wait in (
-            lambda: tensor[0].item(),
-            lambda: tensor.nonzero(),
-            lambda: tensor[tensor > 1],
-            lambda: tensor.tolist(),
-            lambda: int(tensor[0]),
-            lambda: bool(tensor[0] > 0),
-            lambda: tensor.unique(),
-        ):
-            with pytest.raises(HostSyncError):
-                wait()

@@ -1,4 +1,4 @@
-"""Every way of calling gives the same tokens for one seed, and what streams is what is returned."""
+"""Inside transformers: every way of calling gives the same tokens for one seed, streamed or returned."""
 
 from __future__ import annotations
 
@@ -195,46 +195,6 @@ def test_re_use_of_the_caches_inside_transformers(models: EFTModels) -> None:
     # The last generated token and the first of the two new ones.
     assert counts == [2] * 3
     assert torch.equal(second.sequences, models.large_base.generate(longer, seed=1, **options).sequences)
-
-
-def test_the_table_of_a_trace(models: EFTModels) -> None:
-    output = EFTDecoder(models, EFTConfig(draft_tokens=3)).generate(
-        **ragged_prompts(3), max_new_tokens=8, seed=1, do_sample=True, return_dict_in_generate=True
-    )
-    assert isinstance(output, EFTOutput)
-    assert output.trace is not None
-    table = output.trace.table(models.tokenizer)
-    assert list(table) == [
-        "sequence", "position", "token", "text", "source", "accepted", "large", "tuned", "base", "target",
-        "log_ratio",
-    ]  # fmt: skip
-    assert len({len(column) for column in table.values()}) == 1
-    for sequence, position, token, text in zip(*(table[name] for name in list(table)[:4]), strict=True):
-        assert output.sequences[sequence, 11 + position] == token
-        assert text == f"w{token}"
-    assert table["accepted"] == [source == "draft" for source in table["source"]]
-    assert table["log_ratio"] == pytest.approx(
-        [one - other for one, other in zip(table["large"], table["base"], strict=True)], abs=1e-6
-    )
-
-
-def test_pandas_takes_the_table(models: EFTModels) -> None:
-    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
-    output = EFTDecoder(models).generate(
-        torch.tensor([[5, 6]]), max_new_tokens=6, eos_token_id=[], return_dict_in_generate=True
-    )
-    assert isinstance(output, EFTOutput)
-    assert output.trace is not None
-    frame = pandas.DataFrame(output.trace.table())
-    assert frame.shape == (6, 10)
-    assert frame["token"].tolist() == output.sequences[0, 2:].tolist()
-
-
-def test_outputs_may_be_written_to(models: EFTModels) -> None:
-    output = EFTDecoder(models).generate(torch.tensor([[5, 6]]), max_new_tokens=3)
-    assert isinstance(output, Tensor)
-    output[output == 5] = 6
-    assert output[0, 0] == 6
 
 
 def test_text_streamers(models: EFTModels, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,60 @@
+"""What `generate` returns: the table of a trace, and tensors of the caller's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from speculative_eft.decoding import EFTConfig, EFTDecoder, EFTOutput
+from speculative_eft.models import EFTModels
+
+from ..tokenizers_of_words import word_tokenizer
+from .test_generate import VOCAB, ragged_prompts, tiny_trio
+
+
+@pytest.fixture(scope="module")
+def models() -> EFTModels:
+    models = tiny_trio("llama")
+    models.tokenizer = word_tokenizer(VOCAB)
+    return models
+
+
+def test_the_table_of_a_trace(models: EFTModels) -> None:
+    output = EFTDecoder(models, EFTConfig(draft_tokens=3)).generate(
+        **ragged_prompts(3), max_new_tokens=8, seed=1, do_sample=True, return_dict_in_generate=True
+    )
+    assert isinstance(output, EFTOutput)
+    assert output.trace is not None
+    table = output.trace.table(models.tokenizer)
+    assert list(table) == [
+        "sequence", "position", "token", "text", "source", "accepted", "large", "tuned", "base", "target",
+        "log_ratio",
+    ]  # fmt: skip
+    assert len({len(column) for column in table.values()}) == 1
+    for sequence, position, token, text in zip(*(table[name] for name in list(table)[:4]), strict=True):
+        assert output.sequences[sequence, 11 + position] == token
+        assert text == f"w{token}"
+    assert table["accepted"] == [source == "draft" for source in table["source"]]
+    assert table["log_ratio"] == pytest.approx(
+        [one - other for one, other in zip(table["large"], table["base"], strict=True)], abs=1e-6
+    )
+
+
+def test_pandas_takes_the_table(models: EFTModels) -> None:
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+    output = EFTDecoder(models).generate(
+        torch.tensor([[5, 6]]), max_new_tokens=6, eos_token_id=[], return_dict_in_generate=True
+    )
+    assert isinstance(output, EFTOutput)
+    assert output.trace is not None
+    frame = pandas.DataFrame(output.trace.table())
+    assert frame.shape == (6, 10)
+    assert frame["token"].tolist() == output.sequences[0, 2:].tolist()
+
+
+def test_outputs_may_be_written_to(models: EFTModels) -> None:
+    output = EFTDecoder(models).generate(torch.tensor([[5, 6]]), max_new_tokens=3)
+    assert isinstance(output, Tensor)
+    output[output == 5] = 6
+    assert output[0, 0] == 6
