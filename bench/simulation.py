@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from speculative_eft.models import EFTModels, EFTRunners, Runner
+from speculative_eft.models import EFTModels, EFTRunners, Runner, check_device
 
 from .shapes import SHAPES, random_model
 
@@ -31,8 +31,9 @@ def random_models(large: str, tuned: list[str], base: str, dtype: str, device: s
     """Models of random weights: of a name in `SHAPES`, or of the configuration a folder or Hub name has.
 
     Raises:
-        ValueError: if there is no such configuration.
+        ValueError: if there is no such configuration, or torch cannot use `device`.
     """
+    check_device(device or "cpu")
     torch.manual_seed(0)
 
     def build(name: str) -> PreTrainedModel:

@@ -144,7 +144,7 @@ class SlotBatch:
             prompt = torch.tensor([integer("an id of prompt", token) for token in prompt], dtype=torch.int64)
         length = prompt.numel()
         if prompt.dim() != 1 or length == 0 or not is_integral(prompt):
-            raise ValueError("prompt must be integers of shape [length], at least one")
+            raise ValueError("prompt must be integers of shape [length], with at least one token")
         if length + options.max_new_tokens > self.max_length:
             raise ValueError(
                 f"a prompt of {length} tokens and max_new_tokens={options.max_new_tokens} exceed max_length="

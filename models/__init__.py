@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .graphs import graph_budget as graph_budget
     from .memory import caches_fit as caches_fit
     from .memory import check_caches as check_caches
+    from .placement import check_device as check_device
     from .protocol import DraftStart as DraftStart
     from .protocol import EFTRunners as EFTRunners
     from .protocol import Runner as Runner
@@ -45,6 +46,7 @@ _HOMES = {
     "bind_passes": "protocol",
     "caches_fit": "memory",
     "check_caches": "memory",
+    "check_device": "placement",
     "find_sources": "sources",
     "graph_budget": "graphs",
     "inspect_trio": "eft_models",

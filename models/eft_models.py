@@ -37,7 +37,7 @@ from .costs import StepCosts, kept_step_costs, measure_step_costs
 from .describe import ModelDescription, describe_model, vocabulary_rows
 from .errors import IncompatibleModelsError
 from .memory import free_bytes, weights_do_not_fit
-from .placement import home_device, is_dispatched
+from .placement import check_device, home_device, is_dispatched
 from .protocol import EFTRunners, Runner
 from .runner import ModelRunner
 from .sources import (
@@ -165,12 +165,15 @@ class EFTModels:
         Raises IncompatibleModelsError, a ValueError, before anything is loaded if a model cannot be found or
         run or if tokenizers differ (see `find_sources`), if an adapter is not of `small_base`'s shape or peft
         is missing, if `tensor_parallel` is not 1, and for whatever `EFTModels` itself refuses; and with what
-        each model needs if a GPU's memory does not hold them.
+        each model needs if a GPU's memory does not hold them. Raises ValueError if `device_map` is a single
+        device that torch cannot use.
         """
         if tensor_parallel != 1:
             raise IncompatibleModelsError(
                 f"tensor_parallel must be 1, not {tensor_parallel}: splitting a model is not supported yet."
             )
+        if _is_one_device(device_map):
+            check_device(device_map)
         sources = find_sources(large_base, small_tuned, small_base)
         adapters = [source for source in sources if source.is_adapter]
         if adapters:

@@ -20,6 +20,16 @@ def home_device(model: PreTrainedModel) -> torch.device:
     return model.device if weight is None else weight.device
 
 
+def check_device(device: torch.device | str | int) -> None:
+    """Raise ValueError, saying what torch says, if it can place nothing on `device`."""
+    try:
+        torch.empty(0, device=device)
+    # Without CUDA torch fails by an assertion, for a device that is not there by an error of its run.
+    except (AssertionError, RuntimeError) as error:
+        first, *_ = str(error).splitlines() or [""]
+        raise ValueError(f"device {str(device)!r} cannot be used: {first}") from error
+
+
 def is_dispatched(model: PreTrainedModel) -> bool:
     """Whether accelerate's hooks move its weights or its layers' inputs."""
     return any(hasattr(module, "_hf_hook") for module in model.modules())

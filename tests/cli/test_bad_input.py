@@ -90,6 +90,8 @@ def test_answers_at_once(arguments: list[str], words: list[str]) -> None:
         (["generate", "--file", "/nowhere"], ["--file", "/nowhere"]),
         (["generate", "--file", __file__, "x"], ["not both"]),
         (["generate", "--large", "gpt2", "x"], ["all three"]),
+        (["generate", "--device-map", "cuda:99", "x"], ["cuda:99"]),
+        (["bench", "--simulate-acceptance", "0.9", "--device", "cuda:99"], ["cuda:99"]),
         (["generate", "--tuned", "./nowhere", "x"], ["--tuned", "./nowhere"]),
         (["generate", "--sead", "1", "x"], ["--sead", "--seed"]),
         (["generate", "x", "y"], ["y"]),

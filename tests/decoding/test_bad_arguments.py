@@ -57,7 +57,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("watermarking_config must be", {"watermarking_config": 3}),
     ("WatermarkLogitsProcessor", {"watermarking_config": {"bias": "x"}}),
     ("greenlist_ratio", {"watermarking_config": {"greenlist_ratio": 2.0}}),
-    ("num_return_sequences must be at least 1", {"num_return_sequences": 0, **SAMPLED}),
+    ("num_return_sequences must be an integer of at least 1", {"num_return_sequences": 0, **SAMPLED}),
     ("num_return_sequences=2 needs do_sample=True", {"num_return_sequences": 2}),
     ("seed has 1 values for 2 sequences", {"num_return_sequences": 2, "seed": [1], **SAMPLED}),
     ("prefill_chunk_size must be", {"prefill_chunk_size": 0}),

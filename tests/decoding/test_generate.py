@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -316,6 +318,40 @@ def test_options_resolve_as_in_transformers() -> None:
     assert decoder.generate(ids, generation_config=config, max_new_tokens=6).shape[1] == 9
 
 
+@pytest.mark.parametrize("options", [{}, {"top_k": 0}, {"top_k": 0, "top_p": 0.9}, {"typical_p": 0.9}])
+@pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-45, 1e-300])
+def test_the_smallest_temperatures_are_as_good_as_greedy(temperature: float, options: dict[str, Any]) -> None:
+    decoder = EFTDecoder(tiny_trio("llama"), EFTConfig(draft_tokens=3))
+    ids = torch.tensor([[5, 6, 7], [9, 4, 30]])
+    wanted = decoder.generate(ids, max_new_tokens=8)
+    found = decoder.generate(ids, max_new_tokens=8, do_sample=True, temperature=temperature, **options)
+    assert torch.equal(found, wanted)
+
+
+def test_integers_may_be_of_numpy_or_torch() -> None:
+    decoder = EFTDecoder(tiny_trio("llama"))
+    ids, options = torch.tensor([[5, 6, 7]]), {"do_sample": True, "top_k": 9}
+    wanted = decoder.generate(ids, max_new_tokens=6, seed=3, eos_token_id=[8, 9], pad_token_id=8, **options)
+    found = decoder.generate(
+        ids, max_new_tokens=np.int64(6), seed=np.int32(3), eos_token_id=np.array([8, 9]),
+        pad_token_id=torch.tensor(8), **options,
+    )  # fmt: skip
+    assert torch.equal(found, wanted)
+    assert torch.equal(decoder.generate(ids, seed=[4]), decoder.generate(ids, seed=np.array([4])))
+
+
+def test_calls_of_several_threads_take_turns() -> None:
+    models = tiny_trio("llama")
+    decoders = [EFTDecoder(models, EFTConfig(draft_tokens=3)), NaiveEFTDecoder(models)]
+    prompts = [torch.tensor([[5 + index, 6, 7]]) for index in range(8)]
+    wanted = [decoders[0].generate(ids, max_new_tokens=24) for ids in prompts]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(
+            pool.map(lambda job: decoders[job[0] % 2].generate(job[1], max_new_tokens=24), enumerate(prompts))
+        )
+    assert all(torch.equal(own, other) for own, other in zip(found, wanted, strict=True))
+
+
 @pytest.mark.parametrize(
     ("message", "arguments"),
     [
@@ -328,10 +364,14 @@ def test_options_resolve_as_in_transformers() -> None:
         ("id -1, outside", {"input_ids": torch.tensor([[4, -1]])}),
         ("exceed the context", {"max_new_tokens": CONTEXT}),
         ("shorten the prompt", {"input_ids": torch.ones(1, CONTEXT + 1, dtype=torch.int64)}),
+        ("input_ids must be an integer tensor", {"input_ids": torch.ones(1, 3, dtype=torch.bool)}),
+        ("inputs is another name of input_ids", {"inputs": torch.ones(1, 3, dtype=torch.int64)}),
+        ("token_type_ids is not supported", {"token_type_ids": torch.zeros(1, 3)}),
         ("max_length=2 leaves no room", {"max_length": 2}),
-        ("max_new_tokens must be at least 1", {"max_new_tokens": 0}),
+        ("max_new_tokens must be an integer of at least 1", {"max_new_tokens": 0}),
         ("temperature must", {"do_sample": True, "temperature": -1.0}),
         ("temperature must", {"do_sample": True, "temperature": float("nan")}),
+        ("temperature must", {"do_sample": True, "temperature": 1e39}),
         ("top_p must", {"top_p": 1.5}),
         ("top_k must", {"top_k": -1}),
         ("did you mean temperature", {"temprature": 0.5}),
@@ -340,6 +380,8 @@ def test_options_resolve_as_in_transformers() -> None:
         ("seed has 2 values", {"seed": [1, 2]}),
         ("seed must be", {"seed": "1"}),
         ("seed must be", {"seed": 2**64}),
+        ("seed must be", {"seed": True}),
+        ("seed must be", {"seed": [1.5]}),
         ("tuned_input_ids has 2 prompts", {"tuned_input_ids": torch.ones(2, 3, dtype=torch.int64)}),
         (
             "streamer takes one sequence",

@@ -137,10 +137,18 @@ def test_bad_input_of_slots() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             batch.join(bad, options)
-    for options in ({"temperature": -1.0}, {"top_p": 1.5}, {"max_new_tokens": 0}, {"seed": 2**63}):
+    with pytest.raises(ValueError, match="an id of prompt must be an integer"):
+        batch.join([1.5], SlotOptions(3, 0))
+    nan = float("nan")
+    for options in (
+        {"temperature": -1.0}, {"temperature": nan}, {"temperature": float("inf")}, {"top_p": 1.5},
+        {"top_p": nan}, {"min_p": nan}, {"top_k": 2.5}, {"max_new_tokens": 0}, {"max_new_tokens": 2.5},
+        {"max_new_tokens": True}, {"seed": 2**63}, {"seed": 1.5}, {"seed": "1"},
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(options))):
             SlotOptions(**{"max_new_tokens": 1, "seed": 0, **options})
-    batch.join(prompt, SlotOptions(3, 0))
+    assert batch.free == 1
+    batch.join([1, 2], SlotOptions(3, 0))
     with pytest.raises(ValueError, match="all 1 slots are taken"):
         batch.join(prompt, SlotOptions(3, 0))
 

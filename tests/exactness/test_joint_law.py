@@ -41,6 +41,7 @@ LAWS: list[tuple[str, dict[str, object], dict[str, float], int]] = [
     ("conservative", {"conservative_top_p": 0.7}, {}, 1),
     ("conservative_mixed", {"conservative_top_p": 0.8, "alpha": 0.7, "beta": 1.4}, {"temperature": 1.2}, 1),
     ("draft_hot", {"draft_temperature": 1.5}, {"temperature": 0.7}, 1),
+    ("draft_cold", {"draft_temperature": 1e-8}, {}, 1),
     ("draft_as_pair", {"draft": "pair"}, {"min_p": 0.05}, 1),
     ("adaptive", {"draft_tokens": "auto", "cost_ratio": 0.1}, {}, 1),
     ("adaptive_or_plain", {"draft_tokens": "auto", "cost_ratio": 0.4, "row_cost": 0.35}, {}, 1),

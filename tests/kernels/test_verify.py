@@ -153,16 +153,23 @@ def test_a_sequence_depends_on_itself_alone(rule: AcceptanceRule) -> None:
 
 
 @pytest.mark.usefixtures("each_backend")
-def test_tokens_beyond_a_sequences_own_draft_are_ignored() -> None:
+@pytest.mark.parametrize("rule", RULES)
+def test_what_lies_beyond_a_sequences_own_draft_is_ignored(rule: AcceptanceRule) -> None:
     inputs = ragged_inputs(torch.zeros(24, dtype=torch.bool))
-    first = verify(**inputs, rule="block")  # type: ignore[arg-type]
+    sampling = Sampling(torch.full((24,), 0.8), top_k=torch.full((24,), 5))
+    inputs |= {"sampling": sampling, "draft_sampling": sampling, "rule": rule}
     draft_tokens, lens = inputs["draft_tokens"], inputs["draft_lens"]
     assert isinstance(draft_tokens, Tensor)
     assert isinstance(lens, Tensor)
-    inputs["draft_tokens"] = torch.where(torch.arange(5) < lens[:, None], draft_tokens, 39 - draft_tokens)
-    second = verify(**inputs, rule="block")  # type: ignore[arg-type]
-    assert torch.equal(first.accepted_lens, second.accepted_lens)
-    assert torch.equal(first.next_token, second.next_token)
+    correction = torch.randn(24, 5, 40, generator=torch.Generator().manual_seed(1))
+    first = verify(**inputs, correction=correction)  # type: ignore[arg-type]
+    is_beyond = torch.arange(5) >= lens[:, None]
+    inputs["draft_tokens"] = torch.where(is_beyond, 10**6, draft_tokens)
+    for anything in (3e38, -3e38, float("nan")):
+        beyond = torch.where(is_beyond[..., None], anything, correction)
+        second = verify(**inputs, correction=beyond)  # type: ignore[arg-type]
+        assert torch.equal(first.accepted_lens, second.accepted_lens)
+        assert torch.equal(first.next_token, second.next_token)
 
 
 @COMPILED
