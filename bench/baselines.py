@@ -221,10 +221,7 @@ class SingleModelDecoder:
             rounds += 1
             if report is None:
                 continue
-            if streamer is not None:
-                for index, (count, _, *tokens) in report.items():
-                    if count:
-                        stream(streamer, index, tokens[:count])
+            stream(streamer, report.items())
             following = max(row[1] for row in report.values())
             if following >= 0:
                 running.compact([index for index, row in report.items() if row[1] < 0])
@@ -420,9 +417,7 @@ class TransformersLoop:
                 tokens = mixed.argmax(dim=-1, keepdim=True)
             timer.mark("verify")
             output.append(tokens)
-            if streamer is not None:
-                for index, token in enumerate(tokens.tolist()):
-                    stream(streamer, index, token)
+            stream(streamer, ((index, [1, 0, token]) for index, (token,) in enumerate(tokens.tolist())))
             positions = positions[:, -1:] + 1
             if attention_mask is not None:
                 mask = torch.cat([mask, mask.new_ones(batch, 1)], dim=1)

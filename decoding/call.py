@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -103,7 +103,7 @@ def read_call(
         ValueError: naming the argument that is wrong.
     """
     ids, mask, tuned_ids, tuned_mask = _prompts(given, models)
-    width = 1 if ids is None else _width(ids, mask, vocab_size)
+    width = 1 if ids is None else _checked_width(ids, mask, vocab_size)
     options = read_options(given.generation_config, given.generation_kwargs, generation_configs, width)
     if ids is None and options.bos_token_id is None:
         raise ValueError("input_ids is missing; give prompts, or chat, or bos_token_id to begin with")
@@ -184,7 +184,7 @@ def _inferred_mask(input_ids: Tensor, options: GenerationOptions) -> Tensor | No
     return None if bool(mask.all()) else mask
 
 
-def _width(input_ids: Tensor, mask: Tensor | None, vocab_size: int) -> int:
+def _checked_width(input_ids: Tensor, mask: Tensor | None, vocab_size: int) -> int:
     read_prompts(input_ids, mask, vocab_size)
     return input_ids.shape[1]
 
@@ -212,12 +212,17 @@ def begin_stream(streamer: Streamer | TokenCallback | None, input_ids: Tensor) -
         streamer.put(input_ids.cpu())
 
 
-def stream(streamer: Streamer | TokenCallback, index: int, tokens: Sequence[int]) -> None:
-    """Hand out what the sequence at `index` has gained in a round."""
-    if hasattr(streamer, "put"):
-        streamer.put(torch.tensor(tokens))
-    else:
-        streamer(index, torch.tensor(tokens))
+def stream(streamer: Streamer | TokenCallback | None, reports: Iterable[tuple[int, Sequence[int]]]) -> None:
+    """Hand out what a round gave, by a sequence's index: a count, its next draft length, and its tokens."""
+    if streamer is None:
+        return
+    for index, (count, _, *tokens) in reports:
+        if not count:
+            continue
+        if hasattr(streamer, "put"):
+            streamer.put(torch.tensor(tokens[:count]))
+        else:
+            streamer(index, torch.tensor(tokens[:count]))
 
 
 def end_stream(streamer: Streamer | TokenCallback | None) -> None:

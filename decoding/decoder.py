@@ -45,7 +45,7 @@ from .chat import Chat, PlainChat
 from .config import EFTConfig
 from .draft_length import DraftLengthPolicy
 from .general import ScoreBuffers, general_round, new_score_buffers
-from .output import CACHE_FIELD, EFTOutput, EFTStats, EFTTrace, ordinary
+from .output import CACHE_FIELD, EFTOutput, a_token_each, ordinary, table_of, totals
 from .own_prompts import FirstRound, first_round_of_own_prompts
 from .past import DEFAULT_CHUNK, EFTPast, extended, fill_cache, kept_lengths
 from .processors import PrefixFunction
@@ -59,6 +59,7 @@ from .round import (
 )
 from .running import CapturedBatch, RunningBatch
 from .scoring import TokenScores, score_tokens
+from .sequences import end_rows
 from .stopping import StopWatch, cut
 
 __all__ = ["EFTDecoder", "NaiveEFTDecoder"]
@@ -578,10 +579,7 @@ class EFTDecoder:
             rows = [report.get(index, [0, -1]) for index in range(batch)]
             if watch is not None:
                 running.end(watch.see(rows))
-            if streamer is not None:
-                for index, (count, _, *tokens) in enumerate(rows):
-                    if count:
-                        stream(streamer, index, tokens[:count])
+            stream(streamer, enumerate(rows))
             drafted = max(row[1] for row in rows)
             if first is not None:
                 drafted = first.finish(state, drafted)
@@ -610,21 +608,19 @@ class EFTDecoder:
         assert call.processing is not None
         drafted = int(state.draft_lens.max())
         rounds = 0
-        totals = [0] * state.done.shape[0]
+        lengths = [0] * state.done.shape[0]
         while drafted >= 0:
-            span = longest_prompt + max(totals) + drafted + 1
+            span = longest_prompt + max(lengths) + drafted + 1
             report = general_round(
-                runners, state, plan, call.processing, totals, drafted, span, timer, trace, buffers
+                runners, state, plan, call.processing, lengths, drafted, span, timer, trace, buffers
             )
             rounds += 1
             rows = report.tolist()
             if watch is not None:
                 scores = None if buffers.scores is None else buffers.scores.unbind(1)
-                _end(state, watch.see(rows, scores))
-            for index, (count, _, *tokens) in enumerate(rows):
-                totals[index] += count
-                if call.streamer is not None and count:
-                    stream(call.streamer, index, tokens[:count])
+                end_rows(state, watch.see(rows, scores))
+            lengths = [length + row[0] for length, row in zip(lengths, rows, strict=True)]
+            stream(call.streamer, enumerate(rows))
             drafted = max(row[1] for row in rows)
             if first is not None:
                 drafted = first.finish(state, drafted)
@@ -653,61 +649,17 @@ class EFTDecoder:
             )
         if not options.return_dict_in_generate:
             return sequences
-        tested = state.tested.sum().item()
-        pairs = zip(state.accepted_at.tolist(), state.tested_at.tolist(), strict=True)
-        stats = EFTStats(
-            rounds=rounds,
-            sequence_rounds=int(state.rounds.sum()),
-            drafted_tokens=int(state.drafted.sum()),
-            tested_tokens=int(tested),
-            accepted_tokens=int(state.accepted.sum()),
-            emitted_tokens=int(state.generated.sum()),
-            accepted_by_position=tuple(accepted / count for accepted, count in pairs if count),
-            expected_acceptance=float(state.expected.sum() / tested) if tested else 0.0,
-            seconds=timer.seconds,
-            cost_ratio=None if self.policy is None else self.policy.cost_ratio,
-            row_cost=None if self.policy is None else self.policy.row_cost,
-        )
-        traced = None
-        if trace is not None:
-            traced = EFTTrace(
-                source_ids=trace.source[:, :new].clone(),
-                large=trace.large[:, :new].clone(),
-                tuned=[tuned[:, :new].clone() for tuned in trace.tuned],
-                base=trace.base[:, :new].clone(),
-                target=trace.target[:, :new].clone(),
-                tokens=output,
-            )
         width = self.runners.large.vocab_size
         result = EFTOutput(
             sequences=cast("torch.LongTensor", sequences),
-            scores=_a_token_each(buffers.scores, state.generated, width),
-            logits=_a_token_each(buffers.logits, state.generated, width),
-            stats=stats,
-            trace=traced,
+            scores=a_token_each(buffers.scores, state.generated, width),
+            logits=a_token_each(buffers.logits, state.generated, width),
+            stats=totals(state, rounds, timer.seconds, self.policy),
+            trace=None if trace is None else table_of(trace, output),
         )
         if self._past is not None:
             setattr(result, CACHE_FIELD, self._past)
         return result
-
-
-def _a_token_each(buffer: Tensor | None, generated: Tensor, width: int) -> Any:
-    """One [batch, width] for each generated position, as transformers has it; zeros where a row has ended."""
-    if buffer is None:
-        return None
-    beyond = torch.arange(buffer.shape[1], device=buffer.device) >= generated[:, None]
-    rows = buffer.masked_fill_(beyond[..., None], 0.0)[:, : int(generated.max())]
-    padding = (0, width - buffer.shape[2])
-    rows = torch.nn.functional.pad(rows, padding, value=-torch.inf)
-    return rows.unbind(1)
-
-
-def _end(state: RoundState, ended: Sequence[int]) -> None:
-    """Mark sequences that a criterion ended."""
-    if ended:
-        rows = torch.tensor(ended, device=state.done.device)
-        state.done[rows] = True
-        state.draft_lens[rows] = 0
 
 
 class NaiveEFTDecoder(EFTDecoder):

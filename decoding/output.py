@@ -9,9 +9,15 @@ import torch
 from torch import Tensor
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from .past import CACHE_NAMES
+from speculative_eft.kernels import RoundState
 
-__all__ = ["CACHE_FIELD", "EFTOutput", "EFTStats", "EFTTrace", "ordinary"]
+from .draft_length import DraftLengthPolicy
+from .past import CACHE_NAMES
+from .round import TraceBuffers
+
+__all__ = [
+    "CACHE_FIELD", "EFTOutput", "EFTStats", "EFTTrace", "a_token_each", "ordinary", "table_of", "totals",
+]  # fmt: skip
 
 CACHE_FIELD = next(field.name for field in fields(GenerateDecoderOnlyOutput) if field.name in CACHE_NAMES)
 """Where transformers' output has a past; `past_key_values` finds it by either name."""
@@ -154,3 +160,53 @@ def ordinary(output: Tensor | EFTOutput) -> Tensor | EFTOutput:
         if rows is not None:
             setattr(output, name, tuple(torch.clone(row) for row in rows))
     return output
+
+
+def totals(
+    state: RoundState, rounds: int, seconds: dict[str, float], policy: DraftLengthPolicy | None
+) -> EFTStats:
+    """What a batch that has ended comes to."""
+    tested = int(state.tested.sum())
+    pairs = zip(state.accepted_at.tolist(), state.tested_at.tolist(), strict=True)
+    return EFTStats(
+        rounds=rounds,
+        sequence_rounds=int(state.rounds.sum()),
+        drafted_tokens=int(state.drafted.sum()),
+        tested_tokens=tested,
+        accepted_tokens=int(state.accepted.sum()),
+        emitted_tokens=int(state.generated.sum()),
+        accepted_by_position=tuple(accepted / count for accepted, count in pairs if count),
+        expected_acceptance=float(state.expected.sum() / tested) if tested else 0.0,
+        seconds=seconds,
+        cost_ratio=None if policy is None else policy.cost_ratio,
+        row_cost=None if policy is None else policy.row_cost,
+    )
+
+
+def table_of(trace: TraceBuffers, tokens: Tensor) -> EFTTrace:
+    """The trace of the generated `tokens`, int64 [batch, new tokens]."""
+    new = tokens.shape[1]
+    return EFTTrace(
+        source_ids=trace.source[:, :new].clone(),
+        large=trace.large[:, :new].clone(),
+        tuned=[tuned[:, :new].clone() for tuned in trace.tuned],
+        base=trace.base[:, :new].clone(),
+        target=trace.target[:, :new].clone(),
+        tokens=tokens,
+    )
+
+
+def a_token_each(buffer: Tensor | None, generated: Tensor, width: int) -> Any:
+    """One [batch, width] for each generated position, as transformers has it; zeros where a row has ended.
+
+    Args:
+        buffer: float32 [batch, new tokens, vocab], overwritten; None gives None.
+        generated: int64 [batch], tokens of each sequence.
+    """
+    if buffer is None:
+        return None
+    beyond = torch.arange(buffer.shape[1], device=buffer.device) >= generated[:, None]
+    rows = buffer.masked_fill_(beyond[..., None], 0.0)[:, : int(generated.max())]
+    padding = (0, width - buffer.shape[2])
+    rows = torch.nn.functional.pad(rows, padding, value=-torch.inf)
+    return rows.unbind(1)

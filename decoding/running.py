@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from speculative_eft.kernels import RoundState
-from speculative_eft.models import CapturedFunctions, EFTRunners
+from speculative_eft.models import CapturedFunctions, EFTRunners, Runner
 
 from .bound import BoundRound, Room, bind_round
 from .round import PhaseTimer, RoundPlan, TraceBuffers, draft_phase, verify_phase
-from .sequences import narrowed, rearrange, refill
+from .sequences import end_rows, narrowed, rearrange, refill
 
 __all__ = ["CapturedBatch", "Report", "RunningBatch"]
 
@@ -115,7 +115,7 @@ class RunningBatch:
         self._narrow()
 
     def _narrow(self) -> None:
-        for runner in self.runners.every:
+        for runner in self._runners():
             runner.use(self.rows)
         kept = {} if self._captured is None else self._captured.narrowed
         if self.rows not in kept:
@@ -123,6 +123,10 @@ class RunningBatch:
             kept[self.rows] = narrowed(self.state, self.rows), narrowed(self.plan, self.rows), trace
         self._parts = kept[self.rows]
         self._bound.clear()
+
+    def _runners(self) -> list[Runner]:
+        """Those whose caches hold the sequences."""
+        return self.runners.every
 
     @property
     def pays_for_done(self) -> bool:
@@ -231,12 +235,8 @@ class RunningBatch:
 
     def end(self, sequences: Sequence[int]) -> None:
         """Mark sequences that the host ended."""
-        if sequences:
-            ended = set(sequences)
-            rows = torch.tensor([row for row, index in enumerate(self.order) if index in ended])
-            rows = rows.to(self.state.done.device)
-            self.state.done[rows] = True
-            self.state.draft_lens[rows] = 0
+        ended = set(sequences)
+        end_rows(self.state, [row for row, index in enumerate(self.order) if index in ended])
 
     def compact(self, done: Iterable[int]) -> None:
         """Give the rows of the sequences that are `done` to others, where fewer rows then hold the rest."""
@@ -261,7 +261,7 @@ class RunningBatch:
         if not rows:
             return
         span = self._span([self.order[row] for row in rows], 0)
-        for runner in self.runners.every:
+        for runner in self._runners():
             runner.rearrange(rows, sources, span)
         for part in (self.state, self.trace):
             if part is not None:
@@ -276,5 +276,5 @@ class RunningBatch:
         rows = [row for row, index in enumerate(self.order) if index != row]
         self._rearrange(rows, [places[row] for row in rows])
         self.rows = len(self.order)
-        for runner in self.runners.every:
+        for runner in self._runners():
             runner.use(self.rows)

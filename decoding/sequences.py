@@ -9,7 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["narrowed", "put", "rearrange", "refill"]
+from speculative_eft.kernels import RoundState
+
+__all__ = ["end_rows", "narrowed", "put", "rearrange", "refill"]
 
 Part = TypeVar("Part")
 
@@ -54,6 +56,14 @@ def put(part: Any, row: int, one: Any) -> None:
     """Write `one`, which holds a single sequence, into a row of `part`."""
     for tensor, own in zip(_rows_of(part), _rows_of(one), strict=True):
         tensor[row] = own[0]
+
+
+def end_rows(state: RoundState, rows: Sequence[int]) -> None:
+    """Mark the sequences of `rows`, which the host ended."""
+    if rows:
+        at = torch.tensor(rows, device=state.done.device)
+        state.done[at] = True
+        state.draft_lens[at] = 0
 
 
 def refill(kept: Any, new: Any) -> bool:
