@@ -23,7 +23,7 @@ from torch import Tensor
 
 from speculative_eft.decoding import EFTConfig, EFTDecoder, EFTOutput, EFTStats
 from speculative_eft.decoding.running import Report, RunningBatch
-from speculative_eft.models import DraftStart, EFTModels, EFTRunners, Runner
+from speculative_eft.models import EFTModels, EFTRunners, Runner
 from speculative_eft.models.costs import bind_plain_draft
 from speculative_eft.models.demo import held_out_prompts
 
@@ -91,11 +91,10 @@ class _Steps:
         (drafting,) = drafters or self._runners.tuned
         if not self._passes:
             # Only now do the caches have their places.
-            start = DraftStart(torch.zeros_like(self._counts), self._draft_lens, self._done)
             runners = [self._runners.large, *(self._runners.tuned if drafters else []), self._runners.base]
             scoring = [_bound(runner, self._counts, self._drafted + 1) for runner in runners]
             draft = bind_plain_draft(
-                drafting, start, self._counts, self._drafted, 0.0, is_given=bool(drafters)
+                drafting, self._draft_lens, self._done, self._counts, self._drafted, 0.0, bool(drafters)
             )
             self._passes = [_found(draft), *scoring]
         steps, *scoring = self._passes

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from speculative_eft.kernels import RoundState, Stream, Verdict, backend
-from speculative_eft.models import DraftStart, EFTRunners, Runner, bind_passes, steps_together
+from speculative_eft.kernels import DraftLoop, RoundState, Stream, Verdict, backend
+from speculative_eft.models import EFTRunners, Runner, bind_passes, steps_together
 
 from .round import PhaseTimer, RoundPlan, TraceBuffers, caches_of, record_trace
 
@@ -107,17 +107,26 @@ def _bind_draft(
 ) -> Callable[[], None] | None:
     """A draft by `runners`, whose logits go to `by_step`, float32 [drafted + 1, batch, vocab_size] each.
 
-    What follows is as in `Runner.bind_draft`. None where a model has no such steps.
+    `block` and what follows is as in `DraftLoop`. None where a model has no such steps.
     """
-    start = DraftStart(state.last_token, state.draft_lens, state.done)
-    stream = Stream.SHARED if plan.acceptance == "shared_seed" else Stream.DRAFT
+    draft = DraftLoop(
+        last_token=state.last_token,
+        draft_lens=state.draft_lens,
+        done=state.done,
+        block=block,
+        counts=counts,
+        coefficients=plan.coefficients,
+        sampling=plan.draft_sampling,
+        noise=state.noise,
+        stream=Stream.SHARED if plan.acceptance == "shared_seed" else Stream.DRAFT,
+        memory=state.memory,
+        early_stop=state.early_stop,
+        correction=correction,
+        keeps_logits=keeps_logits,
+    )
     if len(runners) == 1:
-        return runners[0].bind_draft(
-            start, block, counts, plan.coefficients, plan.draft_sampling, state.noise, stream, state.memory,
-            state.early_stop, by_step[0], correction, keeps_logits,
-        )  # fmt: skip
-    from speculative_eft.kernels.cpu.draft_loop import begin_draft, draw, draw_arguments
-    from speculative_eft.kernels.cpu.jit import arrays
+        return runners[0].bind_draft(draft, by_step[0])
+    from speculative_eft.kernels.cpu.draft_loop import begin_arguments, begin_draft, draw, draw_arguments
 
     batch, steps = block.shape
     drawn, takes_part = (torch.zeros(batch, dtype=torch.int64) for _ in range(2))
@@ -130,15 +139,12 @@ def _bind_draft(
             return None
         passes.append(calls)
     rows = [tensor.numpy() for tensor in (block, counts, drawn, takes_part)]
-    first = (*arrays(start, "last_token", "draft_lens", "done"), *rows)
+    first = (*begin_arguments(draft), *rows[2:])
     logits = [None, *by_step] if plan.drafts_as_pair else [None, *by_step, None]
-    draws = draw_arguments(
-        logits, plan.coefficients, plan.draft_sampling, state.noise, stream, state.memory, state.early_stop,
-        correction, keeps_logits,
-    )  # fmt: skip
+    draws = draw_arguments(draft, logits)
     lengths = [runner.lengths.numpy() for runner in runners]
 
-    def draft() -> None:
+    def run() -> None:
         longest, step = begin_draft(*first), 0
         while step < longest - keeps_logits:
             for call in passes[step]:
@@ -151,7 +157,7 @@ def _bind_draft(
         for own in lengths:
             own += (0 if keeps_logits else steps) - step
 
-    return draft
+    return run
 
 
 def bind_round(

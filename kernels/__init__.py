@@ -3,7 +3,7 @@
 from .attention import HEAD_DIMS, LARGEST_HEAD_DIM, MOST_ROWS, append, attention
 from .backend import Backend, backend, warm_up
 from .commit import DraftLengthRule, RoundState, commit, committed_tokens
-from .draft import draft_step
+from .draft import DraftLoop, draft_step
 from .early_stop import EarlyStop, end_drafts, learn, new_early_stop
 from .filters import LARGEST_TEMPERATURE, Sampling, batch_sampling, usable_temperature, warp
 from .layers import projections, rotated_attention
@@ -23,6 +23,7 @@ __all__ = [
     "Backend",
     "Coefficients",
     "DraftLengthRule",
+    "DraftLoop",
     "DraftMemory",
     "EarlyStop",
     "NoiseKey",

@@ -3,16 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .backend import backend
+from .early_stop import EarlyStop
 from .filters import Sampling, plain_or_warped, warp
+from .memory import DraftMemory
 from .mix import Coefficients, draft_logits
 from .noise import NoiseKey, Stream
 
-__all__ = ["draft_step"]
+__all__ = ["DraftLoop", "draft_step"]
+
+
+@dataclass(frozen=True)
+class DraftLoop:
+    """What the steps of a draft read and write, in place from round to round.
+
+    Attributes:
+        last_token: int64 [batch], the last committed tokens.
+        draft_lens: int64 [batch], tokens that each sequence drafts at most.
+        done: bool [batch], sequences that take no part.
+        block: int64 [batch, drafted + 1], written: the last committed token and the drafted ones. What lies
+            beyond a sequence's own draft may hold anything.
+        counts: int64 [batch], written: steps of each sequence, one more than it drafted, 0 where it was done.
+        coefficients, sampling: of the draft law.
+        noise, stream: of the draws.
+        memory: what the draft law is corrected by, or None.
+        early_stop: ends drafts early, or None.
+        correction: float32 [batch, drafted, vocabulary], written: what the logits of each token were
+            corrected by, or, where the draft `keeps_logits`, all of them; else without memory
+            [batch, 0, vocabulary].
+        keeps_logits: whether others verify what is drafted: the step after the last token is then not made.
+    """
+
+    last_token: Tensor
+    draft_lens: Tensor
+    done: Tensor
+    block: Tensor
+    counts: Tensor
+    coefficients: Coefficients
+    sampling: Sampling
+    noise: NoiseKey
+    stream: Stream
+    memory: DraftMemory | None
+    early_stop: EarlyStop | None
+    correction: Tensor
+    keeps_logits: bool
 
 
 def draft_step(

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from .memory import caches_fit as caches_fit
     from .memory import check_caches as check_caches
     from .placement import check_device as check_device
-    from .protocol import DraftStart as DraftStart
     from .protocol import EFTRunners as EFTRunners
     from .protocol import Runner as Runner
     from .protocol import bind_passes as bind_passes
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "CapturedFunctions": "graphs",
-    "DraftStart": "protocol",
     "EFTModels": "eft_models",
     "EFTRunners": "protocol",
     "IncompatibleModelsError": "errors",

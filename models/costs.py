@@ -18,9 +18,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from speculative_eft.kernels import Coefficients, NoiseKey, Sampling, Stream, side_by_side
+from speculative_eft.kernels import Coefficients, DraftLoop, NoiseKey, Sampling, Stream, side_by_side
 
-from .protocol import DraftStart, EFTRunners, Runner, bind_passes, forward_each, steps_together
+from .protocol import EFTRunners, Runner, bind_passes, forward_each, steps_together
 
 __all__ = ["StepCosts", "bind_plain_draft", "kept_step_costs", "measure_step_costs"]
 
@@ -152,8 +152,8 @@ def _steps(drafting: Sequence[Runner], batch: int, drafted: int, is_given: bool)
     """
     (first, *others) = drafting
     zeros = torch.zeros(batch, dtype=torch.int64)
-    start = DraftStart(zeros, torch.full((batch,), drafted), torch.zeros(batch, dtype=torch.bool))
-    draft = None if others else bind_plain_draft(first, start, zeros.clone(), drafted, 1.0, is_given)
+    lens, nobody = torch.full((batch,), drafted), torch.zeros(batch, dtype=torch.bool)
+    draft = None if others else bind_plain_draft(first, lens, nobody, zeros.clone(), drafted, 1.0, is_given)
     if draft is None:
         step = bind_passes(
             drafting, zeros[:, None], torch.ones_like(zeros),
@@ -166,7 +166,8 @@ def _steps(drafting: Sequence[Runner], batch: int, drafted: int, is_given: bool)
 
 def bind_plain_draft(
     runner: Runner,
-    start: DraftStart,
+    draft_lens: Tensor,
+    done: Tensor,
     counts: Tensor,
     drafted: int,
     temperature: float,
@@ -175,7 +176,7 @@ def bind_plain_draft(
     """A draft by `Runner.bind_draft` to be timed, without memory or filter; None where there is none.
 
     Args:
-        start, counts: as there, in the host's memory.
+        draft_lens, done, counts: as in `DraftLoop`, in the host's memory.
         drafted: tokens of the longest draft.
         temperature: 0 for draws without noise.
         is_given: whether `runner` is one of `EFTRunners.drafters`.
@@ -184,13 +185,22 @@ def bind_plain_draft(
         return None
     batch = counts.shape[0]
     zeros, ones = torch.zeros(batch, dtype=torch.int64), torch.ones(batch)
-    return runner.bind_draft(
-        start, torch.zeros(batch, drafted + 1, dtype=torch.int64), counts,
-        Coefficients(ones[:, None], ones, ones[:, None], None), Sampling(temperature * ones),
-        NoiseKey(zeros, zeros, zeros), Stream.DRAFT, None, None,
-        torch.empty(drafted + 1, batch, runner.vocab_size),
-        torch.empty(batch, drafted if is_given else 0, runner.vocab_size), is_given,
-    )  # fmt: skip
+    draft = DraftLoop(
+        last_token=zeros,
+        draft_lens=draft_lens,
+        done=done,
+        block=torch.zeros(batch, drafted + 1, dtype=torch.int64),
+        counts=counts,
+        coefficients=Coefficients(ones[:, None], ones, ones[:, None], None),
+        sampling=Sampling(temperature * ones),
+        noise=NoiseKey(zeros, zeros, zeros),
+        stream=Stream.DRAFT,
+        memory=None,
+        early_stop=None,
+        correction=torch.empty(batch, drafted if is_given else 0, runner.vocab_size),
+        keeps_logits=is_given,
+    )
+    return runner.bind_draft(draft, torch.empty(drafted + 1, batch, runner.vocab_size))
 
 
 def _turns(rounds: Sequence[Sequence[Pass]], device: torch.device) -> list[list[float]]:

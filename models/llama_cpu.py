@@ -21,15 +21,10 @@ from numba import prange
 from torch import Tensor, nn
 
 from speculative_eft.kernels import (
-    Coefficients,
-    DraftMemory,
-    EarlyStop,
-    NoiseKey,
+    DraftLoop,
     QuantisedWeight,
-    Sampling,
-    Stream,
 )
-from speculative_eft.kernels.cpu.draft_loop import DRAWS, begin_draft, draw, draw_arguments
+from speculative_eft.kernels.cpu.draft_loop import DRAWS, begin_arguments, begin_draft, draw, draw_arguments
 from speculative_eft.kernels.cpu.jit import (
     CUBE,
     FLAGS,
@@ -39,7 +34,6 @@ from speculative_eft.kernels.cpu.jit import (
     TABLES,
     VECTOR,
     array_at,
-    arrays,
     compiled,
     entry,
     exp,
@@ -52,7 +46,6 @@ from speculative_eft.kernels.cpu.products import dot_products, quantised_product
 
 from .adapters import is_low_rank
 from .llama import Linear, LlamaBody, is_ordinary, is_plain, linear_of
-from .protocol import DraftStart
 from .slot_cache import SlotCache
 
 
@@ -178,30 +171,11 @@ class CompiledLlama:
             *_network(members), room.numpy(), use_threads(),
         )  # fmt: skip
 
-    def bind_draft(
-        self,
-        start: DraftStart,
-        block: Tensor,
-        counts: Tensor,
-        cache: SlotCache,
-        coefficients: Coefficients,
-        sampling: Sampling,
-        noise: NoiseKey,
-        stream: Stream,
-        memory: DraftMemory | None,
-        early_stop: EarlyStop | None,
-        logits: Tensor,
-        correction: Tensor,
-        keeps_logits: bool,
-    ) -> Callable[[], None]:
+    def bind_draft(self, draft: DraftLoop, logits: Tensor, cache: SlotCache) -> Callable[[], None]:
         """`Runner.bind_draft` over `cache`."""
-        draws = draw_arguments(
-            [None, logits, None], coefficients, sampling, noise, stream, memory, early_stop, correction,
-            keeps_logits,
-        )  # fmt: skip
         return partial(
-            _draft, *arrays(start, "last_token", "draft_lens", "done"), block.numpy(), counts.numpy(),
-            cache.lengths.numpy(), *self._network, logits.numpy(), use_threads(), *draws,
+            _draft, *begin_arguments(draft), cache.lengths.numpy(), *self._network, logits.numpy(),
+            use_threads(), *draw_arguments(draft, [None, logits, None]),
         )  # fmt: skip
 
 

@@ -11,22 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from speculative_eft.kernels import Coefficients, DraftMemory, EarlyStop, NoiseKey, Sampling, Stream
-
-
-@dataclass
-class DraftStart:
-    """Where a draft begins, in place from round to round.
-
-    Attributes:
-        last_token: int64 [batch], the last committed tokens.
-        draft_lens: int64 [batch], tokens that each sequence drafts at most.
-        done: bool [batch], sequences that take no part.
-    """
-
-    last_token: Tensor
-    draft_lens: Tensor
-    done: Tensor
+from speculative_eft.kernels import DraftLoop
 
 
 class Runner(Protocol):
@@ -103,39 +88,15 @@ class Runner(Protocol):
         Each has its own of `logits`, this network the first. None where they do not share their weights.
         """
 
-    def bind_draft(
-        self,
-        start: DraftStart,
-        block: Tensor,
-        counts: Tensor,
-        coefficients: Coefficients,
-        sampling: Sampling,
-        noise: NoiseKey,
-        stream: Stream,
-        memory: DraftMemory | None,
-        early_stop: EarlyStop | None,
-        logits: Tensor,
-        correction: Tensor,
-        keeps_logits: bool,
-    ) -> Callable[[], None] | None:
-        """A call that runs the whole loop of a draft from this network alone; None where there is none.
+    def bind_draft(self, draft: DraftLoop, logits: Tensor) -> Callable[[], None] | None:
+        """A call that runs a whole draft from this network alone; None where there is none.
 
-        A step follows each token, the last one too, and `lengths` move by `drafted + 1`. Where the draft
-        `keeps_logits`, for one of `EFTRunners.drafters`, that last step is not made, and `lengths` stay.
+        In the draft law this is the only tuned model. A step follows each token, the last one too, and
+        `lengths` move by `drafted + 1`. Where the draft `keeps_logits`, for one of `EFTRunners.drafters`,
+        that last step is not made, and `lengths` stay.
 
         Args:
-            start: where the draft begins.
-            block: int64 [batch, drafted + 1], written: the last committed token and the drafted ones. What
-                lies beyond a sequence's own draft may hold anything.
-            counts: int64 [batch], written: steps of each sequence, one more than it drafted, 0 where it was
-                done.
-            coefficients, sampling: of the draft law, in which this is the only tuned model.
-            memory: what the draft law is corrected by.
-            early_stop: ends drafts early.
             logits: float32 [drafted + 1, batch, vocab_size], written.
-            correction: float32 [batch, drafted, vocabulary], written: what the logits of each token were
-                corrected by, or, where it `keeps_logits`, all of them; else without memory
-                [batch, 0, vocabulary].
         """
 
     def prefill(

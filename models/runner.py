@@ -13,12 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from speculative_eft.kernels import (
-    Coefficients,
-    DraftMemory,
-    EarlyStop,
-    NoiseKey,
-    Sampling,
-    Stream,
+    DraftLoop,
     backend,
     projections,
 )
@@ -30,7 +25,7 @@ from .configs import TESTED_FAMILIES, position_limit, text_config
 from .describe import cache_bytes_per_token, vocabulary_rows
 from .llama import EightBitCopies, LlamaBody, is_ordinary, is_plain, linear_of
 from .placement import home_device
-from .protocol import DraftStart, Runner
+from .protocol import Runner
 from .slot_cache import SlotCache, round_up
 
 if TYPE_CHECKING:
@@ -316,28 +311,9 @@ class ModelRunner:
             networks.append((compiled, other.cache))
         return own.bind_together(networks, block, counts, logits)
 
-    def bind_draft(
-        self,
-        start: DraftStart,
-        block: Tensor,
-        counts: Tensor,
-        coefficients: Coefficients,
-        sampling: Sampling,
-        noise: NoiseKey,
-        stream: Stream,
-        memory: DraftMemory | None,
-        early_stop: EarlyStop | None,
-        logits: Tensor,
-        correction: Tensor,
-        keeps_logits: bool,
-    ) -> Callable[[], None] | None:
+    def bind_draft(self, draft: DraftLoop, logits: Tensor) -> Callable[[], None] | None:
         """`Runner.bind_draft`: where compiled steps can run."""
-        if self._compiled is None:
-            return None
-        return self._compiled.bind_draft(
-            start, block, counts, self.cache, coefficients, sampling, noise, stream, memory, early_stop,
-            logits, correction, keeps_logits,
-        )  # fmt: skip
+        return None if self._compiled is None else self._compiled.bind_draft(draft, logits, self.cache)
 
     @torch.inference_mode()
     def prefill(

@@ -30,13 +30,9 @@ from .jit import (
 from .memory import MEMORY, memory_arrays, recall
 
 if TYPE_CHECKING:
-    from ..early_stop import EarlyStop
-    from ..filters import Sampling
-    from ..memory import DraftMemory
-    from ..mix import Coefficients
-    from ..noise import NoiseKey
+    from ..draft import DraftLoop
 
-__all__ = ["DRAWS", "begin_draft", "draw", "draw_arguments"]
+__all__ = ["DRAWS", "begin_arguments", "begin_draft", "draw", "draw_arguments"]
 
 DRAWS = (
     f"{TABLES}, {MATRIX}, {SAMPLING}, {TABLE}, {TABLE}, boolean, int64, {MEMORY}, boolean, {EARLY_STOP}, "
@@ -45,36 +41,29 @@ DRAWS = (
 """Types of `draw_arguments`."""
 
 
-def draw_arguments(
-    logits: Sequence[Tensor | None],
-    coefficients: Coefficients,
-    sampling: Sampling,
-    noise: NoiseKey,
-    stream: Stream,
-    memory: DraftMemory | None,
-    early_stop: EarlyStop | None,
-    correction: Tensor,
-    keeps_logits: bool,
-) -> tuple[Any, ...]:
+def begin_arguments(draft: DraftLoop) -> tuple[Any, ...]:
+    """What `begin_draft` needs to know of a draft, but for `drawn` and `takes_part`."""
+    return arrays(draft, "last_token", "draft_lens", "done", "block", "counts")
+
+
+def draw_arguments(draft: DraftLoop, logits: Sequence[Tensor | None]) -> tuple[Any, ...]:
     """What `draw` needs to know of a draft.
 
     Args:
         logits: of the large base, the tuned models and the small base, contiguous float32
             [drafted + 1, batch, >= vocabulary]; None for those whose weight in the draft law is 0.
-        correction: float32 [batch, drafted, vocabulary], written: what each token's logits were corrected by,
-            or, where it `keeps_logits`, all of them; else without memory [batch, 0, vocabulary].
     """
     places = [
         (0, 0, 0) if part is None else (part.data_ptr(), part.stride(1), part.stride(0)) for part in logits
     ]
-    if memory is not None:
+    correction, is_shared = draft.correction, draft.stream is Stream.SHARED
+    if draft.memory is not None:
         places.append((correction.data_ptr(), correction.stride(0), correction.stride(1)))
-    shared = stream is Stream.SHARED
     return (
-        np.array(places), *arrays(coefficients, "draft_weights"), *sampling_arrays(sampling),
-        *arrays(noise, "seeds", "positions" if shared else "rounds"), shared, int(stream),
-        *memory_arrays(memory), early_stop is not None, *early_stop_arrays(early_stop),
-        *arrays(coefficients, "beta"), correction.numpy(), keeps_logits,
+        np.array(places), *arrays(draft.coefficients, "draft_weights"), *sampling_arrays(draft.sampling),
+        *arrays(draft.noise, "seeds", "positions" if is_shared else "rounds"), is_shared, int(draft.stream),
+        *memory_arrays(draft.memory), draft.early_stop is not None, *early_stop_arrays(draft.early_stop),
+        *arrays(draft.coefficients, "beta"), correction.numpy(), draft.keeps_logits,
     )  # fmt: skip
 
 
