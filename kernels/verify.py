@@ -116,8 +116,7 @@ def verify(
                 sampling,
                 draft_sampling,
                 noise,
-                verification_streams(),
-                on_cpu.RULES[rule],
+                rule,
                 vocab_size,
             )
         )

@@ -700,40 +700,17 @@ def _draft(
     low_ranks: Any,
     logits: Any,
     threads: int,
-    places: Any,
-    law_weights: Any,
-    temperature: Any,
-    top_k: Any,
-    top_p: Any,
-    min_p: Any,
-    seeds: Any,
-    counters: Any,
-    shared: bool,
-    stream: int,
-    ratios: Any,
-    remembered: Any,
-    mean: Any,
-    count: Any,
-    may_end: bool,
-    accepted: Any,
-    tested: Any,
-    least: Any,
-    reach: Any,
-    grades: Any,
-    least_chances: Any,
-    fading: float,
-    prior_accepted: float,
-    prior_tested: float,
-    beta: Any,
-    correction: Any,
-    keeps_logits: bool,
+    draws: Any,
+    sampling: Any,
+    memory: Any,
+    early: Any,
 ) -> None:
     drafted, batch = block.shape[1] - 1, block.shape[0]
     drawn, takes_part = np.empty(batch, np.int64), np.empty(batch, np.int64)
     longest = begin_draft(last_token, draft_lens, done, block, counts, drawn, takes_part)
     step = 0
     # The last step is for the token after the draft, of which one that only drafts says nothing.
-    while step < longest - keeps_logits:
+    while step < longest - draws.keeps_logits:
         _forward(
             drawn.reshape((batch, 1)), takes_part, lengths, sizes, eps, windows, ends, weights, stores,
             rotation, low_ranks, logits[step], threads,
@@ -741,12 +718,7 @@ def _draft(
         for sequence in range(batch):
             lengths[sequence] += 1
         if step < drafted:
-            longest = draw(
-                step, block, counts, drawn, takes_part, places, law_weights, temperature, top_k, top_p, min_p,
-                seeds, counters, shared, stream, ratios, remembered, mean, count, may_end, accepted, tested,
-                least, reach, grades, least_chances, fading, prior_accepted, prior_tested, beta, correction,
-                keeps_logits,
-            )  # fmt: skip
+            longest = draw(step, block, counts, drawn, takes_part, draws, sampling, memory, early)
         step += 1
     for sequence in range(batch):
-        lengths[sequence] += (0 if keeps_logits else drafted + 1) - step
+        lengths[sequence] += (0 if draws.keeps_logits else drafted + 1) - step

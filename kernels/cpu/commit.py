@@ -3,25 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .jit import FLAGS, FLOAT, MATRIX, TABLE, TABLES, VECTOR, arrays, entry, integers_at
+from .jit import FLAGS, FLOAT, TABLE, TABLES, VECTOR, arrays, entry, integers_at, record
+from .verify import VerdictArrays, as_block
 
 if TYPE_CHECKING:
     from speculative_eft.kernels.commit import DraftLengthRule, RoundState
 
-__all__ = ["COMMIT", "commit", "commit_arrays", "commit_rows", "rule_arguments"]
+__all__ = ["RuleArrays", "StateArrays", "commit", "commit_rows", "rule_arrays", "state_arrays"]
 
-_STATE = (
-    "last_token", "rounds", "positions", "generated", "limits", "done", "draft_lens", "output",
-    "accepted_history", "tested_history", "drafted", "tested", "accepted", "expected", "tested_at",
-    "accepted_at",
+
+@record(
+    *[TABLE] * 5, FLAGS, TABLE, TABLES, VECTOR, VECTOR, TABLE, TABLE, TABLE, VECTOR, TABLE, TABLE
 )  # fmt: skip
-_NO_THRESHOLDS = np.empty(0, dtype=np.float32)
+class StateArrays(NamedTuple):
+    """What a commit reads and writes of a `RoundState`."""
+
+    last_token: Any
+    rounds: Any
+    positions: Any
+    generated: Any
+    limits: Any
+    done: Any
+    draft_lens: Any
+    output: Any
+    accepted_history: Any
+    tested_history: Any
+    drafted: Any
+    tested: Any
+    accepted: Any
+    expected: Any
+    tested_at: Any
+    accepted_at: Any
+
+
+@record("boolean", VECTOR, "float32", "float32", "float32")
+class RuleArrays(NamedTuple):
+    """A `DraftLengthRule`, if there is one."""
+
+    is_used: bool
+    thresholds: Any
+    fading: Any
+    prior_accepted: Any
+    prior_tested: Any
+
+
+_NO_RULE = RuleArrays(False, np.empty(0, np.float32), *np.zeros(3, np.float32))
 
 
 def commit(
@@ -39,75 +71,52 @@ def commit(
     if expected_acceptance is None:
         expected_acceptance = torch.zeros(batch, drafted)
     report = torch.empty(batch, 2 + drafted + 1, dtype=torch.int64)
+    verdict = VerdictArrays(
+        accepted_lens.numpy(), next_token.numpy(), expected_acceptance.contiguous().numpy(),
+        np.empty((0, 0), np.float32),
+    )  # fmt: skip
     commit_rows(
-        *commit_arrays(state), eos_token_ids.numpy(), *rule_arguments(rule),
-        draft_tokens.contiguous().numpy(), accepted_lens.numpy(), next_token.numpy(),
-        expected_acceptance.contiguous().numpy(),
+        state_arrays(state), eos_token_ids.numpy(), rule_arrays(rule), as_block(draft_tokens).numpy(),
+        verdict,
         np.array([(lengths.data_ptr(), stepped) for lengths, stepped in caches]).reshape(-1, 2),
         report.numpy(),
     )  # fmt: skip
     return report
 
 
-def commit_arrays(state: RoundState) -> tuple[Any, ...]:
-    """What a commit reads and writes of a state."""
-    return arrays(state, *_STATE)
+def state_arrays(state: RoundState) -> StateArrays:
+    """What a commit reads and writes of a state, for compiled functions."""
+    return StateArrays(*arrays(state, *StateArrays._fields))
 
 
-def rule_arguments(rule: DraftLengthRule | None) -> tuple[Any, ...]:
-    """A rule as arguments: whether there is one, its thresholds, and its numbers."""
+def rule_arrays(rule: DraftLengthRule | None) -> RuleArrays:
+    """A rule for compiled functions, or that there is none."""
     if rule is None:
-        return (False, _NO_THRESHOLDS, 1.0, 0.0, 0.0)
-    return (True, *arrays(rule, "thresholds"), rule.fading, rule.prior_accepted, rule.prior_tested)
+        return _NO_RULE
+    numbers = np.array([rule.fading, rule.prior_accepted, rule.prior_tested], np.float32)
+    return RuleArrays(True, *arrays(rule, "thresholds"), *numbers)
 
 
-COMMIT = (
-    f"{TABLE}, {TABLE}, {TABLE}, {TABLE}, {TABLE}, {FLAGS}, {TABLE}, {TABLES}, {VECTOR}, {VECTOR}, {TABLE}, "
-    f"{TABLE}, {TABLE}, {VECTOR}, {TABLE}, {TABLE}, {TABLE}, boolean, {VECTOR}, float32, float32, float32"
-)
-"""Types of `commit_arrays`, ids that end a sequence, and `rule_arguments`."""
-
-
-@entry(f"void({COMMIT}, {TABLES}, {TABLE}, {TABLE}, {MATRIX}, {TABLES}, {TABLES})")
+@entry(f"void(StateArrays, {TABLE}, RuleArrays, {TABLES}, VerdictArrays, {TABLES}, {TABLES})")
 def commit_rows(
-    last_token: Any,
-    rounds: Any,
-    positions: Any,
-    generated: Any,
-    limits: Any,
-    done: Any,
-    draft_lens: Any,
-    output: Any,
-    accepted_history: Any,
-    tested_history: Any,
-    drafted_total: Any,
-    tested_total: Any,
-    accepted_total: Any,
-    expected_total: Any,
-    tested_at: Any,
-    accepted_at: Any,
-    eos_token_ids: Any,
-    adaptive: bool,
-    thresholds: Any,
-    fading: float,
-    prior_accepted: float,
-    prior_tested: float,
-    draft_tokens: Any,
-    accepted_lens: Any,
-    next_token: Any,
-    expected: Any,
-    caches: Any,
-    report: Any,
+    state: Any, eos_token_ids: Any, rule: Any, block: Any, verdict: Any, caches: Any, report: Any
 ) -> None:
-    """`commit` of arrays; `caches` has for each where its lengths begin and whether it has stepped."""
-    batch, drafted = draft_tokens.shape
+    """`commit` of arrays.
+
+    Args:
+        block: int64 [batch, drafted + 1], of which the first column is not read.
+        caches: int64 [caches, 2], for each where its lengths begin and whether it has stepped.
+    """
+    batch, drafted = block.shape[0], block.shape[1] - 1
+    draft_lens, done, limits, generated = state.draft_lens, state.done, state.limits, state.generated
+    accepted_history, tested_history = state.accepted_history, state.tested_history
     for sequence in range(batch):
         tokens = report[sequence, 2:]
-        accepted = accepted_lens[sequence]
+        accepted, following = verdict.accepted_lens[sequence], verdict.next_token[sequence]
         for column in range(drafted):
-            tokens[column] = draft_tokens[sequence, column]
-        tokens[drafted] = next_token[sequence]
-        tokens[accepted] = next_token[sequence]
+            tokens[column] = block[sequence, column + 1]
+        tokens[drafted] = following
+        tokens[accepted] = following
         if done[sequence]:
             report[sequence, 0], report[sequence, 1] = 0, -1
             draft_lens[sequence] = 0
@@ -115,38 +124,38 @@ def commit_rows(
 
         length = draft_lens[sequence]
         tested = min(accepted + 1, length)
-        drafted_total[sequence] += length
-        tested_total[sequence] += tested
-        accepted_total[sequence] += accepted
+        state.drafted[sequence] += length
+        state.tested[sequence] += tested
+        state.accepted[sequence] += accepted
         overlap = FLOAT(0)
         for column in range(tested):
-            overlap += expected[sequence, column]
-            tested_at[column] += 1
+            overlap += verdict.expected_acceptance[sequence, column]
+            state.tested_at[column] += 1
         for column in range(accepted):
-            accepted_at[column] += 1
-        expected_total[sequence] += overlap
-        if adaptive:
-            accepted_history[sequence] = accepted_history[sequence] * fading + FLOAT(accepted)
-            tested_history[sequence] = tested_history[sequence] * fading + FLOAT(tested)
-            acceptance = (accepted_history[sequence] + prior_accepted) / (
-                tested_history[sequence] + prior_tested
+            state.accepted_at[column] += 1
+        state.expected[sequence] += overlap
+        if rule.is_used:
+            accepted_history[sequence] = accepted_history[sequence] * rule.fading + FLOAT(accepted)
+            tested_history[sequence] = tested_history[sequence] * rule.fading + FLOAT(tested)
+            acceptance = (accepted_history[sequence] + rule.prior_accepted) / (
+                tested_history[sequence] + rule.prior_tested
             )
             length = 0
-            while length < thresholds.shape[0] and acceptance >= thresholds[length]:
+            while length < rule.thresholds.shape[0] and acceptance >= rule.thresholds[length]:
                 length += 1
 
         count = 0
         ended = False
         while count < min(accepted + 1, limits[sequence] - generated[sequence]) and not ended:
             token = tokens[count]
-            output[sequence, generated[sequence] + count] = token
-            last_token[sequence] = token
+            state.output[sequence, generated[sequence] + count] = token
+            state.last_token[sequence] = token
             for end in eos_token_ids:
                 ended = ended or token == end
             count += 1
         generated[sequence] += count
-        positions[sequence] += count
-        rounds[sequence] += 1
+        state.positions[sequence] += count
+        state.rounds[sequence] += 1
         room = limits[sequence] - generated[sequence] - 1
         done[sequence] = ended or room < 0
         draft_lens[sequence] = 0 if done[sequence] else min(length, room)

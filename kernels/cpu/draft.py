@@ -10,7 +10,7 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from .filters import SAMPLING, filter_law, is_filtered, sampling_arrays
+from .filters import filter_law, is_filtered, sampling_arrays
 from .jit import (
     FLOAT,
     MATRIX,
@@ -54,23 +54,20 @@ def draft(
     tokens = torch.empty(batch, dtype=torch.int64)
     use_threads()
     _draft_rows(
-        table, weights.contiguous().numpy(), *sampling_arrays(sampling), seeds.contiguous().numpy(),
+        table, weights.contiguous().numpy(), sampling_arrays(sampling), seeds.contiguous().numpy(),
         counters.contiguous().numpy(), row, stream, vocab_size, tokens.numpy(),
     )  # fmt: skip
     return tokens
 
 
 @compiled(
-    f"void({TABLES}, {MATRIX}, {SAMPLING}, {TABLE}, {TABLE}, int64, int64, int64, {TABLE}, {TABLE}, "
+    f"void({TABLES}, {MATRIX}, SamplingArrays, {TABLE}, {TABLE}, int64, int64, int64, {TABLE}, {TABLE}, "
     f"{VECTOR}, {VECTOR}, int64)"
 )
 def draft_share(
     table: Any,
     weights: Any,
-    temperature: Any,
-    top_k: Any,
-    top_p: Any,
-    min_p: Any,
+    sampling: Any,
     seeds: Any,
     counters: Any,
     row: int,
@@ -90,12 +87,12 @@ def draft_share(
     mix(table, weights[sequence], sequence, 0, values)
     for token in range(kept.shape[0]):
         kept[token] = values[token]
-    scale = temperature[sequence]
-    filtered = is_filtered(temperature, top_k, top_p, min_p, sequence, vocab_size)
+    scale = sampling.temperature[sequence]
+    filtered = is_filtered(sampling, sequence, vocab_size)
     law = np.empty(vocab_size if filtered or chances.shape[0] > 0 else 0, FLOAT)
     if filtered:
         normalise(values, scale, law)
-        filter_law(values, law, temperature, top_k, top_p, min_p, sequence)
+        filter_law(values, law, sampling, sequence)
         scale = FLOAT(1)
     elif chances.shape[0] > 0:
         normalise(values.copy(), scale if scale > FLOAT(0) else FLOAT(1), law)
@@ -107,14 +104,13 @@ def draft_share(
         chances[sequence] = law[tokens[sequence]]
 
 
-@in_parallel(f"void({TABLES}, {MATRIX}, {SAMPLING}, {TABLE}, {TABLE}, int64, int64, int64, {TABLE}, {TABLE})")
+@in_parallel(
+    f"void({TABLES}, {MATRIX}, SamplingArrays, {TABLE}, {TABLE}, int64, int64, int64, {TABLE}, {TABLE})"
+)
 def _draft_together(
     table: Any,
     weights: Any,
-    temperature: Any,
-    top_k: Any,
-    top_p: Any,
-    min_p: Any,
+    sampling: Any,
     seeds: Any,
     counters: Any,
     row: int,
@@ -126,19 +122,16 @@ def _draft_together(
     for share in prange(tokens.shape[0]):
         nothing = np.empty(0, FLOAT)
         draft_share(
-            table, weights, temperature, top_k, top_p, min_p, seeds, counters, row, stream, vocab_size,
-            takes_part, tokens, nothing, nothing, np.int64(share),
+            table, weights, sampling, seeds, counters, row, stream, vocab_size, takes_part, tokens, nothing,
+            nothing, np.int64(share),
         )  # fmt: skip
 
 
-@entry(f"void({TABLES}, {MATRIX}, {SAMPLING}, {TABLE}, {TABLE}, int64, int64, int64, {TABLE})")
+@entry(f"void({TABLES}, {MATRIX}, SamplingArrays, {TABLE}, {TABLE}, int64, int64, int64, {TABLE})")
 def _draft_rows(
     table: Any,
     weights: Any,
-    temperature: Any,
-    top_k: Any,
-    top_p: Any,
-    min_p: Any,
+    sampling: Any,
     seeds: Any,
     counters: Any,
     row: int,
@@ -149,12 +142,11 @@ def _draft_rows(
     takes_part = np.ones(tokens.shape[0], np.int64)
     if tokens.shape[0] > 1:
         _draft_together(
-            table, weights, temperature, top_k, top_p, min_p, seeds, counters, row, stream, vocab_size,
-            takes_part, tokens,
+            table, weights, sampling, seeds, counters, row, stream, vocab_size, takes_part, tokens,
         )  # fmt: skip
     else:
         nothing = np.empty(0, FLOAT)
         draft_share(
-            table, weights, temperature, top_k, top_p, min_p, seeds, counters, row, stream, vocab_size,
-            takes_part, tokens, nothing, nothing, 0,
+            table, weights, sampling, seeds, counters, row, stream, vocab_size, takes_part, tokens, nothing,
+            nothing, 0,
         )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numba import prange
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..noise import Stream
 from .draft import draft_share
-from .early_stop import EARLY_STOP, early_stop_arrays, ends_draft
-from .filters import SAMPLING, sampling_arrays
+from .early_stop import early_stop_arrays, ends_draft
+from .filters import sampling_arrays
 from .jit import (
     CUBE,
     FLAGS,
@@ -25,19 +25,43 @@ from .jit import (
     compiled,
     entry,
     in_parallel,
+    record,
     stay_a_function,
 )
-from .memory import MEMORY, memory_arrays, recall
+from .memory import memory_arrays, recall
 
 if TYPE_CHECKING:
     from ..draft import DraftLoop
 
 __all__ = ["DRAWS", "begin_arguments", "begin_draft", "draw", "draw_arguments"]
 
-DRAWS = (
-    f"{TABLES}, {MATRIX}, {SAMPLING}, {TABLE}, {TABLE}, boolean, int64, {MEMORY}, boolean, {EARLY_STOP}, "
-    f"{VECTOR}, {CUBE}, boolean"
-)
+
+@record(TABLES, MATRIX, TABLE, TABLE, "boolean", "int64", "boolean", VECTOR, CUBE, "boolean")
+class DrawArrays(NamedTuple):
+    """What the draws of a draft read, but for the state of its steps.
+
+    Attributes:
+        places: int64 [models, 3], where the logits of a draft begin, and their strides by sequence and step.
+        law_weights: float32 [batch, models].
+        seeds, counters: int64 [batch], where the noise lies; the counter of step j is j more if `is_shared`.
+        may_end: whether drafts end early.
+        beta: float32 [batch].
+        correction, keeps_logits: as in `DraftLoop`.
+    """
+
+    places: Any
+    law_weights: Any
+    seeds: Any
+    counters: Any
+    is_shared: bool
+    stream: int
+    may_end: bool
+    beta: Any
+    correction: Any
+    keeps_logits: bool
+
+
+DRAWS = "DrawArrays, SamplingArrays, MemoryArrays, EarlyStopArrays"
 """Types of `draw_arguments`."""
 
 
@@ -59,12 +83,22 @@ def draw_arguments(draft: DraftLoop, logits: Sequence[Tensor | None]) -> tuple[A
     correction, is_shared = draft.correction, draft.stream is Stream.SHARED
     if draft.memory is not None:
         places.append((correction.data_ptr(), correction.stride(0), correction.stride(1)))
-    return (
-        np.array(places), *arrays(draft.coefficients, "draft_weights"), *sampling_arrays(draft.sampling),
-        *arrays(draft.noise, "seeds", "positions" if is_shared else "rounds"), is_shared, int(draft.stream),
-        *memory_arrays(draft.memory), draft.early_stop is not None, *early_stop_arrays(draft.early_stop),
-        *arrays(draft.coefficients, "beta"), correction.numpy(), draft.keeps_logits,
-    )  # fmt: skip
+    law_weights, beta = arrays(draft.coefficients, "draft_weights", "beta")
+    seeds, counters = arrays(draft.noise, "seeds", "positions" if is_shared else "rounds")
+    draws = DrawArrays(
+        places=np.array(places),
+        law_weights=law_weights,
+        seeds=seeds,
+        counters=counters,
+        is_shared=is_shared,
+        stream=int(draft.stream),
+        may_end=draft.early_stop is not None,
+        beta=beta,
+        correction=correction.numpy(),
+        keeps_logits=draft.keeps_logits,
+    )
+    early = early_stop_arrays(draft.early_stop)
+    return draws, sampling_arrays(draft.sampling), memory_arrays(draft.memory), early
 
 
 @entry(f"int64({TABLE}, {TABLE}, {FLAGS}, {TABLES}, {TABLE}, {TABLE}, {TABLE})")
@@ -86,30 +120,18 @@ def begin_draft(
 
 
 _SHARES = (
-    f"{TABLES}, {MATRIX}, {SAMPLING}, {TABLE}, {TABLE}, int64, int64, {MEMORY}, {VECTOR}, {CUBE}, boolean, "
-    f"int64, {TABLES}, {TABLE}, {TABLE}, {VECTOR}"
+    f"DrawArrays, SamplingArrays, MemoryArrays, {TABLES}, {TABLE}, int64, {TABLES}, {TABLE}, {TABLE}, "
+    f"{VECTOR}"
 )
 
 
 @compiled(f"void({_SHARES}, int64)")
 def _draw_share(
+    draws: Any,
+    sampling: Any,
+    memory: Any,
     table: Any,
-    law_weights: Any,
-    temperature: Any,
-    top_k: Any,
-    top_p: Any,
-    min_p: Any,
-    seeds: Any,
     counter: Any,
-    row: int,
-    stream: int,
-    ratios: Any,
-    remembered: Any,
-    mean: Any,
-    count: Any,
-    beta: Any,
-    correction: Any,
-    keeps_logits: bool,
     step: int,
     block: Any,
     takes_part: Any,
@@ -119,35 +141,24 @@ def _draw_share(
 ) -> None:
     """What is remembered of one sequence's last token, if anything, and its draw."""
     stay_a_function()
-    own = correction[sequence, step]
-    if takes_part[sequence] and ratios.shape[0]:
+    own = draws.correction[sequence, step]
+    if takes_part[sequence] and memory.ratios.shape[0]:
         previous = block[sequence, step - 1] if step > 0 else -1
-        recall(ratios, remembered, mean, count, sequence, drawn[sequence], previous, beta[sequence], own)
+        recall(memory, sequence, drawn[sequence], previous, draws.beta[sequence], own)
     draft_share(
-        table, law_weights, temperature, top_k, top_p, min_p, seeds, counter, row, stream,
-        correction.shape[2], takes_part, drawn, chances, own if keeps_logits else own[:0], sequence,
+        table, draws.law_weights, sampling, draws.seeds, counter, 0 if draws.is_shared else step,
+        draws.stream, own.shape[0], takes_part, drawn, chances, own if draws.keeps_logits else own[:0],
+        sequence,
     )  # fmt: skip
 
 
 @in_parallel(f"void({_SHARES})")
 def _draw_together(
+    draws: Any,
+    sampling: Any,
+    memory: Any,
     table: Any,
-    law_weights: Any,
-    temperature: Any,
-    top_k: Any,
-    top_p: Any,
-    min_p: Any,
-    seeds: Any,
     counter: Any,
-    row: int,
-    stream: int,
-    ratios: Any,
-    remembered: Any,
-    mean: Any,
-    count: Any,
-    beta: Any,
-    correction: Any,
-    keeps_logits: bool,
     step: int,
     block: Any,
     takes_part: Any,
@@ -156,9 +167,7 @@ def _draw_together(
 ) -> None:
     for share in prange(drawn.shape[0]):
         _draw_share(
-            table, law_weights, temperature, top_k, top_p, min_p, seeds, counter, row, stream, ratios,
-            remembered, mean, count, beta, correction, keeps_logits, step, block, takes_part, drawn, chances,
-            np.int64(share),
+            draws, sampling, memory, table, counter, step, block, takes_part, drawn, chances, np.int64(share)
         )  # fmt: skip
 
 
@@ -169,64 +178,29 @@ def draw(
     counts: Any,
     drawn: Any,
     takes_part: Any,
-    places: Any,
-    law_weights: Any,
-    temperature: Any,
-    top_k: Any,
-    top_p: Any,
-    min_p: Any,
-    seeds: Any,
-    counters: Any,
-    shared: bool,
-    stream: int,
-    ratios: Any,
-    remembered: Any,
-    mean: Any,
-    count: Any,
-    may_end: bool,
-    accepted: Any,
-    tested: Any,
-    least: Any,
-    reach: Any,
-    grades: Any,
-    least_chances: Any,
-    fading: float,
-    prior_accepted: float,
-    prior_tested: float,
-    beta: Any,
-    correction: Any,
-    keeps_logits: bool,
+    draws: Any,
+    sampling: Any,
+    memory: Any,
+    early: Any,
 ) -> int:
     """The tokens that follow `step`, for all but its last; how many steps the longest draft takes now."""
-    batch = drawn.shape[0]
+    batch, places = drawn.shape[0], draws.places
     table = np.zeros_like(places)
     for model in range(places.shape[0]):
         table[model, 0], table[model, 1] = places[model, 0] + 4 * step * places[model, 2], places[model, 1]
     counter = np.empty(batch, np.int64)
     for sequence in range(batch):
-        counter[sequence] = counters[sequence] + (step if shared else 0)
+        counter[sequence] = draws.counters[sequence] + (step if draws.is_shared else 0)
         takes_part[sequence] = step + 1 < counts[sequence]
-    chances = np.empty(batch if may_end else 0, FLOAT)
-    row = 0 if shared else step
+    chances = np.empty(batch if draws.may_end else 0, FLOAT)
     if batch > 1:
-        _draw_together(
-            table, law_weights, temperature, top_k, top_p, min_p, seeds, counter, row, stream, ratios,
-            remembered, mean, count, beta, correction, keeps_logits, step, block, takes_part, drawn, chances,
-        )  # fmt: skip
+        _draw_together(draws, sampling, memory, table, counter, step, block, takes_part, drawn, chances)
     else:
-        _draw_share(
-            table, law_weights, temperature, top_k, top_p, min_p, seeds, counter, row, stream, ratios,
-            remembered, mean, count, beta, correction, keeps_logits, step, block, takes_part, drawn, chances,
-            0,
-        )  # fmt: skip
+        _draw_share(draws, sampling, memory, table, counter, step, block, takes_part, drawn, chances, 0)
     longest = 0
     for sequence in range(batch):
         block[sequence, step + 1] = drawn[sequence]
-        if (
-            may_end
-            and takes_part[sequence]
-            and ends_draft(accepted, tested, least, reach, grades, sequence, step, chances[sequence])
-        ):
+        if draws.may_end and takes_part[sequence] and ends_draft(early, sequence, step, chances[sequence]):
             counts[sequence] = step + 2
         longest = max(longest, counts[sequence])
     return longest

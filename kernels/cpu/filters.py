@@ -6,25 +6,40 @@ falls into is sorted: two passes over the vocabulary instead of a sort of it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from .jit import FLOAT, MATRIX, TABLE, VECTOR, arrays, compiled, largest, log
+from .jit import FLOAT, MATRIX, TABLE, VECTOR, arrays, compiled, largest, log, record
 
 if TYPE_CHECKING:
     from ..filters import Sampling
     from ..mix import Coefficients
 
 __all__ = [
-    "CONSERVATIVE", "SAMPLING", "conservative_arrays", "cut_top_p", "filter_law", "is_filtered",
+    "ConservativeArrays", "SamplingArrays", "conservative_arrays", "cut_top_p", "filter_law", "is_filtered",
     "sampling_arrays",
 ]  # fmt: skip
 
-SAMPLING = f"{VECTOR}, {TABLE}, {VECTOR}, {VECTOR}"
-"""Types of `sampling_arrays`."""
-CONSERVATIVE = f"{VECTOR}, {MATRIX}, {MATRIX}"
-"""Types of `conservative_arrays`."""
+
+@record(VECTOR, TABLE, VECTOR, VECTOR)
+class SamplingArrays(NamedTuple):
+    """A `Sampling` as arrays [batch]; an empty one where a filter is not in use."""
+
+    temperature: Any
+    top_k: Any
+    top_p: Any
+    min_p: Any
+
+
+@record(VECTOR, MATRIX, MATRIX)
+class ConservativeArrays(NamedTuple):
+    """The conservative filter's mass [batch], and weights of the plain law and of the delta, or nothing."""
+
+    top_p: Any
+    plain_weights: Any
+    delta_weights: Any
+
 
 _NO_FILTER = {
     "top_k": np.empty(0, np.int64), "top_p": np.empty(0, np.float32), "min_p": np.empty(0, np.float32),
@@ -36,9 +51,9 @@ _BARS = 512
 _BARS_PER_NAT = 16
 
 
-def sampling_arrays(sampling: Sampling) -> tuple[Any, ...]:
-    """Temperature, top-k, top-p and min-p as arrays [batch]; an empty one where a filter is not in use."""
-    return (
+def sampling_arrays(sampling: Sampling) -> SamplingArrays:
+    """Temperature and filters for compiled functions."""
+    return SamplingArrays(
         *arrays(sampling, "temperature"),
         *(
             unused if getattr(sampling, name) is None else arrays(sampling, name)[0]
@@ -47,11 +62,11 @@ def sampling_arrays(sampling: Sampling) -> tuple[Any, ...]:
     )
 
 
-def conservative_arrays(coefficients: Coefficients) -> tuple[Any, ...]:
-    """The conservative filter's mass, and the plain law's and the delta's weights; empty without it."""
+def conservative_arrays(coefficients: Coefficients) -> ConservativeArrays:
+    """The conservative filter for compiled functions."""
     if coefficients.conservative_top_p is None:
-        return _NO_FILTER["top_p"], _NO_WEIGHTS, _NO_WEIGHTS
-    return arrays(coefficients, "conservative_top_p", "plain_weights", "delta_weights")
+        return ConservativeArrays(_NO_FILTER["top_p"], _NO_WEIGHTS, _NO_WEIGHTS)
+    return ConservativeArrays(*arrays(coefficients, "conservative_top_p", "plain_weights", "delta_weights"))
 
 
 @compiled(f"int32[::1]({VECTOR}, int64)")
@@ -144,24 +159,24 @@ def cut_top_p(values: Any, shares: Any, ids: Any, count: int, top_p: float) -> i
     return kept
 
 
-@compiled(f"boolean({SAMPLING}, int64, int64)")
-def is_filtered(temperature: Any, top_k: Any, top_p: Any, min_p: Any, sequence: int, vocab_size: int) -> Any:
+@compiled("boolean(SamplingArrays, int64, int64)")
+def is_filtered(sampling: Any, sequence: int, vocab_size: int) -> Any:
     """Whether a sequence's sampling leaves tokens out."""
-    return temperature[sequence] > FLOAT(0) and (
+    top_k, top_p, min_p = sampling.top_k, sampling.top_p, sampling.min_p
+    return sampling.temperature[sequence] > FLOAT(0) and (
         (top_k.shape[0] > 0 and top_k[sequence] < vocab_size)
         or (top_p.shape[0] > 0 and top_p[sequence] < FLOAT(1))
         or (min_p.shape[0] > 0 and min_p[sequence] > FLOAT(0))
     )
 
 
-@compiled(f"void({VECTOR}, {VECTOR}, {SAMPLING}, int64)")
-def filter_law(
-    log_law: Any, law: Any, temperature: Any, top_k: Any, top_p: Any, min_p: Any, sequence: int
-) -> None:
+@compiled(f"void({VECTOR}, {VECTOR}, SamplingArrays, int64)")
+def filter_law(log_law: Any, law: Any, sampling: Any, sequence: int) -> None:
     """Filter a row's normalised log-probabilities and its probabilities in turn, and normalise them again."""
     size = log_law.shape[0]
-    if not is_filtered(temperature, top_k, top_p, min_p, sequence, size):
+    if not is_filtered(sampling, sequence, size):
         return
+    top_k, top_p, min_p = sampling.top_k, sampling.top_p, sampling.min_p
     ids, count, least = np.arange(size), size, FLOAT(-np.inf)
     if top_k.shape[0] > 0:
         count = _cut_top_k(log_law, law, ids, count, top_k[sequence])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numba
 import numpy as np
@@ -17,7 +17,8 @@ from torch import Tensor
 __all__ = [
     "CUBE", "FLAGS", "FLOAT", "LARGEST_FLOAT", "MATRIX", "TABLE", "TABLES", "VECTOR", "WORDS", "argmax",
     "array_at", "arrays", "bits_of_float", "bytes_at", "compiled", "entry", "exp", "in_parallel",
-    "integers_at", "largest", "log", "logits_table", "stay_a_function", "strictly_compiled", "use_threads",
+    "integers_at", "largest", "log", "logits_table", "record", "stay_a_function", "strictly_compiled",
+    "use_threads",
 ]  # fmt: skip
 
 FLOAT = np.float32
@@ -35,6 +36,7 @@ _PRANGE = dict.fromkeys(
 
 # Numba knows numbers that its callers do not: types are its business, in the strings.
 Function: TypeAlias = Callable[..., Any]
+Record = TypeVar("Record")
 
 
 def _stamp(file: Path) -> tuple[str, float, int]:
@@ -43,6 +45,27 @@ def _stamp(file: Path) -> tuple[str, float, int]:
 
 
 _SOURCES = [_stamp(file) for file in sorted(Path(__file__).parents[1].rglob("*.py"))]
+
+
+_RECORDS: dict[str, Any] = {}
+"""Numba's types of records, by their names in strings of types."""
+
+
+def _type_of(text: str) -> Any:
+    return eval(text, {**vars(types), **_RECORDS})
+
+
+def record(*types_: str) -> Callable[[type[Record]], type[Record]]:
+    """Makes a NamedTuple, whose fields have these types, known by its name to strings of types.
+
+    A parallel loop takes records of arrays and numbers, but none of records.
+    """
+
+    def register(named_tuple: type[Record]) -> type[Record]:
+        _RECORDS[named_tuple.__name__] = types.BaseTuple.from_types(list(map(_type_of, types_)), named_tuple)
+        return named_tuple
+
+    return register
 
 
 def _decorator(types_: str, **options: Any) -> Callable[[Function], Function]:
@@ -54,7 +77,7 @@ def _decorator(types_: str, **options: Any) -> Callable[[Function], Function]:
         kept = dispatcher._cache._cache_file
         kept._source_stamp = (kept._source_stamp, _SOURCES)
         # With types given, it is compiled once, and not again for every constant it is called with.
-        dispatcher.compile(types_)
+        dispatcher.compile(_type_of(types_))
         dispatcher.disable_compile()
         compiled_function: Function = dispatcher
         return compiled_function

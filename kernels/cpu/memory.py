@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numba import prange
@@ -24,6 +24,7 @@ from .jit import (
     entry,
     in_parallel,
     logits_table,
+    record,
     stay_a_function,
     use_threads,
 )
@@ -31,19 +32,30 @@ from .jit import (
 if TYPE_CHECKING:
     from ..memory import DraftMemory
 
-__all__ = ["MEMORY", "memory_arrays", "recall", "remember", "remember_rows", "remember_sequence"]
+__all__ = ["MemoryArrays", "memory_arrays", "recall", "remember", "remember_rows", "remember_sequence"]
 
-MEMORY = f"{CUBE}, {TABLES}, {MATRIX}, {TABLE}"
-"""Types of `memory_arrays`."""
-_NO_MEMORY = (
+
+@record(CUBE, TABLES, MATRIX, TABLE)
+class MemoryArrays(NamedTuple):
+    """A `DraftMemory` as arrays; empty ones without it."""
+
+    ratios: Any
+    tokens: Any
+    mean: Any
+    count: Any
+
+
+_NO_MEMORY = MemoryArrays(
     np.empty((0, 0, 0), np.float32), np.empty((0, 0), np.int64), np.empty((0, 0), np.float32),
     np.empty(0, np.int64),
 )  # fmt: skip
 
 
-def memory_arrays(memory: DraftMemory | None) -> tuple[Any, ...]:
-    """A memory as arrays: ratios, tokens, mean, count; empty ones for None."""
-    return _NO_MEMORY if memory is None else arrays(memory, "ratios", "tokens", "mean", "count")
+def memory_arrays(memory: DraftMemory | None) -> MemoryArrays:
+    """A memory for compiled functions; empty for None."""
+    return (
+        _NO_MEMORY if memory is None else MemoryArrays(*arrays(memory, "ratios", "tokens", "mean", "count"))
+    )
 
 
 def remember(
@@ -53,16 +65,13 @@ def remember(
     _kept, table = logits_table([large, base])
     use_threads()
     remember_rows(
-        *memory_arrays(memory), table, block.contiguous().numpy(), accepted_lens.numpy(), done.numpy()
+        memory_arrays(memory), table, block.contiguous().numpy(), accepted_lens.numpy(), done.numpy()
     )
 
 
-@compiled(f"void({MEMORY}, int64, int64, int64, float32, {VECTOR})")
+@compiled(f"void(MemoryArrays, int64, int64, int64, float32, {VECTOR})")
 def recall(
-    ratios: Any,
-    tokens: Any,
-    mean: Any,
-    count: Any,
+    memory: Any,
     sequence: int,
     token: int,
     previous: int,
@@ -70,8 +79,8 @@ def recall(
     out: Any,
 ) -> None:
     """`kernels.recall` for one sequence, into `out` [vocab]; `previous` is -1 for None."""
-    slots, seen = tokens.shape[1], count[sequence]
-    own, known = mean[sequence], tokens[sequence]
+    own, known, seen = memory.mean[sequence], memory.tokens[sequence], memory.count[sequence]
+    slots = known.shape[0]
     if previous < 0:
         previous = known[(seen - 1) % slots]
     best, weight = -1, FLOAT(LAST_WEIGHT)
@@ -87,18 +96,15 @@ def recall(
         for k in range(out.shape[0]):
             out[k] = beta * (FLOAT(MEAN_WEIGHT) * own[k])
         return
-    last = ratios[sequence, best]
+    last = memory.ratios[sequence, best]
     for k in range(out.shape[0]):
         half = FLOAT(MEAN_WEIGHT) * own[k]
         out[k] = beta * (half + weight * (last[k] - half))
 
 
-@compiled(f"void({MEMORY}, {TABLES}, {TABLES}, {TABLE}, {FLAGS}, int64)")
+@compiled(f"void(MemoryArrays, {TABLES}, {TABLES}, {TABLE}, {FLAGS}, int64)")
 def remember_sequence(
-    ratios: Any,
-    tokens: Any,
-    mean: Any,
-    count: Any,
+    memory: Any,
     table: Any,
     block: Any,
     accepted_lens: Any,
@@ -107,14 +113,15 @@ def remember_sequence(
 ) -> None:
     """`remember_rows` for one sequence."""
     stay_a_function()
-    vocab_size, slots = mean.shape[1], tokens.shape[1]
-    own = mean[sequence]
+    tokens, count = memory.tokens, memory.count
+    own, slots = memory.mean[sequence], tokens.shape[1]
+    vocab_size = own.shape[0]
     for row in range(0 if done[sequence] else accepted_lens[sequence] + 1):
         large = array_at(table[0, 0] + 4 * (sequence * table[0, 1] + row * table[0, 2]), (vocab_size,))
         base = array_at(table[1, 0] + 4 * (sequence * table[1, 1] + row * table[1, 2]), (vocab_size,))
         slot = count[sequence] % slots
         tokens[sequence, slot] = block[sequence, row]
-        ratio = ratios[sequence, slot]
+        ratio = memory.ratios[sequence, slot]
         # Loops are in such parts as are taken in vectors: no sum of floats under a condition is.
         finite = np.int32(0)
         for k in range(vocab_size):
@@ -132,12 +139,9 @@ def remember_sequence(
         count[sequence] += 1
 
 
-@in_parallel(f"void({MEMORY}, {TABLES}, {TABLES}, {TABLE}, {FLAGS})")
+@in_parallel(f"void(MemoryArrays, {TABLES}, {TABLES}, {TABLE}, {FLAGS})")
 def _remember_together(
-    ratios: Any,
-    tokens: Any,
-    mean: Any,
-    count: Any,
+    memory: Any,
     table: Any,
     block: Any,
     accepted_lens: Any,
@@ -145,16 +149,13 @@ def _remember_together(
 ) -> None:
     for share in prange(block.shape[0]):
         remember_sequence(
-            ratios, tokens, mean, count, table, block, accepted_lens, done, np.int64(share)
+            memory, table, block, accepted_lens, done, np.int64(share)
         )  # fmt: skip
 
 
-@entry(f"void({MEMORY}, {TABLES}, {TABLES}, {TABLE}, {FLAGS})")
+@entry(f"void(MemoryArrays, {TABLES}, {TABLES}, {TABLE}, {FLAGS})")
 def remember_rows(
-    ratios: Any,
-    tokens: Any,
-    mean: Any,
-    count: Any,
+    memory: Any,
     table: Any,
     block: Any,
     accepted_lens: Any,
@@ -162,6 +163,6 @@ def remember_rows(
 ) -> None:
     """`remember`; the first rows of `table`, as `logits_table` makes it, are of the large and small base."""
     if block.shape[0] > 1:
-        _remember_together(ratios, tokens, mean, count, table, block, accepted_lens, done)
+        _remember_together(memory, table, block, accepted_lens, done)
     else:
-        remember_sequence(ratios, tokens, mean, count, table, block, accepted_lens, done, 0)
+        remember_sequence(memory, table, block, accepted_lens, done, 0)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .filters import SAMPLING, cut_top_p, filter_law, is_filtered
+from .filters import cut_top_p, filter_law, is_filtered
 from .jit import FLOAT, LARGEST_FLOAT, TABLES, VECTOR, array_at, compiled, exp, largest, log
 
 __all__ = ["filtered_law", "mix", "mix_conservatively", "normalise", "softmax"]
@@ -86,19 +86,17 @@ def normalise(logits: Any, temperature: float, law: Any) -> Any:
     return shift
 
 
-@compiled(f"float32({VECTOR}, {VECTOR}, {SAMPLING}, int64)")
-def filtered_law(
-    logits: Any, law: Any, temperature: Any, top_k: Any, top_p: Any, min_p: Any, sequence: int
-) -> Any:
+@compiled(f"float32({VECTOR}, {VECTOR}, SamplingArrays, int64)")
+def filtered_law(logits: Any, law: Any, sampling: Any, sequence: int) -> Any:
     """Write to `law` the law of `logits` after temperature and filters.
 
     Returns what `logits`, which are overwritten, then exceed its log-probabilities by: few of these are read,
     so none is computed for all ids unless a filter needs them.
     """
-    if not is_filtered(temperature, top_k, top_p, min_p, sequence, logits.shape[0]):
-        return softmax(logits, temperature[sequence], law)
-    normalise(logits, temperature[sequence], law)
-    filter_law(logits, law, temperature, top_k, top_p, min_p, sequence)
+    if not is_filtered(sampling, sequence, logits.shape[0]):
+        return softmax(logits, sampling.temperature[sequence], law)
+    normalise(logits, sampling.temperature[sequence], law)
+    filter_law(logits, law, sampling, sequence)
     return FLOAT(0)
 
 

@@ -15,14 +15,12 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from ..verify import AcceptanceRule, Verdict, verification_streams
-from .commit import COMMIT, commit_arrays, commit_rows, rule_arguments
-from .early_stop import EARLY_STOP, early_stop_arrays, learn_rows
-from .filters import CONSERVATIVE, SAMPLING, conservative_arrays, sampling_arrays
+from ..verify import AcceptanceRule, Verdict
+from .commit import commit_rows, rule_arrays, state_arrays
+from .early_stop import early_stop_arrays, learn_rows
+from .filters import conservative_arrays, sampling_arrays
 from .jit import (
-    CUBE,
     FLAGS,
-    MATRIX,
     TABLE,
     TABLES,
     arrays,
@@ -31,8 +29,15 @@ from .jit import (
     logits_table,
     use_threads,
 )
-from .memory import MEMORY, memory_arrays, remember_rows, remember_sequence
-from .verify import RULES, VERIFICATION, verify_rows, verify_sequence
+from .memory import memory_arrays, remember_rows, remember_sequence
+from .verify import (
+    VERIFICATION,
+    LawRoom,
+    VerdictArrays,
+    submitted_arrays,
+    verify_rows,
+    verify_sequence,
+)
 
 if TYPE_CHECKING:
     from ..commit import DraftLengthRule, RoundState
@@ -79,14 +84,13 @@ def bind_round_end(
     report = torch.zeros(batch, rows + 2, dtype=torch.int64)
     _rows, table = logits_table(logits)
     call = partial(
-        _end_round, table, block.numpy(), counts.numpy(),
-        *arrays(coefficients, "target_weights", "draft_weights"), *conservative_arrays(coefficients),
-        *sampling_arrays(sampling), *sampling_arrays(draft_sampling), *arrays(state, "seeds"),
-        *verification_streams(), RULES[rule], *(law.numpy() for law in laws),
-        *arrays(verdict, "accepted_lens", "next_token", "expected_acceptance", "log_probs"),
-        state.memory is not None, *memory_arrays(state.memory), state.early_stop is not None,
-        *early_stop_arrays(state.early_stop), *commit_arrays(state), eos_token_ids.numpy(),
-        *rule_arguments(draft_length_rule),
+        _end_round, submitted_arrays(table, coefficients, block, counts, state.noise, rule),
+        conservative_arrays(coefficients), sampling_arrays(sampling),
+        sampling_arrays(draft_sampling), LawRoom(*(law.numpy() for law in laws)),
+        VerdictArrays(*arrays(verdict, *VerdictArrays._fields)),
+        state.memory is not None, memory_arrays(state.memory), state.early_stop is not None,
+        early_stop_arrays(state.early_stop), state_arrays(state), eos_token_ids.numpy(),
+        rule_arrays(draft_length_rule),
         np.array([(lengths.data_ptr(), stepped) for lengths, stepped in caches]), report.numpy(),
         _shares(batch),
     )  # fmt: skip
@@ -99,174 +103,69 @@ def _shares(batch: int) -> int:
     return threads if batch >= 2 * threads else 0
 
 
-@in_parallel(f"void({VERIFICATION}, boolean, {MEMORY}, {TABLES}, {TABLES}, {FLAGS}, int64)")
+@in_parallel(f"void({VERIFICATION}, boolean, MemoryArrays, {TABLES}, {FLAGS}, int64)")
 def _verify_and_remember(
-    table: Any,
-    target_weights: Any,
-    draft_weights: Any,
+    submitted: Any,
     conservative: Any,
-    plain_weights: Any,
-    delta_weights: Any,
-    draft_tokens: Any,
-    counts: Any,
-    temperature: Any,
-    top_k: Any,
-    top_p: Any,
-    min_p: Any,
-    draft_temperature: Any,
-    draft_top_k: Any,
-    draft_top_p: Any,
-    draft_min_p: Any,
-    seeds: Any,
-    counters: Any,
-    positions: Any,
-    accept_stream: int,
-    residual_stream: int,
-    shared_stream: int,
-    rule: int,
-    log_target: Any,
-    target: Any,
-    draft: Any,
-    accepted_lens: Any,
-    next_token: Any,
-    expected: Any,
-    log_probs: Any,
+    sampling: Any,
+    draft_sampling: Any,
+    room: Any,
+    verdict: Any,
     remembers: bool,
-    ratios: Any,
-    remembered: Any,
-    mean: Any,
-    count: Any,
+    memory: Any,
     pair: Any,
-    block: Any,
     done: Any,
     shares: int,
 ) -> None:
     for share in prange(shares):
         own = np.int64(share)
-        for sequence in range(own, counts.shape[0], shares):
+        for sequence in range(own, done.shape[0], shares):
             verify_sequence(
-                table, target_weights, draft_weights, conservative, plain_weights, delta_weights,
-                draft_tokens, counts, temperature, top_k, top_p, min_p, draft_temperature, draft_top_k,
-                draft_top_p, draft_min_p, seeds, counters, positions, accept_stream, residual_stream,
-                shared_stream, rule, log_target, target, draft, accepted_lens, next_token, expected,
-                log_probs, own, sequence,
+                submitted, conservative, sampling, draft_sampling, room, verdict, own, sequence
             )  # fmt: skip
             if remembers:
-                remember_sequence(
-                    ratios, remembered, mean, count, pair, block, accepted_lens, done, sequence
-                )  # fmt: skip
+                remember_sequence(memory, pair, submitted.block, verdict.accepted_lens, done, sequence)
 
 
 @entry(
-    f"void({TABLES}, {TABLES}, {TABLE}, {MATRIX}, {MATRIX}, {CONSERVATIVE}, {SAMPLING}, {SAMPLING}, {TABLE}, "
-    f"int64, int64, int64, int64, {CUBE}, {CUBE}, {CUBE}, {TABLE}, {TABLE}, {MATRIX}, {MATRIX}, boolean, "
-    f"{MEMORY}, boolean, {EARLY_STOP}, {COMMIT}, {TABLES}, {TABLES}, int64)"
+    f"void({VERIFICATION}, boolean, MemoryArrays, boolean, EarlyStopArrays, StateArrays, {TABLE}, "
+    f"RuleArrays, {TABLES}, {TABLES}, int64)"
 )
 def _end_round(
-    table: Any,
-    block: Any,
-    counts: Any,
-    target_weights: Any,
-    draft_weights: Any,
+    submitted: Any,
     conservative: Any,
-    plain_weights: Any,
-    delta_weights: Any,
-    temperature: Any,
-    top_k: Any,
-    top_p: Any,
-    min_p: Any,
-    draft_temperature: Any,
-    draft_top_k: Any,
-    draft_top_p: Any,
-    draft_min_p: Any,
-    seeds: Any,
-    accept_stream: int,
-    residual_stream: int,
-    shared_stream: int,
-    rule: int,
-    log_target: Any,
-    target: Any,
-    draft: Any,
-    accepted_lens: Any,
-    next_token: Any,
-    expected: Any,
-    log_probs: Any,
+    sampling: Any,
+    draft_sampling: Any,
+    room: Any,
+    verdict: Any,
     remembers: bool,
-    ratios: Any,
-    remembered: Any,
-    mean: Any,
-    count: Any,
+    memory: Any,
     learns: bool,
-    accepted_by_grade: Any,
-    tested_by_grade: Any,
-    least: Any,
-    reach: Any,
-    grades: Any,
-    least_chances: Any,
-    grade_fading: float,
-    all_accepted: float,
-    all_tested: float,
-    last_token: Any,
-    rounds: Any,
-    positions: Any,
-    generated: Any,
-    limits: Any,
-    done: Any,
-    draft_lens: Any,
-    output: Any,
-    accepted_history: Any,
-    tested_history: Any,
-    drafted_total: Any,
-    tested_total: Any,
-    accepted_total: Any,
-    expected_total: Any,
-    tested_at: Any,
-    accepted_at: Any,
+    early: Any,
+    state: Any,
     eos_token_ids: Any,
-    adaptive: bool,
-    thresholds: Any,
-    fading: float,
-    prior_accepted: float,
-    prior_tested: float,
+    rule: Any,
     caches: Any,
     report: Any,
     shares: int,
 ) -> None:
-    batch, drafted = expected.shape
-    draft_tokens = np.empty((batch, drafted), np.int64)
-    for sequence in range(batch):
-        for column in range(drafted):
-            draft_tokens[sequence, column] = block[sequence, column + 1]
-        draft_lens[sequence] = max(counts[sequence] - 1, 0)
+    counts, block = submitted.counts, submitted.block
+    for sequence in range(counts.shape[0]):
+        state.draft_lens[sequence] = max(counts[sequence] - 1, 0)
     pair = np.empty((2, 3), np.int64)
     if remembers:
         # Of the large base and the small one, which stands before the correction.
-        pair[0], pair[1] = table[0], table[draft_weights.shape[1] - 2]
+        last = submitted.draft_weights.shape[1] - 2
+        pair[0], pair[1] = submitted.table[0], submitted.table[last]
     if shares > 0:
         _verify_and_remember(
-            table, target_weights, draft_weights, conservative, plain_weights, delta_weights, draft_tokens,
-            counts, temperature, top_k, top_p, min_p, draft_temperature, draft_top_k, draft_top_p,
-            draft_min_p, seeds, rounds, positions, accept_stream, residual_stream, shared_stream, rule,
-            log_target, target, draft, accepted_lens, next_token, expected, log_probs, remembers, ratios,
-            remembered, mean, count, pair, block, done, shares,
+            submitted, conservative, sampling, draft_sampling, room, verdict, remembers, memory, pair,
+            state.done, shares,
         )  # fmt: skip
     else:
-        verify_rows(
-            table, target_weights, draft_weights, conservative, plain_weights, delta_weights, draft_tokens,
-            counts, temperature, top_k, top_p, min_p, draft_temperature, draft_top_k, draft_top_p,
-            draft_min_p, seeds, rounds, positions, accept_stream, residual_stream, shared_stream, rule,
-            log_target, target, draft, accepted_lens, next_token, expected, log_probs,
-        )  # fmt: skip
+        verify_rows(submitted, conservative, sampling, draft_sampling, room, verdict)
         if remembers:
-            remember_rows(ratios, remembered, mean, count, pair, block, accepted_lens, done)
+            remember_rows(memory, pair, block, verdict.accepted_lens, state.done)
     if learns:
-        learn_rows(
-            accepted_by_grade, tested_by_grade, least, reach, grades, least_chances, grade_fading,
-            all_accepted, all_tested, counts, accepted_lens,
-        )  # fmt: skip
-    commit_rows(
-        last_token, rounds, positions, generated, limits, done, draft_lens, output, accepted_history,
-        tested_history, drafted_total, tested_total, accepted_total, expected_total, tested_at, accepted_at,
-        eos_token_ids, adaptive, thresholds, fading, prior_accepted, prior_tested, draft_tokens,
-        accepted_lens, next_token, expected, caches, report,
-    )  # fmt: skip
+        learn_rows(early, counts, verdict.accepted_lens)
+    commit_rows(state, eos_token_ids, rule, block, verdict, caches, report)

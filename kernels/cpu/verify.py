@@ -7,14 +7,15 @@ A row's logits are read once and stay in a core's cache until its law is known. 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from numba import prange
 from torch import Tensor
 
-from .filters import CONSERVATIVE, SAMPLING, conservative_arrays, sampling_arrays
+from ..verify import AcceptanceRule, verification_streams
+from .filters import conservative_arrays, sampling_arrays
 from .jit import (
     CUBE,
     FLOAT,
@@ -29,6 +30,7 @@ from .jit import (
     exp,
     in_parallel,
     logits_table,
+    record,
     stay_a_function,
     strictly_compiled,
     use_threads,
@@ -41,10 +43,60 @@ if TYPE_CHECKING:
     from ..mix import Coefficients
     from ..noise import NoiseKey
 
-__all__ = ["RULES", "VERIFICATION", "verify", "verify_rows", "verify_sequence"]
+__all__ = [
+    "VERIFICATION", "LawRoom", "SubmittedArrays", "VerdictArrays", "as_block", "submitted_arrays", "verify",
+    "verify_rows", "verify_sequence",
+]  # fmt: skip
 
-RULES = {"token": 0, "block": 1, "shared_seed": 2}
+_RULES = {"token": 0, "block": 1, "shared_seed": 2}
 _TOKEN, _BLOCK, _SHARED_SEED = range(3)
+
+
+@record(TABLES, MATRIX, MATRIX, TABLES, TABLE, TABLE, TABLE, TABLE, *["int64"] * 4)
+class SubmittedArrays(NamedTuple):
+    """What a verification is asked: where models' logits lie, what was drafted, and where the noise lies.
+
+    Attributes:
+        table: as `logits_table` makes it.
+        target_weights, draft_weights: float32 [batch, models].
+        block: int64 [batch, drafted + 1], of which the first column is not read.
+        counts: int64 [batch], one more than each sequence's draft length; 0 where no verdict is wanted.
+        seeds, rounds, positions: int64 [batch].
+        accept_stream, residual_stream, shared_stream: of noise.
+        rule: of `_RULES`.
+    """
+
+    table: Any
+    target_weights: Any
+    draft_weights: Any
+    block: Any
+    counts: Any
+    seeds: Any
+    rounds: Any
+    positions: Any
+    accept_stream: int
+    residual_stream: int
+    shared_stream: int
+    rule: int
+
+
+@record(CUBE, CUBE, CUBE)
+class LawRoom(NamedTuple):
+    """Room for laws, float32 [sequences or shares of them, drafted + 1, vocabulary] each."""
+
+    log_target: Any
+    target: Any
+    draft: Any
+
+
+@record(TABLE, TABLE, MATRIX, MATRIX)
+class VerdictArrays(NamedTuple):
+    """A `Verdict` as arrays, which are written."""
+
+    accepted_lens: Any
+    next_token: Any
+    expected_acceptance: Any
+    log_probs: Any
 
 
 def verify(
@@ -55,31 +107,49 @@ def verify(
     sampling: Sampling,
     draft_sampling: Sampling,
     noise: NoiseKey,
-    streams: tuple[int, int, int],
-    rule: int,
+    rule: AcceptanceRule,
     vocab_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The fields of a `Verdict` for `logits`, each [batch, drafted + 1, >= vocab_size].
 
-    A correction of the draft, with a row less, comes last; `streams` are those of acceptance, of replacement
-    and of shared noise.
+    A correction of the draft, with a row less, comes last.
     """
     batch, drafted = draft_tokens.shape
     _kept, table = logits_table(logits)
     accepted = torch.empty(batch, dtype=torch.int64)
     next_tokens = torch.empty(batch, dtype=torch.int64)
     expected = torch.empty(batch, drafted)
-    log_target, target, draft_law = (np.empty((batch, drafted + 1, vocab_size), np.float32) for _ in range(3))
     log_probs = torch.empty(batch, drafted + 1)
     use_threads()
     verify_rows(
-        table, *arrays(coefficients, "target_weights", "draft_weights"), *conservative_arrays(coefficients),
-        draft_tokens.contiguous().numpy(), (draft_lens + 1).numpy(),
-        *sampling_arrays(sampling), *sampling_arrays(draft_sampling),
-        *arrays(noise, "seeds", "rounds", "positions"), *streams, rule, log_target, target, draft_law,
-        accepted.numpy(), next_tokens.numpy(), expected.numpy(), log_probs.numpy(),
+        submitted_arrays(table, coefficients, as_block(draft_tokens), draft_lens + 1, noise, rule),
+        conservative_arrays(coefficients), sampling_arrays(sampling), sampling_arrays(draft_sampling),
+        LawRoom(*(np.empty((batch, drafted + 1, vocab_size), np.float32) for _ in range(3))),
+        VerdictArrays(accepted.numpy(), next_tokens.numpy(), expected.numpy(), log_probs.numpy()),
     )  # fmt: skip
     return accepted, next_tokens, expected, log_probs
+
+
+def submitted_arrays(
+    table: Any,
+    coefficients: Coefficients,
+    block: Tensor,
+    counts: Tensor,
+    noise: NoiseKey,
+    rule: AcceptanceRule,
+) -> SubmittedArrays:
+    """What is verified, for compiled functions: fields as there."""
+    target_weights, draft_weights = arrays(coefficients, "target_weights", "draft_weights")
+    seeds, rounds, positions = arrays(noise, "seeds", "rounds", "positions")
+    return SubmittedArrays(
+        table, target_weights, draft_weights, block.numpy(), counts.numpy(), seeds, rounds, positions,
+        *verification_streams(), _RULES[rule],
+    )  # fmt: skip
+
+
+def as_block(draft_tokens: Tensor) -> Tensor:
+    """int64 [batch, drafted + 1], in which drafted tokens follow a column that is not read."""
+    return torch.nn.functional.pad(draft_tokens, (1, 0))
 
 
 @strictly_compiled("float32(float32, float32, float32, float32)")
@@ -89,31 +159,14 @@ def _difference(logit: Any, shift: Any, small: Any, small_shift: Any) -> Any:
 
 
 @compiled(
-    f"void({TABLES}, {MATRIX}, {MATRIX}, {CONSERVATIVE}, {TABLES}, {TABLE}, {SAMPLING}, {SAMPLING}, "
-    f"{TABLE}, {TABLE}, int64, int64, {MATRIX}, {MATRIX}, {MATRIX}, {VECTOR}, {VECTOR}, {TABLE}, int64, "
-    "int64)"
+    f"void(SubmittedArrays, ConservativeArrays, SamplingArrays, SamplingArrays, {MATRIX}, {MATRIX}, "
+    f"{MATRIX}, {VECTOR}, {VECTOR}, {TABLE}, int64, int64)"
 )
 def _row_laws(
-    table: Any,
-    target_weights: Any,
-    draft_weights: Any,
+    submitted: Any,
     conservative: Any,
-    plain_weights: Any,
-    delta_weights: Any,
-    draft_tokens: Any,
-    counts: Any,
-    temperature: Any,
-    top_k: Any,
-    top_p: Any,
-    min_p: Any,
-    draft_temperature: Any,
-    draft_top_k: Any,
-    draft_top_p: Any,
-    draft_min_p: Any,
-    seeds: Any,
-    positions: Any,
-    shared_stream: int,
-    rule: int,
+    sampling: Any,
+    draft_sampling: Any,
     log_target: Any,
     target: Any,
     draft: Any,
@@ -130,80 +183,60 @@ def _row_laws(
     own draft and bonus token. For a greedy sequence `draft` stays unset, and `log_ratio` is unused.
     """
     stay_a_function()
-    if row >= counts[sequence]:
+    if row >= submitted.counts[sequence]:
         return
-    logits, law = log_target[row], target[row]
+    logits, law, table = log_target[row], target[row], submitted.table
     size = logits.shape[0]
-    if conservative.shape[0] > 0:
+    if conservative.top_p.shape[0] > 0:
         mix_conservatively(
-            table, plain_weights[sequence], delta_weights[sequence], conservative[sequence], sequence, row,
-            logits, law,
+            table, conservative.plain_weights[sequence], conservative.delta_weights[sequence],
+            conservative.top_p[sequence], sequence, row, logits, law,
         )  # fmt: skip
     else:
-        mix(table, target_weights[sequence], sequence, row, logits)
-    if temperature[sequence] == FLOAT(0):
+        mix(table, submitted.target_weights[sequence], sequence, row, logits)
+    if sampling.temperature[sequence] == FLOAT(0):
         winners[row] = argmax(logits)
         shifts[row] = softmax(logits, FLOAT(1), law)
         return
-    shift = filtered_law(logits, law, temperature, top_k, top_p, min_p, sequence)
-    if rule == _SHARED_SEED:
+    shift = filtered_law(logits, law, sampling, sequence)
+    if submitted.rule == _SHARED_SEED:
         for token in range(size):
             logits[token] -= shift
         shift = FLOAT(0)
         winners[row] = race_of_logits(
-            logits, FLOAT(1), seeds[sequence], positions[sequence] + row, 0, shared_stream
-        )
+            logits, FLOAT(1), submitted.seeds[sequence], submitted.positions[sequence] + row, 0,
+            submitted.shared_stream,
+        )  # fmt: skip
     shifts[row] = shift
-    if row < counts[sequence] - 1:
+    if row < submitted.counts[sequence] - 1:
         small = np.empty(size, FLOAT)
-        mix(table, draft_weights[sequence], sequence, row, small)
-        small_shift = filtered_law(
-            small, draft[row], draft_temperature, draft_top_k, draft_top_p, draft_min_p, sequence
-        )
-        token = draft_tokens[sequence, row]
+        mix(table, submitted.draft_weights[sequence], sequence, row, small)
+        small_shift = filtered_law(small, draft[row], draft_sampling, sequence)
+        token = submitted.block[sequence, row + 1]
         log_ratio[row] = _difference(logits[token], shift, small[token], small_shift)
 
 
 @in_parallel(
-    f"void({TABLES}, {MATRIX}, {MATRIX}, {CONSERVATIVE}, {TABLES}, {TABLE}, {SAMPLING}, {SAMPLING}, "
-    f"{TABLE}, {TABLE}, int64, int64, {CUBE}, {CUBE}, {CUBE}, {MATRIX}, {MATRIX}, {TABLES}, {TABLE})"
+    f"void(SubmittedArrays, ConservativeArrays, SamplingArrays, SamplingArrays, LawRoom, {MATRIX}, {MATRIX}, "
+    f"{TABLES}, {TABLE})"
 )
 def _laws(
-    table: Any,
-    target_weights: Any,
-    draft_weights: Any,
+    submitted: Any,
     conservative: Any,
-    plain_weights: Any,
-    delta_weights: Any,
-    draft_tokens: Any,
-    counts: Any,
-    temperature: Any,
-    top_k: Any,
-    top_p: Any,
-    min_p: Any,
-    draft_temperature: Any,
-    draft_top_k: Any,
-    draft_top_p: Any,
-    draft_min_p: Any,
-    seeds: Any,
-    positions: Any,
-    shared_stream: int,
-    rule: int,
-    log_target: Any,
-    target: Any,
-    draft: Any,
+    sampling: Any,
+    draft_sampling: Any,
+    room: Any,
     shifts: Any,
     log_ratio: Any,
     winners: Any,
     wanted: Any,
 ) -> None:
     for share in prange(wanted.shape[0]):
-        sequence, row = divmod(wanted[np.int64(share)], log_target.shape[1])
+        sequence, row = divmod(wanted[np.int64(share)], winners.shape[1])
         _row_laws(
-            table, target_weights, draft_weights, conservative, plain_weights, delta_weights, draft_tokens,
-            counts, temperature, top_k, top_p, min_p, draft_temperature, draft_top_k, draft_top_p,
-            draft_min_p, seeds, positions, shared_stream, rule, log_target[sequence], target[sequence],
-            draft[sequence], shifts[sequence], log_ratio[sequence], winners[sequence], sequence, row,
+            submitted, conservative, sampling, draft_sampling, room.log_target[sequence],
+            room.target[sequence], room.draft[sequence], shifts[sequence], log_ratio[sequence],
+            winners[sequence], sequence, row,
         )  # fmt: skip
 
 
@@ -261,17 +294,12 @@ def _replacement(
 
 
 @compiled(
-    f"Tuple((int64, float32))({TABLES}, {TABLE}, {VECTOR}, {TABLE}, {TABLE}, int64, int64, {MATRIX}, "
-    f"{MATRIX}, {VECTOR}, {TABLE}, {VECTOR}, int64)"
+    f"Tuple((int64, float32))(SubmittedArrays, SamplingArrays, {MATRIX}, {MATRIX}, {VECTOR}, {TABLE}, "
+    f"{VECTOR}, int64)"
 )
 def _accept(
-    draft_tokens: Any,
-    counts: Any,
-    temperature: Any,
-    seeds: Any,
-    counters: Any,
-    accept_stream: int,
-    rule: int,
+    submitted: Any,
+    sampling: Any,
     target: Any,
     draft: Any,
     log_ratio: Any,
@@ -285,42 +313,37 @@ def _accept(
     go to `expected` [drafted].
     """
     stay_a_function()
-    length = counts[sequence] - 1
-    greedy = temperature[sequence] == FLOAT(0)
+    length = submitted.counts[sequence] - 1
+    greedy = sampling.temperature[sequence] == FLOAT(0)
     for row in range(expected.shape[0]):
         overlap = FLOAT(0)
         if row >= length:
             overlap = FLOAT(0)
         elif greedy:
-            overlap = FLOAT(winners[row] == draft_tokens[sequence, row])
+            overlap = FLOAT(winners[row] == submitted.block[sequence, row + 1])
         else:
             law, small = target[row], draft[row]
             for token in range(law.shape[0]):
                 overlap += min(law[token], small[token])
         expected[row] = overlap
-    seed, counter = seeds[sequence], counters[sequence]
-    if greedy or rule == _SHARED_SEED:
+    seed, counter = submitted.seeds[sequence], submitted.rounds[sequence]
+    if greedy or submitted.rule == _SHARED_SEED:
         count = 0
-        while count < length and winners[count] == draft_tokens[sequence, count]:
+        while count < length and winners[count] == submitted.block[sequence, count + 1]:
             count += 1
         return count, FLOAT(1)
-    if rule == _TOKEN:
-        return _accept_token(log_ratio, length, seed, counter, accept_stream), FLOAT(1)
-    return _accept_block(target, draft, log_ratio, length, seed, counter, accept_stream)
+    if submitted.rule == _TOKEN:
+        return _accept_token(log_ratio, length, seed, counter, submitted.accept_stream), FLOAT(1)
+    return _accept_block(target, draft, log_ratio, length, seed, counter, submitted.accept_stream)
 
 
 @compiled(
-    f"void({TABLES}, {TABLE}, {VECTOR}, {TABLE}, {TABLE}, int64, int64, {MATRIX}, {MATRIX}, {MATRIX}, "
-    f"{VECTOR}, {TABLE}, int64, float32, {TABLE}, {TABLE}, {VECTOR}, int64)"
+    f"void(SubmittedArrays, SamplingArrays, {MATRIX}, {MATRIX}, {MATRIX}, {VECTOR}, {TABLE}, int64, float32, "
+    "VerdictArrays, int64)"
 )
 def _follow(
-    draft_tokens: Any,
-    counts: Any,
-    temperature: Any,
-    seeds: Any,
-    counters: Any,
-    residual_stream: int,
-    rule: int,
+    submitted: Any,
+    sampling: Any,
     log_target: Any,
     target: Any,
     draft: Any,
@@ -328,114 +351,66 @@ def _follow(
     winners: Any,
     count: int,
     scale: float,
-    accepted: Any,
-    next_tokens: Any,
-    log_probs: Any,
+    verdict: Any,
     sequence: int,
 ) -> None:
     """The token that follows `count` accepted ones, and the log-probabilities of all of them."""
     stay_a_function()
-    if temperature[sequence] == FLOAT(0) or rule == _SHARED_SEED:
+    if sampling.temperature[sequence] == FLOAT(0) or submitted.rule == _SHARED_SEED:
         following = winners[count]
     else:
         following = _replacement(
-            target, draft, count, counts[sequence] - 1, scale, seeds[sequence], counters[sequence],
-            residual_stream,
+            target, draft, count, submitted.counts[sequence] - 1, scale, submitted.seeds[sequence],
+            submitted.rounds[sequence], submitted.residual_stream,
         )  # fmt: skip
-    accepted[sequence], next_tokens[sequence] = count, following
+    verdict.accepted_lens[sequence], verdict.next_token[sequence] = count, following
+    log_probs = verdict.log_probs[sequence]
     for row in range(count):
-        log_probs[row] = log_target[row, draft_tokens[sequence, row]] - shifts[row]
+        log_probs[row] = log_target[row, submitted.block[sequence, row + 1]] - shifts[row]
     log_probs[count] = log_target[count, following] - shifts[count]
 
 
-@compiled(f"void({TABLE}, {TABLE}, {VECTOR}, int64)")
-def _skip(accepted: Any, next_tokens: Any, expected: Any, sequence: int) -> None:
+@compiled("void(VerdictArrays, int64)")
+def _skip(verdict: Any, sequence: int) -> None:
     """The verdict on a sequence of which none is wanted."""
-    accepted[sequence] = next_tokens[sequence] = 0
+    verdict.accepted_lens[sequence] = verdict.next_token[sequence] = 0
+    expected = verdict.expected_acceptance[sequence]
     for row in range(expected.shape[0]):
         expected[row] = FLOAT(0)
 
 
-@in_parallel(
-    f"void({TABLES}, {TABLE}, {VECTOR}, {TABLE}, {TABLE}, int64, int64, int64, {CUBE}, {CUBE}, {CUBE}, "
-    f"{MATRIX}, {MATRIX}, {TABLES}, {TABLE}, {TABLE}, {MATRIX}, {MATRIX})"
-)
+@in_parallel(f"void(SubmittedArrays, SamplingArrays, LawRoom, {MATRIX}, {MATRIX}, {TABLES}, VerdictArrays)")
 def _decide(
-    draft_tokens: Any,
-    counts: Any,
-    temperature: Any,
-    seeds: Any,
-    counters: Any,
-    accept_stream: int,
-    residual_stream: int,
-    rule: int,
-    log_target: Any,
-    target: Any,
-    draft: Any,
-    shifts: Any,
-    log_ratio: Any,
-    winners: Any,
-    accepted: Any,
-    next_tokens: Any,
-    expected: Any,
-    log_probs: Any,
+    submitted: Any, sampling: Any, room: Any, shifts: Any, log_ratio: Any, winners: Any, verdict: Any
 ) -> None:
-    for share in prange(counts.shape[0]):
+    for share in prange(winners.shape[0]):
         sequence = np.int64(share)
-        if counts[sequence] == 0:
-            _skip(accepted, next_tokens, expected[sequence], sequence)
+        if submitted.counts[sequence] == 0:
+            _skip(verdict, sequence)
         else:
+            target, draft = room.target[sequence], room.draft[sequence]
             count, scale = _accept(
-                draft_tokens, counts, temperature, seeds, counters, accept_stream, rule, target[sequence],
-                draft[sequence], log_ratio[sequence], winners[sequence], expected[sequence], sequence,
+                submitted, sampling, target, draft, log_ratio[sequence], winners[sequence],
+                verdict.expected_acceptance[sequence], sequence,
             )  # fmt: skip
             _follow(
-                draft_tokens, counts, temperature, seeds, counters, residual_stream, rule,
-                log_target[sequence], target[sequence], draft[sequence], shifts[sequence], winners[sequence],
-                count, scale, accepted, next_tokens, log_probs[sequence], sequence,
+                submitted, sampling, room.log_target[sequence], target, draft, shifts[sequence],
+                winners[sequence], count, scale, verdict, sequence,
             )  # fmt: skip
 
 
-VERIFICATION = (
-    f"{TABLES}, {MATRIX}, {MATRIX}, {CONSERVATIVE}, {TABLES}, {TABLE}, {SAMPLING}, {SAMPLING}, {TABLE}, "
-    f"{TABLE}, {TABLE}, int64, int64, int64, int64, {CUBE}, {CUBE}, {CUBE}, {TABLE}, {TABLE}, {MATRIX}, "
-    f"{MATRIX}"
-)
+VERIFICATION = "SubmittedArrays, ConservativeArrays, SamplingArrays, SamplingArrays, LawRoom, VerdictArrays"
 """Types of what `verify_rows` takes."""
 
 
 @compiled(f"void({VERIFICATION}, int64, int64)")
 def verify_sequence(
-    table: Any,
-    target_weights: Any,
-    draft_weights: Any,
+    submitted: Any,
     conservative: Any,
-    plain_weights: Any,
-    delta_weights: Any,
-    draft_tokens: Any,
-    counts: Any,
-    temperature: Any,
-    top_k: Any,
-    top_p: Any,
-    min_p: Any,
-    draft_temperature: Any,
-    draft_top_k: Any,
-    draft_top_p: Any,
-    draft_min_p: Any,
-    seeds: Any,
-    counters: Any,
-    positions: Any,
-    accept_stream: int,
-    residual_stream: int,
-    shared_stream: int,
-    rule: int,
-    log_target: Any,
-    target: Any,
-    draft: Any,
-    accepted: Any,
-    next_tokens: Any,
-    expected: Any,
-    log_probs: Any,
+    sampling: Any,
+    draft_sampling: Any,
+    room: Any,
+    verdict: Any,
     share: int,
     sequence: int,
 ) -> None:
@@ -445,87 +420,46 @@ def verify_sequence(
     drafted tokens are accepted.
     """
     stay_a_function()
-    if counts[sequence] == 0:
-        _skip(accepted, next_tokens, expected[sequence], sequence)
+    if submitted.counts[sequence] == 0:
+        _skip(verdict, sequence)
         return
-    rows, length = log_target.shape[1], counts[sequence] - 1
-    logits, law, small = log_target[share], target[share], draft[share]
+    logits, law, small = room.log_target[share], room.target[share], room.draft[share]
+    rows, length = logits.shape[0], submitted.counts[sequence] - 1
     shifts, log_ratio = np.empty(rows, FLOAT), np.empty(rows, FLOAT)
     winners = np.empty(rows, np.int64)
     for row in range(length):
         _row_laws(
-            table, target_weights, draft_weights, conservative, plain_weights, delta_weights, draft_tokens,
-            counts, temperature, top_k, top_p, min_p, draft_temperature, draft_top_k, draft_top_p,
-            draft_min_p, seeds, positions, shared_stream, rule, logits, law, small, shifts, log_ratio,
-            winners, sequence, row,
+            submitted, conservative, sampling, draft_sampling, logits, law, small, shifts, log_ratio, winners,
+            sequence, row,
         )  # fmt: skip
     count, scale = _accept(
-        draft_tokens, counts, temperature, seeds, counters, accept_stream, rule, law, small, log_ratio,
-        winners, expected[sequence], sequence,
-    )  # fmt: skip
+        submitted, sampling, law, small, log_ratio, winners, verdict.expected_acceptance[sequence], sequence
+    )
     if count == length:
         _row_laws(
-            table, target_weights, draft_weights, conservative, plain_weights, delta_weights, draft_tokens,
-            counts, temperature, top_k, top_p, min_p, draft_temperature, draft_top_k, draft_top_p,
-            draft_min_p, seeds, positions, shared_stream, rule, logits, law, small, shifts, log_ratio,
-            winners, sequence, length,
+            submitted, conservative, sampling, draft_sampling, logits, law, small, shifts, log_ratio, winners,
+            sequence, length,
         )  # fmt: skip
     _follow(
-        draft_tokens, counts, temperature, seeds, counters, residual_stream, rule, logits, law, small, shifts,
-        winners, count, scale, accepted, next_tokens, log_probs[sequence], sequence,
+        submitted, sampling, logits, law, small, shifts, winners, count, scale, verdict, sequence
     )  # fmt: skip
 
 
 @entry(f"void({VERIFICATION})")
 def verify_rows(
-    table: Any,
-    target_weights: Any,
-    draft_weights: Any,
-    conservative: Any,
-    plain_weights: Any,
-    delta_weights: Any,
-    draft_tokens: Any,
-    counts: Any,
-    temperature: Any,
-    top_k: Any,
-    top_p: Any,
-    min_p: Any,
-    draft_temperature: Any,
-    draft_top_k: Any,
-    draft_top_p: Any,
-    draft_min_p: Any,
-    seeds: Any,
-    counters: Any,
-    positions: Any,
-    accept_stream: int,
-    residual_stream: int,
-    shared_stream: int,
-    rule: int,
-    log_target: Any,
-    target: Any,
-    draft: Any,
-    accepted: Any,
-    next_tokens: Any,
-    expected: Any,
-    log_probs: Any,
+    submitted: Any, conservative: Any, sampling: Any, draft_sampling: Any, room: Any, verdict: Any
 ) -> None:
-    """`verify` of arrays, whose rows threads share; `log_target`, `target` and `draft` are room for laws."""
-    batch, rows = log_target.shape[:2]
+    """`verify` of arrays, whose rows threads share."""
+    batch, rows = submitted.block.shape
     shifts, log_ratio = np.empty((batch, rows), FLOAT), np.empty((batch, rows), FLOAT)
     winners = np.empty((batch, rows), np.int64)
     # Threads get equal parts of a loop in order: of all rows some would get none that is not passed over.
     wanted, number = np.empty(batch * rows, np.int64), 0
     for sequence in range(batch):
-        for row in range(counts[sequence]):
+        for row in range(submitted.counts[sequence]):
             wanted[number] = sequence * rows + row
             number += 1
     _laws(
-        table, target_weights, draft_weights, conservative, plain_weights, delta_weights, draft_tokens,
-        counts, temperature, top_k, top_p, min_p, draft_temperature, draft_top_k, draft_top_p, draft_min_p,
-        seeds, positions, shared_stream, rule, log_target, target, draft, shifts, log_ratio, winners,
-        wanted[:number],
-    )  # fmt: skip
-    _decide(
-        draft_tokens, counts, temperature, seeds, counters, accept_stream, residual_stream, rule, log_target,
-        target, draft, shifts, log_ratio, winners, accepted, next_tokens, expected, log_probs,
-    )  # fmt: skip
+        submitted, conservative, sampling, draft_sampling, room, shifts, log_ratio, winners, wanted[:number]
+    )
+    _decide(submitted, sampling, room, shifts, log_ratio, winners, verdict)

@@ -21,16 +21,13 @@ def test_early_stop() -> None:
 
     @numba.njit
     def ends(arrays: Any, step: int, chances: Any, counts: Any) -> None:
-        accepted, tested, least, reach, grades = arrays
         for sequence in range(counts.shape[0]):
-            if step + 1 < counts[sequence] and ends_draft(
-                accepted, tested, least, reach, grades, sequence, step, chances[sequence]
-            ):
+            if step + 1 < counts[sequence] and ends_draft(arrays, sequence, step, chances[sequence]):
                 counts[sequence] = step + 2
 
     @numba.njit
-    def learned(arrays: Any, rule: Any, counts: Any, accepted_lens: Any) -> None:
-        learn_rows(*arrays, *rule, counts, accepted_lens)
+    def learned(arrays: Any, counts: Any, accepted_lens: Any) -> None:
+        learn_rows(arrays, counts, accepted_lens)
 
     batch, longest = 40, 6
     generator = torch.Generator().manual_seed(4)
@@ -45,12 +42,12 @@ def test_early_stop() -> None:
         for step in range(longest):
             chance = torch.rand(batch, generator=generator) ** 0.3
             end_drafts(reference, draft_lens, step, chance)
-            ends(arrays[:5], step, chance.numpy(), counts.numpy())
+            ends(arrays, step, chance.numpy(), counts.numpy())
         assert torch.equal(counts[~done] - 1, draft_lens[~done])
         lens_seen |= set(draft_lens.tolist())
         accepted_lens = (torch.rand(batch, generator=generator) * (draft_lens + 1)).long()
         learn(reference, draft_lens, accepted_lens, done)
-        learned(arrays[:6], arrays[6:], counts.numpy(), accepted_lens.numpy())
+        learned(arrays, counts.numpy(), accepted_lens.numpy())
         for name in ("accepted", "tested", "least"):
             torch.testing.assert_close(getattr(compiled, name), getattr(reference, name))
     assert lens_seen == set(range(longest + 1))
