@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ from speculative_eft.kernels.cpu.jit import (
     in_parallel,
     integers_at,
     largest,
+    record,
     use_threads,
 )
 from speculative_eft.kernels.cpu.products import dot_products, quantised_products
@@ -47,6 +48,31 @@ from speculative_eft.kernels.cpu.products import dot_products, quantised_product
 from .adapters import is_low_rank
 from .llama import Linear, LlamaBody, is_ordinary, is_plain, linear_of
 from .slot_cache import SlotCache
+
+
+@record(TABLE, "float64", TABLE, TABLE, TABLES, TABLES, MATRIX, "int64[:, :, ::1]")
+class NetworkArrays(NamedTuple):
+    """What passes of a network read.
+
+    Attributes:
+        sizes: int64 [6]: heads, those of keys and values, a head's width, and the widths of the network, of
+            its inner layers and of its vocabulary.
+        eps: of the norms.
+        windows: int64 [layers], positions that a layer attends to; 0 for all.
+        ends: int64, addresses of what stands before and after the layers.
+        weights, stores: int64 [layers, columns], addresses of a layer's weights, and of its keys and values.
+        rotation: float32 [positions, 2 x a head's width], cosines and sines with their signs.
+        low_ranks: int64 [layers, most of a layer, columns], what adapters add.
+    """
+
+    sizes: Any
+    eps: float
+    windows: Any
+    ends: Any
+    weights: Any
+    stores: Any
+    rotation: Any
+    low_ranks: Any
 
 
 class CompiledLlama:
@@ -88,7 +114,7 @@ class CompiledLlama:
         self._ends = np.zeros(_ENDS, dtype=np.int64)
         self._stores: np.ndarray[Any, Any] = np.zeros((len(windows), 2), dtype=np.int64)
         self._added: list[list[_LowRankRows]] = []
-        self._network: tuple[Any, ...] = ()
+        self._network: NetworkArrays
 
     def prepare(self, cache: SlotCache) -> None:
         """Find the weights, and the storage of `cache`, after the body has prepared for it."""
@@ -138,7 +164,7 @@ class CompiledLlama:
         if counts is None:
             counts = torch.full((tokens.shape[0],), tokens.shape[1])
         return partial(
-            _forward, tokens.numpy(), counts.numpy(), cache.lengths.numpy(), *self._network, rows.numpy(),
+            _forward, tokens.numpy(), counts.numpy(), cache.lengths.numpy(), self._network, rows.numpy(),
             use_threads(),
         )  # fmt: skip
 
@@ -168,13 +194,13 @@ class CompiledLlama:
         places = np.array([_addresses(*both) for both in zip(lengths, logits, strict=True)])
         return partial(
             _call_with, (lengths, logits), _forward_together, tokens.numpy(), counts.numpy(), places,
-            *_network(members), room.numpy(), use_threads(),
+            _network(members), room.numpy(), use_threads(),
         )  # fmt: skip
 
     def bind_draft(self, draft: DraftLoop, logits: Tensor, cache: SlotCache) -> Callable[[], None]:
         """`Runner.bind_draft` over `cache`."""
         return partial(
-            _draft, *begin_arguments(draft), cache.lengths.numpy(), *self._network, logits.numpy(),
+            _draft, *begin_arguments(draft), cache.lengths.numpy(), self._network, logits.numpy(),
             use_threads(), *draw_arguments(draft, [None, logits, None]),
         )  # fmt: skip
 
@@ -224,8 +250,8 @@ def _low_ranks(linears: dict[int, Linear]) -> list[_LowRankRows]:
     ]
 
 
-def _network(members: Sequence[CompiledLlama]) -> tuple[Any, ...]:
-    """Arguments of `_forward` for networks that share all weights but their adapters'."""
+def _network(members: Sequence[CompiledLlama]) -> NetworkArrays:
+    """What passes read, for networks that share all weights but their adapters'."""
     first = members[0]
     added: list[list[list[int]]] = [[] for _ in first._weights]
     for index, member in enumerate(members):
@@ -237,7 +263,7 @@ def _network(members: Sequence[CompiledLlama]) -> tuple[Any, ...]:
     for table, rows in zip(low_ranks, added, strict=True):
         # A row without a matrix stands for none.
         table[: len(rows)] = np.array(rows, dtype=np.int64).reshape(-1, _LOW_RANK)
-    return (
+    return NetworkArrays(
         first._sizes, first.body.eps, first._windows, first._ends, first._weights,
         np.hstack([member._stores for member in members]), first.body.rotations.numpy(), low_ranks,
     )  # fmt: skip
@@ -488,36 +514,42 @@ def _attend(
             out[k] = sums[index, k]
 
 
-_BUFFERS = ", ".join([MATRIX] * 6)
-_LAYER = f"{TABLE}, {TABLE}, float64, {TABLE}, {TABLE}, int64, {MATRIX}, {TABLE}, int64, {TABLES}"
+@record(*[MATRIX] * 6)
+class _Buffers(NamedTuple):
+    """What the stages of a pass hand on, a row a token."""
+
+    hidden: Any
+    projected: Any
+    mixed: Any
+    gated: Any
+    up: Any
+    logits: Any
 
 
-@compiled(f"void(int64, int64, int64, {_BUFFERS}, {_LAYER})")
-def _share(
-    stage: int,
-    threads: int,
-    share: int,
-    hidden: Any,
-    projected: Any,
-    mixed: Any,
-    gated: Any,
-    up: Any,
-    logits: Any,
-    table: Any,
-    ends: Any,
-    eps: float,
-    starts: Any,
-    lengths: Any,
-    window: int,
-    rotation: Any,
-    stores: Any,
-    kv_heads: int,
-    low_ranks: Any,
-) -> None:
+@record(TABLE, TABLE, "float64", TABLE, TABLE, "int64", MATRIX, TABLE, "int64", TABLES)
+class _Layer(NamedTuple):
+    """What the stages of one layer read: parts of `NetworkArrays`, and where each sequence's rows stand."""
+
+    table: Any
+    ends: Any
+    eps: float
+    starts: Any
+    lengths: Any
+    window: int
+    rotation: Any
+    stores: Any
+    kv_heads: int
+    low_ranks: Any
+
+
+@compiled("void(int64, int64, int64, _Buffers, _Layer)")
+def _share(stage: int, threads: int, share: int, buffers: Any, layer: Any) -> None:
     """What one thread does of one stage."""
+    table, eps, low_ranks, starts = layer.table, layer.eps, layer.low_ranks, layer.starts
+    hidden, projected, mixed, gated = buffers.hidden, buffers.projected, buffers.mixed, buffers.gated
     if stage in (_PROJECT, _PROJECT_KEPT):
         inputs = _normalised(hidden, table[_ATTENTION_NORM], eps)
-        key_size = kv_heads * rotation.shape[1] // 2
+        key_size = layer.kv_heads * layer.rotation.shape[1] // 2
         query_size = projected.shape[1] - 2 * key_size
         if stage == _PROJECT:
             _product(
@@ -529,13 +561,13 @@ def _share(
             )
     elif stage in (_ATTEND, _KEEP):
         _attend(
-            projected, starts, lengths, table, eps, window, rotation, stores, kv_heads, mixed, share,
-            stage == _ATTEND,
+            projected, starts, layer.lengths, table, eps, layer.window, layer.rotation, layer.stores,
+            layer.kv_heads, mixed, share, stage == _ATTEND,
         )  # fmt: skip
     elif stage == _JOIN:
         _product(mixed, table, _OUTPUT, hidden.shape[1], hidden, 0, share, threads, True, low_ranks, starts)
     elif stage == _GATE_UP:
-        inputs = _normalised(hidden, table[_MLP_NORM], eps)
+        inputs, up = _normalised(hidden, table[_MLP_NORM], eps), buffers.up
         rows, inner = gated.shape
         _product(inputs, table, _GATE, inner, gated, 0, share, threads, False, low_ranks, starts)
         _product(inputs, table, _UP, inner, up, 0, share, threads, False, low_ranks, starts)
@@ -547,66 +579,35 @@ def _share(
     elif stage == _CLOSE:
         _product(gated, table, _DOWN, hidden.shape[1], hidden, 0, share, threads, True, low_ranks, starts)
     else:
-        inputs = _normalised(hidden, ends[_FINAL_NORM], eps)
-        _product(inputs, ends, _HEAD, logits.shape[1], logits, 0, share, threads, False, low_ranks, starts)
+        inputs, logits = _normalised(hidden, layer.ends[_FINAL_NORM], eps), buffers.logits
+        _product(
+            inputs, layer.ends, _HEAD, logits.shape[1], logits, 0, share, threads, False, low_ranks, starts
+        )
 
 
-@in_parallel(f"void(int64, int64, int64, {_BUFFERS}, {_LAYER})")
-def _together(
-    stage: int,
-    threads: int,
-    shares: int,
-    hidden: Any,
-    projected: Any,
-    mixed: Any,
-    gated: Any,
-    up: Any,
-    logits: Any,
-    table: Any,
-    ends: Any,
-    eps: float,
-    starts: Any,
-    lengths: Any,
-    window: int,
-    rotation: Any,
-    stores: Any,
-    kv_heads: int,
-    low_ranks: Any,
-) -> None:
+@in_parallel("void(int64, int64, int64, _Buffers, _Layer)")
+def _together(stage: int, threads: int, shares: int, buffers: Any, layer: Any) -> None:
     for share in prange(shares):
-        _share(
-            stage, threads, np.int64(share), hidden, projected, mixed, gated, up, logits,
-            table, ends, eps, starts, lengths, window, rotation, stores, kv_heads, low_ranks,
-        )  # fmt: skip
+        _share(stage, threads, np.int64(share), buffers, layer)
 
 
-_NETWORK = f"{TABLE}, float64, {TABLE}, {TABLE}, {TABLES}, {TABLES}, {MATRIX}, int64[:, :, ::1]"
-
-
-@entry(f"void({TABLES}, {TABLE}, {TABLE}, {_NETWORK}, {MATRIX}, int64)")
+@entry(f"void({TABLES}, {TABLE}, {TABLE}, NetworkArrays, {MATRIX}, int64)")
 def _forward(
     tokens: Any,
     counts: Any,
     lengths: Any,
-    sizes: Any,
-    eps: float,
-    windows: Any,
-    ends: Any,
-    weights: Any,
-    stores: Any,
-    rotation: Any,
-    low_ranks: Any,
+    network: Any,
     logits: Any,
     threads: int,
 ) -> None:
     """Run the first `counts` of each sequence's tokens; their logits stand where those of all would."""
-    heads, kv_heads, dim, width, inner, vocabulary = sizes
+    heads, kv_heads, dim, width, inner, vocabulary = network.sizes
     batch, length = tokens.shape
     starts = np.zeros(batch + 1, np.int64)
     for sequence in range(batch):
         starts[sequence + 1] = starts[sequence] + counts[sequence]
     rows = starts[batch]
-    embedding = array_at(ends[_EMBEDDING], (vocabulary, width))
+    embedding = array_at(network.ends[_EMBEDDING], (vocabulary, width))
     hidden = np.empty((rows, width), FLOAT)
     for sequence in range(batch):
         for step in range(counts[sequence]):
@@ -617,10 +618,11 @@ def _forward(
     mixed = np.empty((rows, heads * dim), FLOAT)
     gated = np.empty((rows, inner), FLOAT)
     up = np.empty((rows, inner), FLOAT)
-    layers = weights.shape[0]
+    layers = network.weights.shape[0]
     # One sequence's stand in their places as they are.
     is_ragged = rows < logits.shape[0] and batch > 1
     packed = np.empty((rows, logits.shape[1]), FLOAT) if is_ragged else logits[:rows]
+    buffers = _Buffers(hidden, projected, mixed, gated, up, packed)
     # Without room for logits none are made.
     reads_out = logits.shape[0] > 0
     for step in range(_READ_OUT * layers + 1 if reads_out else _READ_OUT * (layers - 1) + 2):
@@ -629,12 +631,12 @@ def _forward(
             layer, stage = 0, _READ_OUT
         elif layer == layers - 1 and not reads_out:
             stage += _PROJECT_KEPT
-        _together(
-            stage, threads, batch * kv_heads if stage in (_ATTEND, _KEEP) else threads,
-            hidden, projected, mixed, gated, up, packed,
-            weights[layer], ends, eps, starts, lengths, windows[layer], rotation, stores[layer], kv_heads,
-            low_ranks[layer],
+        own = _Layer(
+            network.weights[layer], network.ends, network.eps, starts, lengths, network.windows[layer],
+            network.rotation, network.stores[layer], kv_heads, network.low_ranks[layer],
         )  # fmt: skip
+        shares = batch * kv_heads if stage in (_ATTEND, _KEEP) else threads
+        _together(stage, threads, shares, buffers, own)
     for sequence in range(batch if is_ragged else 0):
         for step in range(counts[sequence]):
             row, out = packed[starts[sequence] + step], logits[sequence * length + step]
@@ -642,19 +644,12 @@ def _forward(
                 out[k] = row[k]
 
 
-@entry(f"void({TABLES}, {TABLE}, {TABLES}, {_NETWORK}, {MATRIX}, int64)")
+@entry(f"void({TABLES}, {TABLE}, {TABLES}, NetworkArrays, {MATRIX}, int64)")
 def _forward_together(
     tokens: Any,
     counts: Any,
     places: Any,
-    sizes: Any,
-    eps: float,
-    windows: Any,
-    ends: Any,
-    weights: Any,
-    stores: Any,
-    rotation: Any,
-    low_ranks: Any,
+    network: Any,
     room: Any,
     threads: int,
 ) -> None:
@@ -663,26 +658,23 @@ def _forward_together(
     networks = places.shape[0]
     all_tokens = np.empty((networks * batch, length), np.int64)
     all_counts, all_lengths = np.empty(networks * batch, np.int64), np.empty(networks * batch, np.int64)
-    for network in range(networks):
-        lengths = integers_at(places[network, 0], (batch,))
+    for member in range(networks):
+        lengths = integers_at(places[member, 0], (batch,))
         for sequence in range(batch):
-            at = network * batch + sequence
+            at = member * batch + sequence
             all_tokens[at] = tokens[sequence]
             all_counts[at], all_lengths[at] = counts[sequence], lengths[sequence]
-    _forward(
-        all_tokens, all_counts, all_lengths, sizes, eps, windows, ends, weights, stores, rotation, low_ranks,
-        room, threads,
-    )  # fmt: skip
+    _forward(all_tokens, all_counts, all_lengths, network, room, threads)
     rows, vocabulary = batch * length, room.shape[1]
-    for network in range(networks):
-        out = array_at(places[network, 1], (rows, vocabulary))
+    for member in range(networks):
+        out = array_at(places[member, 1], (rows, vocabulary))
         for row in range(rows):
-            own, target = room[network * rows + row], out[row]
+            own, target = room[member * rows + row], out[row]
             for k in range(vocabulary):
                 target[k] = own[k]
 
 
-@entry(f"void({TABLE}, {TABLE}, {FLAGS}, {TABLES}, {TABLE}, {TABLE}, {_NETWORK}, {CUBE}, int64, {DRAWS})")
+@entry(f"void({TABLE}, {TABLE}, {FLAGS}, {TABLES}, {TABLE}, {TABLE}, NetworkArrays, {CUBE}, int64, {DRAWS})")
 def _draft(
     last_token: Any,
     draft_lens: Any,
@@ -690,14 +682,7 @@ def _draft(
     block: Any,
     counts: Any,
     lengths: Any,
-    sizes: Any,
-    eps: float,
-    windows: Any,
-    ends: Any,
-    weights: Any,
-    stores: Any,
-    rotation: Any,
-    low_ranks: Any,
+    network: Any,
     logits: Any,
     threads: int,
     draws: Any,
@@ -711,10 +696,7 @@ def _draft(
     step = 0
     # The last step is for the token after the draft, of which one that only drafts says nothing.
     while step < longest - draws.keeps_logits:
-        _forward(
-            drawn.reshape((batch, 1)), takes_part, lengths, sizes, eps, windows, ends, weights, stores,
-            rotation, low_ranks, logits[step], threads,
-        )  # fmt: skip
+        _forward(drawn.reshape((batch, 1)), takes_part, lengths, network, logits[step], threads)
         for sequence in range(batch):
             lengths[sequence] += 1
         if step < drafted:
