@@ -124,7 +124,7 @@ class Report:
                 ],
                 projections=[Projection(**projection) for projection in saved["projections"]],
             )
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not the JSON of a benchmark ({error!r})") from error
 
 

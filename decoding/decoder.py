@@ -246,7 +246,7 @@ class EFTDecoder:
             stopping_criteria, prefix_allowed_tokens_fn, tokenizer,
             past_key_values if cache is None else cache, streamer,
         )  # fmt: skip
-        with self.runners.lock, torch.inference_mode():
+        with self.runners.turns, torch.inference_mode():
             call = read_call(
                 given,
                 self.models,
@@ -278,7 +278,7 @@ class EFTDecoder:
         # Of a chunk every model's logits, and in float32 the mix, its normalised law, and one on the way.
         beside = (2 * len(runners) + 12) * min(prompts.longest, DEFAULT_CHUNK) * self.vocab_size
         check_caches(runners, batch, [prompts.longest] * len(runners), 0, beside, "input_ids")
-        with self.runners.lock, torch.inference_mode():
+        with self.runners.turns, torch.inference_mode():
             self._past = None
             coefficients = self._coefficients(batch, self.runners.large.device)
             return score_tokens(self.runners, prompts, coefficients, self.vocab_size)

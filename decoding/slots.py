@@ -66,7 +66,7 @@ class SlotBatch:
     used, and rounds depend on nothing in its neighbours.
 
     Args:
-        decoder: whose models and law are used; it must not be used otherwise meanwhile.
+        decoder: whose models and law are used; no other call may use the models meanwhile.
         slots: most sequences at a time.
         max_length: most tokens of a prompt and its continuation.
         eos_token_ids: any of them ends a sequence.
@@ -87,7 +87,12 @@ class SlotBatch:
         self.decoder, self.slots, self.max_length = decoder, slots, max_length
         self._eos = eos_token_ids
         self._device = runners.large.device
-        every, beyond = decoder.runners.every, decoder.longest_draft + 1
+        with runners.turns:
+            self._begin(decoder)
+
+    def _begin(self, decoder: EFTDecoder) -> None:
+        runners, slots, max_length = decoder.runners, self.slots, self.max_length
+        every, beyond = runners.every, decoder.longest_draft + 1
         lengths, beside = [max_length] * len(every), decoder.bytes_beside_caches
         check_caches(every, slots, lengths, beyond, beside, "slots and max_length")
         for runner in every:
@@ -104,6 +109,14 @@ class SlotBatch:
         self._running = RunningBatch(
             runners, state, self._plan([]), None, [], [], decoder.captured  # nobody runs yet
         )  # fmt: skip
+        self._reservations = runners.large.reservations
+
+    def _check_caches(self) -> None:
+        if self.decoder.runners.large.reservations != self._reservations:
+            raise RuntimeError(
+                "another call has used these models since the last step, and overwritten what their caches "
+                "held; give it models of its own: models.with_own_caches()"
+            )
 
     @property
     def free(self) -> int:
@@ -137,6 +150,7 @@ class SlotBatch:
 
         Raises:
             ValueError: if no slot is free, or the prompt is empty, too long, or outside the vocabulary.
+            RuntimeError: if another call has used the models meanwhile.
         """
         if self.free == 0:
             raise ValueError(f"all {self.slots} slots are taken: step until one is free")
@@ -152,7 +166,12 @@ class SlotBatch:
             )
         if not (int(prompt.min()) >= 0 and int(prompt.max()) < self.decoder.vocab_size):
             raise ValueError(f"prompt holds an id outside the vocabulary of {self.decoder.vocab_size} ids")
-        prompt = prompt.to(self._device, torch.int64)
+        with self.decoder.runners.turns:
+            self._check_caches()
+            return self._join(prompt.to(self._device, torch.int64), options)
+
+    def _join(self, prompt: Tensor, options: SlotOptions) -> int:
+        length = prompt.numel()
         sequence = self._joined
         self._joined += 1
         self._options[sequence] = options
@@ -181,9 +200,17 @@ class SlotBatch:
 
     @torch.inference_mode()
     def step(self) -> dict[int, SlotProgress]:
-        """Run one round; for each sequence whose report has arrived what it did. Nothing if nobody runs."""
+        """Run one round; for each sequence whose report has arrived what it did. Nothing if nobody runs.
+
+        Raises RuntimeError if another call has used the models meanwhile.
+        """
         if self._running.rows == 0:
             return {}
+        with self.decoder.runners.turns:
+            self._check_caches()
+            return self._step()
+
+    def _step(self) -> dict[int, SlotProgress]:
         report = self._running.advance(self._drafted, self._timer)
         if report is None:
             return {}

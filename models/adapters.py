@@ -6,11 +6,13 @@ Nothing here imports peft before it is given one of its models or one of its fol
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from threading import RLock
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import safe_open
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 _PREFIX = "base_model.model."
+_LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+"""Of layers that several models share, by the first of them."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +47,25 @@ class LowRank:
 class AdapterSwitch:
     """Runs a model's modules with some of its adapters on, or none, and leaves it as it was.
 
-    The layers are found once; a pass then sets two entries of each, on the host alone.
+    The layers are found once; a pass then sets two entries of each, on the host alone. Passes of several
+    threads over the same layers take turns.
     """
 
     def __init__(self, model: nn.Module, adapters: Sequence[str]) -> None:
         self._adapters = list(adapters)
+        layers = [module for module in model.modules() if is_adapter_layer(module)]
         # peft's own switches also change which weights require gradients; writing past nn.Module's
         # attribute machinery costs a tenth.
-        self._layers = [vars(module) for module in model.modules() if is_adapter_layer(module)]
+        self._layers = list(map(vars, layers))
+        self._lock = _LOCKS.setdefault(layers[0], RLock()) if layers else RLock()
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
+        with self._lock, self._switched():
+            yield
+
+    @contextmanager
+    def _switched(self) -> Iterator[None]:
         before = [(layer.get("_disable_adapters"), layer["_active_adapter"]) for layer in self._layers]
         disabled, adapters = not self._adapters, self._adapters
         try:
@@ -72,6 +84,16 @@ class AdapterSwitch:
 def is_adapter_layer(module: nn.Module) -> bool:
     """Whether peft put `module` in the place of one of the model's own."""
     return hasattr(module, "_disable_adapters")
+
+
+def refuse_merged(layers: Iterable[Any]) -> None:
+    """Raise IncompatibleModelsError if an adapter was merged into the weights of one of peft's `layers`."""
+    merged = sorted({adapter for layer in layers for adapter in layer.merged_adapters})
+    if merged:
+        raise IncompatibleModelsError(
+            f"the adapter {', '.join(merged)} was merged into the base's weights, which other models here "
+            "share: unmerge it (unmerge_adapter)"
+        )
 
 
 def is_low_rank(module: Any, adapters: Sequence[str] | None) -> bool:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 import torch
@@ -127,6 +128,7 @@ class EFTModels:
         self.compile_bodies = compile_bodies
         self._with_template: set[str] = set()
         self._runners: EFTRunners | None = None
+        self._making_runners = Lock()
         self._step_costs: dict[tuple[bool, int, bool], StepCosts] = {}
         if not tuned:
             raise IncompatibleModelsError("small_tuned must hold at least one model.")
@@ -222,13 +224,14 @@ class EFTModels:
         Raises ValueError for an architecture that turns out not to run with one length for each sequence, for
         an `attention` that cannot run one of the models, and for one that torch.compile cannot run.
         """
-        if self._runners is None:
-            large, *tuned, base = (
-                ModelRunner(network.model, self.attention, network.adapters, self.compile_bodies)
-                for network in self._networks
-            )
-            self._runners = EFTRunners(large, list(tuned), base)
-        return self._runners
+        with self._making_runners:
+            if self._runners is None:
+                large, *tuned, base = (
+                    ModelRunner(network.model, self.attention, network.adapters, self.compile_bodies)
+                    for network in self._networks
+                )
+                self._runners = EFTRunners(large, list(tuned), base)
+            return self._runners
 
     def drafting_runners(self, pair: bool) -> list[ModelRunner]:
         """The runners of the models that draft: the tuned ones, and as a `pair` the small base."""
@@ -266,7 +269,7 @@ class EFTModels:
     def with_own_caches(self) -> EFTModels:
         """The same networks with runners, and so with caches, of their own."""
         other = copy.copy(self)
-        other._runners = None
+        other._runners, other._making_runners = None, Lock()
         return other
 
     def forward_passes(self) -> list[tuple[PreTrainedModel, Callable[[], AbstractContextManager[None]]]]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from threading import RLock
-from typing import Any, Protocol
+from threading import Lock, get_ident
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -131,6 +130,28 @@ def bind_passes(
     return calls
 
 
+class Turns:
+    """A lock for which other threads wait, and which the thread that has it is refused."""
+
+    def __init__(self) -> None:
+        self._lock, self._owner = Lock(), -1
+
+    def __enter__(self) -> None:
+        """Raises RuntimeError for a call within a call."""
+        if self._owner == get_ident():
+            raise RuntimeError(
+                "these models are in the middle of a call, whose caches another call from within it (by a "
+                "streamer, a logits processor or a stopping criterion) would overwrite; give that one models "
+                "of its own: models.with_own_caches()"
+            )
+        self._lock.acquire()
+        self._owner = get_ident()
+
+    def __exit__(self, *_: object) -> None:
+        self._owner = -1
+        self._lock.release()
+
+
 @dataclass(frozen=True)
 class EFTRunners:
     """A runner for each model, every one with a cache of its own.
@@ -139,14 +160,14 @@ class EFTRunners:
         drafters: what drafts in the place of the tuned models and, where it drafts along, the small base: for
             each a network over that runner's cache, which is not reserved or filled itself. Without any they
             draft themselves.
-        lock: who decodes holds it, since the caches are one sequence's, or one batch's, at a time.
+        turns: who decodes takes one, since the caches are one batch's at a time.
     """
 
     large: Runner
     tuned: list[Runner]
     base: Runner
     drafters: list[Runner] = field(default_factory=list)
-    lock: AbstractContextManager[Any] = field(default_factory=RLock, repr=False, compare=False)
+    turns: Turns = field(default_factory=Turns, repr=False, compare=False)
 
     @property
     def small(self) -> list[Runner]:

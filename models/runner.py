@@ -18,7 +18,7 @@ from speculative_eft.kernels import (
     projections,
 )
 
-from .adapters import AdapterSwitch, is_adapter_layer, is_low_rank
+from .adapters import AdapterSwitch, is_adapter_layer, is_low_rank, refuse_merged
 from .attention import Attention, attention_for, choose_attention
 from .bodies import Block, Body, FalconAlibiBody, TransformersBody
 from .configs import TESTED_FAMILIES, position_limit, text_config
@@ -90,6 +90,7 @@ class ModelRunner:
         self._head_is_fused = (
             self.attention == "triton" and type(self._head) is nn.Linear and is_plain(self._head)
         )
+        self._adapter_layers = [] if adapters is None else list(filter(is_adapter_layer, model.modules()))
         # Read one by one, weights need no switch; a captured graph keeps what was on at its capture.
         self._adapted: Callable[[], AbstractContextManager[None]] = nullcontext
         if adapters is not None and (not isinstance(self._body, LlamaBody) or is_adapter_layer(self._head)):
@@ -134,7 +135,10 @@ class ModelRunner:
 
         The storage is kept if it is large enough. Weights changed in place since are seen from here on.
         With `keep` the tokens in the cache stay, and `lengths` with them.
+
+        Raises IncompatibleModelsError if an adapter of shared weights has been merged into them meanwhile.
         """
+        refuse_merged(self._adapter_layers)
         self.reservations += 1
         if keep:
             if not self.cache.holds(batch, length):

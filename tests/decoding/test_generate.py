@@ -340,6 +340,17 @@ def test_integers_may_be_of_numpy_or_torch() -> None:
     assert torch.equal(decoder.generate(ids, seed=[4]), decoder.generate(ids, seed=np.array([4])))
 
 
+@pytest.mark.parametrize("inner", ["generate", "score"])
+def test_a_call_within_a_call_needs_caches_of_its_own(inner: str) -> None:
+    models, ids = tiny_trio("llama"), torch.tensor([[5, 6, 7]])
+    decoder, apart = EFTDecoder(models), EFTDecoder(models.with_own_caches())
+    wanted = decoder.generate(ids, max_new_tokens=8)
+    with pytest.raises(RuntimeError, match="in the middle of a call"):
+        decoder.generate(ids, max_new_tokens=8, streamer=lambda *_: getattr(EFTDecoder(models), inner)(ids))
+    found = decoder.generate(ids, max_new_tokens=8, streamer=lambda *_: getattr(apart, inner)(ids))
+    assert torch.equal(found, wanted)
+
+
 def test_calls_of_several_threads_take_turns() -> None:
     models = tiny_trio("llama")
     decoders = [EFTDecoder(models, EFTConfig(draft_tokens=3)), NaiveEFTDecoder(models)]

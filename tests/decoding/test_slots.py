@@ -153,6 +153,21 @@ def test_bad_input_of_slots() -> None:
         batch.join(prompt, SlotOptions(3, 0))
 
 
+def test_other_calls_between_steps_are_seen() -> None:
+    models = tiny_trio("llama")
+    decoder, other = EFTDecoder(models, EFTConfig(draft_tokens=2)), EFTDecoder(models)
+    apart = EFTDecoder(models.with_own_caches())
+    prompt = torch.tensor([5, 6, 7])
+    batch = SlotBatch(decoder, 2, 20)
+    batch.join(prompt, SlotOptions(8, 0))
+    apart.generate(prompt[None], max_new_tokens=3)
+    batch.step()
+    other.generate(prompt[None], max_new_tokens=3)
+    for call in (batch.step, lambda: batch.join(prompt, SlotOptions(8, 0))):
+        with pytest.raises(RuntimeError, match="another call has used these models"):
+            call()
+
+
 class Uncaptured(CapturedFunctions):
     """Stands for graphs on a machine without a GPU: runs functions as they are, and counts the keys."""
 

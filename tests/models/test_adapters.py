@@ -7,6 +7,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -379,6 +380,35 @@ def test_pairs_and_plain_steps_read_shared_weights_once(monkeypatch: pytest.Monk
         calls.clear()
         decoder.generate(PROMPTS, **options)
         assert 0 < len(calls) <= most
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_an_adapter_that_is_merged_later_is_refused(family: str) -> None:
+    gpt2 = {"target_modules": ["c_attn"], "fan_in_fan_out": True}
+    settings: dict[str, Any] = PLAIN if family == "llama" else gpt2
+    base = tiny_model(family, 2)
+    tuned = with_adapter(base, 3, **settings)
+    decoder = EFTDecoder(EFTModels(tiny_model(family, 0), tuned, base), EFTConfig(draft_tokens=2))
+    wanted = decoder.generate(PROMPTS, max_new_tokens=6)
+    tuned.merge_adapter()
+    with pytest.raises(IncompatibleModelsError, match="default was merged into the base"):
+        decoder.generate(PROMPTS, max_new_tokens=6)
+    tuned.unmerge_adapter()
+    assert torch.equal(decoder.generate(PROMPTS, max_new_tokens=6), wanted)
+
+
+def test_threads_that_share_modules_take_turns() -> None:
+    base = tiny_model("gpt2", 2)
+    tuned = with_adapter(base, 3, target_modules=["c_attn"], fan_in_fan_out=True)
+    before = state_of(tuned)
+    decoders = [
+        EFTDecoder(EFTModels(tiny_model("gpt2", 0), tuned, base), EFTConfig(draft_tokens=2)) for _ in range(3)
+    ]
+    wanted = decoders[0].generate(PROMPTS, max_new_tokens=12)
+    with ThreadPoolExecutor(3) as pool:
+        found = pool.map(lambda index: decoders[index % 3].generate(PROMPTS, max_new_tokens=12), range(9))
+    assert all(torch.equal(tokens, wanted) for tokens in found)
+    assert state_of(tuned) == before
 
 
 def test_a_plain_loop_runs_each_in_its_role() -> None:
