@@ -149,7 +149,7 @@ def _engine_stages(paths: Iterable[Path]) -> list[dict[str, Any]]:
 def _gpu_line(result: dict[str, Any]) -> str:
     machine = result["environment"]
     # Some files hold all its digits. A mark follows where the source differed.
-    digest, *mark = machine["commit"].split(" ", 1)
+    digest, *mark = (machine["commit"] or "unknown").split(" ", 1)
     commit = " ".join([digest[:12], *mark])
     return (
         f"{machine['device']}; torch {machine['torch']}, Triton {machine['triton']}, transformers "

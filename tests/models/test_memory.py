@@ -145,6 +145,7 @@ def test_loading_that_runs_out_of_memory_says_what_each_model_needs(
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
+    monkeypatch.setattr(eft_models, "check_device", lambda device: None)
     monkeypatch.setattr(eft_models, "_load", full)
     monkeypatch.setattr(eft_models, "free_bytes", lambda device: 3 * 2**30)
     monkeypatch.setattr(memory, "_gigabytes", lambda size: f"{size} bytes")
