@@ -161,3 +161,10 @@ def test_ctrl_c_is_quiet(run: Callable[..., Outcome], monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("speculative_eft.cli.load_models", interrupt)
     assert run("generate", "x") == Outcome(130, "", "")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"{", b"[]", b"{}"])
+def test_what_is_no_report_is_named(run: Callable[..., Outcome], tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "report.json"
+    file.write_bytes(content)
+    assert_one_line(run("bench", "compare", str(file), str(file)), "report.json")
