@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from .early_stop import EarlyStop
 from .memory import DraftMemory
 from .noise import NoiseKey
 
-__all__ = ["DraftLengthRule", "RoundState", "commit", "committed_tokens"]
+__all__ = ["DraftLengthRule", "RoundState", "StateArrays", "commit", "committed_tokens"]
 
 
 @dataclass
@@ -67,6 +68,27 @@ class RoundState:
     def noise(self) -> NoiseKey:
         """Where the noise of the round that is due lies."""
         return NoiseKey(seeds=self.seeds, rounds=self.rounds, positions=self.positions)
+
+
+class StateArrays(NamedTuple):
+    """What a commit reads and writes of a `RoundState`, for compiled kernels, as arrays or tensors."""
+
+    last_token: Any
+    rounds: Any
+    positions: Any
+    generated: Any
+    limits: Any
+    done: Any
+    draft_lens: Any
+    output: Any
+    accepted_history: Any
+    tested_history: Any
+    drafted: Any
+    tested: Any
+    accepted: Any
+    expected: Any
+    tested_at: Any
+    accepted_at: Any
 
 
 @dataclass(frozen=True)

@@ -9,37 +9,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..commit import StateArrays
 from .jit import FLAGS, FLOAT, TABLE, TABLES, VECTOR, arrays, entry, integers_at, record
 from .verify import VerdictArrays, as_block
 
 if TYPE_CHECKING:
-    from speculative_eft.kernels.commit import DraftLengthRule, RoundState
+    from ..commit import DraftLengthRule, RoundState
 
-__all__ = ["RuleArrays", "StateArrays", "commit", "commit_rows", "rule_arrays", "state_arrays"]
+__all__ = ["RuleArrays", "commit", "commit_rows", "rule_arrays", "state_arrays"]
 
 
-@record(
-    *[TABLE] * 5, FLAGS, TABLE, TABLES, VECTOR, VECTOR, TABLE, TABLE, TABLE, VECTOR, TABLE, TABLE
-)  # fmt: skip
-class StateArrays(NamedTuple):
-    """What a commit reads and writes of a `RoundState`."""
-
-    last_token: Any
-    rounds: Any
-    positions: Any
-    generated: Any
-    limits: Any
-    done: Any
-    draft_lens: Any
-    output: Any
-    accepted_history: Any
-    tested_history: Any
-    drafted: Any
-    tested: Any
-    accepted: Any
-    expected: Any
-    tested_at: Any
-    accepted_at: Any
+record(*[TABLE] * 5, FLAGS, TABLE, TABLES, VECTOR, VECTOR, TABLE, TABLE, TABLE, VECTOR, TABLE, TABLE)(
+    StateArrays
+)
 
 
 @record("boolean", VECTOR, "float32", "float32", "float32")

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..commit import StateArrays
 from .specialisation import Specialisation
 from .tile import INTERPRETED, MORE_REGISTERS, launch_options, power_of_two
 
@@ -19,27 +20,6 @@ if TYPE_CHECKING:
 __all__ = ["commit", "specialisations"]
 
 _SEQUENCES = 8_192 if INTERPRETED else 32
-
-
-class State(NamedTuple):
-    """The tensors of a `RoundState` that a commit reads and writes."""
-
-    last_token: Any
-    rounds: Any
-    positions: Any
-    generated: Any
-    limits: Any
-    done: Any
-    draft_lens: Any
-    output: Any
-    accepted_history: Any
-    tested_history: Any
-    drafted: Any
-    tested: Any
-    accepted: Any
-    expected: Any
-    tested_at: Any
-    accepted_at: Any
 
 
 class Verified(NamedTuple):
@@ -182,7 +162,7 @@ def commit(
     """`kernels.commit` in one launch."""
     batch, drafted = draft_tokens.shape
     report = torch.empty(batch, 2 + drafted + 1, dtype=torch.int64, device=draft_tokens.device)
-    tensors = {name: getattr(state, name) for name in State._fields}
+    tensors = {name: getattr(state, name) for name in StateArrays._fields}
     # One byte a flag, as torch stores them.
     tensors["done"] = state.done.view(torch.int8)
     expected = state.expected if expected_acceptance is None else expected_acceptance
@@ -196,7 +176,7 @@ def commit(
         else Rule(rule.thresholds, rule.fading, rule.prior_accepted, rule.prior_tested)
     )
     _commit[(-(-batch // _SEQUENCES),)](
-        State(**tensors), verified, numbers, tuple(cache for cache, _ in caches), batch,
+        StateArrays(**tensors), verified, numbers, tuple(cache for cache, _ in caches), batch,
         state.output.shape[1], drafted, eos_token_ids.shape[0], lengths,
         STEPPED=tuple(stepped for _, stepped in caches), ADAPTS=rule is not None,
         COUNTS=expected_acceptance is not None, SEQUENCES=_SEQUENCES, COLUMNS=power_of_two(drafted + 1),
@@ -207,7 +187,7 @@ def commit(
 
 def specialisations() -> Iterator[Specialisation]:
     """Three caches, of which the tuned model's has stepped along."""
-    state = State._make(
+    state = StateArrays._make(
         [*["*i64"] * 5, "*i8", *["*i64"] * 2, *["*fp32"] * 2, *["*i64"] * 3, "*fp32", *["*i64"] * 2]
     )
     verified = Verified("*i64", "*i64", "*i64", "*fp32", "*i64", "*i64")
