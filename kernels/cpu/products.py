@@ -113,7 +113,6 @@ def _sums(rows: int) -> Callable[..., None]:
         real = ir.FloatType()
         vector = ir.VectorType(real, _LANES)
         fused = _function(builder, f"llvm.fmuladd.v{_LANES}f32", vector, vector, vector, vector)
-        total = _function(builder, f"llvm.vector.reduce.fadd.v{_LANES}f32", real, real, vector)
         rows_at = [builder.add(inputs, builder.mul(_constant(r), input_step)) for r in range(rows)]
         weights_at = [builder.add(weights, builder.mul(_constant(c), weight_step)) for c in range(_STREAMS)]
 
@@ -140,13 +139,10 @@ def _sums(rows: int) -> Callable[..., None]:
 
         zeros = ir.Constant(vector, [0.0] * _LANES)
         values = _in_lines(builder, size, _LINE, zeros, rows * _STREAMS, step)
-        for index, value in enumerate(values):
-            r, c = divmod(index, _STREAMS)
-            at = builder.add(builder.mul(_constant(r), out_row), builder.mul(_constant(c), out_step))
-            place = builder.inttoptr(builder.add(out, at), real.as_pointer())
-            result = builder.call(total, [ir.Constant(real, -0.0), value], fastmath=("reassoc",))
-            there = builder.select(add, builder.load(place), ir.Constant(real, 0.0))
-            builder.store(builder.fadd(result, there), place)
+        for r in range(rows):
+            totals = _sums_of_four(builder, values[r * _STREAMS : (r + 1) * _STREAMS], builder.fadd)
+            results = [builder.extract_element(totals, ir.IntType(32)(c)) for c in range(_STREAMS)]
+            _put(builder, results, builder.add(out, builder.mul(_constant(r), out_row)), out_step, add)
         return context.get_dummy_value()
 
     adds: Callable[..., None] = sums
@@ -161,30 +157,44 @@ def _shuffled(builder: Any, left: Any, right: Any, places: Iterable[int]) -> Any
     )
 
 
-def _sums_of_four(builder: Any, vectors: Sequence[Any]) -> Any:
-    """The sum of each of four vectors of integers, as one vector of four."""
+def _sums_of_four(builder: Any, vectors: Sequence[Any], add: Callable[[Any, Any], Any]) -> Any:
+    """The sum of each of four vectors, as one vector of four.
+
+    Side by side: lines are so short that each sum on its own would take a good part of the time of its terms.
+    """
     lanes = vectors[0].type.count
     for width in (1, 2):
         folded = []
         for left, right in zip(vectors[::2], vectors[1::2], strict=True):
-            # Of each 2 * width elements of both the first halves, and the second ones.
+            # Both first halves of each four elements, and both second ones, in turns of `width`: what
+            # processors have an instruction for.
             halves = [
                 [
                     base + first + k
-                    for first in range(begin, lanes, 2 * width)
+                    for four in range(begin, lanes, _STREAMS)
+                    for first in range(four, four + 2, width)
                     for base in (0, lanes)
                     for k in range(width)
                 ]
-                for begin in (0, width)
+                for begin in (0, 2)
             ]
-            folded.append(builder.add(*(_shuffled(builder, left, right, half) for half in halves)))
+            folded.append(add(*(_shuffled(builder, left, right, half) for half in halves)))
         vectors = folded
     (total,) = vectors
     while lanes > _STREAMS:
         lanes //= 2
         parts = (_shuffled(builder, total, total, range(at, at + lanes)) for at in (0, lanes))
-        total = builder.add(*parts)
+        total = add(*parts)
     return total
+
+
+def _put(builder: Any, results: Sequence[Any], out: Any, out_step: Any, add: Any) -> None:
+    """Store float32 `results` from the address `out` on, added to what is there if `add`."""
+    real = ir.FloatType()
+    for c, result in enumerate(results):
+        place = builder.inttoptr(builder.add(out, builder.mul(_constant(c), out_step)), real.as_pointer())
+        there = builder.select(add, builder.load(place), ir.Constant(real, 0.0))
+        builder.store(builder.fadd(result, there), place)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -229,15 +239,13 @@ def _integer_sums(
             return values
 
         values = _in_lines(builder, size, _LINE_OF_BYTES, ir.Constant(sums, [0] * pairs), _STREAMS, step)
-        # Side by side: lines are so short that each stream's sum on its own would take as long as they do.
-        totals = builder.sitofp(_sums_of_four(builder, values), ir.VectorType(real, _STREAMS))
+        totals = builder.sitofp(_sums_of_four(builder, values, builder.add), ir.VectorType(real, _STREAMS))
+        results = []
         for c in range(_STREAMS):
-            at = builder.mul(_constant(c), out_step)
-            place = builder.inttoptr(builder.add(out, at), real.as_pointer())
-            scale = builder.fmul(_load(builder, builder.add(scales, at), real, 4), factor)
-            result = builder.fmul(builder.extract_element(totals, ir.IntType(32)(c)), scale)
-            there = builder.select(add, builder.load(place), ir.Constant(real, 0.0))
-            builder.store(builder.fadd(result, there), place)
+            at = builder.add(scales, builder.mul(_constant(c), out_step))
+            scale = builder.fmul(_load(builder, at, real, 4), factor)
+            results.append(builder.fmul(builder.extract_element(totals, ir.IntType(32)(c)), scale))
+        _put(builder, results, out, out_step, add)
         return context.get_dummy_value()
 
     integers = [types.int64] * 5
