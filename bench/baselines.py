@@ -19,12 +19,11 @@ from speculative_eft.decoding.round import PhaseTimer, RoundPlan, new_round_stat
 from speculative_eft.decoding.running import CapturedBatch, RunningBatch, rounded_span
 from speculative_eft.kernels import Coefficients, RoundState, Sampling, Stream, commit, draft_step
 from speculative_eft.models import (
-    CapturedFunctions,
     EFTModels,
     EFTRunners,
     Runner,
     StepCosts,
-    graph_budget,
+    captured_functions,
 )
 
 __all__ = [
@@ -51,7 +50,7 @@ class SingleModelRounds(RunningBatch):
         if self._captured is None:
             return _step(self.runners.large, state, plan, span, timer)
         span = rounded_span(span)
-        report: Tensor = self._captured.graphs.run(
+        report: Tensor = self._captured.run(
             (self.rows, span), lambda: _step(self.runners.large, state, plan, span, PhaseTimer())
         )
         return report
@@ -128,7 +127,7 @@ class SingleModelDecoder:
         self.runners = EFTRunners(self.runner, [], self.runner)
         device = self.runner.device
         self.lagging = device.type == "cuda"
-        graphs = CapturedFunctions(device, graph_budget(device)) if self.lagging else None
+        graphs = captured_functions([self.runner])
         self.captured = None if graphs is None else CapturedBatch(graphs)
 
     def new_state(
@@ -215,16 +214,15 @@ class SingleModelDecoder:
         running = SingleModelRounds(
             self.runners, state, plan, None, [prompts.longest] * batch, ends, self.captured
         )
-        following, rounds = 0, 0
+        following = 0
         while following >= 0:
             report = running.advance(0, timer)
-            rounds += 1
             if report is None:
                 continue
             stream(streamer, report.items())
             following = max(row[1] for row in report.values())
             if following >= 0:
-                running.compact([index for index, row in report.items() if row[1] < 0])
+                running.compact()
             timer.mark("other")
         running.restore()
         new = int(state.generated.max())
@@ -235,7 +233,7 @@ class SingleModelDecoder:
             return sequences
         timer.seconds[self._phase] = timer.seconds.pop("step", 0.0)
         emitted = int(state.generated.sum())
-        return _output(sequences, _plain_stats(rounds, emitted, emitted, timer.seconds))
+        return _output(sequences, _plain_stats(running.rounds, emitted, emitted, timer.seconds))
 
 
 def _nothing_to_do() -> None:
@@ -258,7 +256,7 @@ class UniformRunner:
         self.device = device
         self._all_lengths = self.lengths = torch.zeros(0, dtype=torch.int64, device=device)
         self._logits = torch.zeros(0, 0, vocab_size, device=device)
-        self.reservations = 0
+        self.reservations, self.addresses = 0, list[float]()
 
     def reserve(self, batch: int, length: int, keep: bool = False) -> None:
         self.reservations += 1

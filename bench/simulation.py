@@ -95,6 +95,10 @@ class _ForcedRunner:
         return self._runner.lengths
 
     @property
+    def addresses(self) -> list[float]:
+        return self._runner.addresses
+
+    @property
     def reservations(self) -> int:
         return self._runner.reservations
 

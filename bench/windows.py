@@ -183,14 +183,16 @@ def warm_up_rounds(
     while True:
         for drafted in draft_lens:
             # Once as they are, once captured, once replayed.
-            for _ in range(3):
+            wanted = running.rounds + 3
+            while running.rounds < wanted:
                 running.state.draft_lens.zero_()
                 if running.state.offered_lens is not None:
                     running.state.offered_lens.zero_()
                 running.advance(drafted, PhaseTimer())
         if not narrowing or running.rows == 1:
             break
-        running.compact(running.order[(running.rows + 1) // 2 : running.rows])
+        running.end(range((running.rows + 1) // 2, running.rows))
+        running.compact()
     running.restore()
 
 
@@ -204,13 +206,14 @@ def run_window(decoder: RoundDecoder, start: Start, seed: int, rounds: int | Non
     _synchronize(start.last_token.device)
     begun = perf_counter()
     while drafted >= 0 and (rounds is None or len(launched) < rounds):
-        launched.append(drafted)
         report = running.advance(drafted, timer)
+        if running.rounds > len(launched):
+            launched.append(drafted)
         if report is None:
             continue
         drafted = max(row[1] for row in report.values())
         if drafted >= 0:
-            running.compact([index for index, row in report.items() if row[1] < 0])
+            running.compact()
     host_seconds = perf_counter() - begun - running.waited
     _synchronize(start.last_token.device)
     seconds = perf_counter() - begun

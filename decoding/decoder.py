@@ -22,12 +22,11 @@ from speculative_eft.kernels import (
     warm_up,
 )
 from speculative_eft.models import (
-    CapturedFunctions,
     EFTModels,
     EFTRunners,
     caches_fit,
+    captured_functions,
     check_caches,
-    graph_budget,
 )
 
 from .adapter import continue_for_transformers
@@ -98,7 +97,7 @@ class EFTDecoder:
         device = self.runners.large.device
         # On a GPU the host starts a round before it has read the last one, and replays what it captured.
         self.lagging = device.type == "cuda"
-        graphs = CapturedFunctions(device, graph_budget(device)) if self.lagging else None
+        graphs = captured_functions(self.runners.every)
         self.captured = None if graphs is None else CapturedBatch(graphs)
         self._general_is_reported = False
 
@@ -246,7 +245,7 @@ class EFTDecoder:
             stopping_criteria, prefix_allowed_tokens_fn, tokenizer,
             past_key_values if cache is None else cache, streamer,
         )  # fmt: skip
-        with self.runners.turns, torch.inference_mode():
+        with self.runners.turn(), torch.inference_mode():
             call = read_call(
                 given,
                 self.models,
@@ -278,7 +277,7 @@ class EFTDecoder:
         # Of a chunk every model's logits, and in float32 the mix, its normalised law, and one on the way.
         beside = (2 * len(runners) + 12) * min(prompts.longest, DEFAULT_CHUNK) * self.vocab_size
         check_caches(runners, batch, [prompts.longest] * len(runners), 0, beside, "input_ids")
-        with self.runners.turns, torch.inference_mode():
+        with self.runners.turn(), torch.inference_mode():
             self._past = None
             coefficients = self._coefficients(batch, self.runners.large.device)
             return score_tokens(self.runners, prompts, coefficients, self.vocab_size)
@@ -570,10 +569,8 @@ class EFTDecoder:
         if first is not None:
             running.runners = first.runners
         drafted = int(state.draft_lens.max())
-        rounds = 0
         while drafted >= 0:
             report = running.advance(drafted, timer, first=first is not None)
-            rounds += 1
             if report is None:
                 continue
             rows = [report.get(index, [0, -1]) for index in range(batch)]
@@ -585,10 +582,10 @@ class EFTDecoder:
                 drafted = first.finish(state, drafted)
                 running.runners, first = self.runners, None
             if drafted >= 0 and running.pays_for_done:
-                running.compact([index for index, row in enumerate(rows) if row[1] < 0])
+                running.compact()
             timer.mark("other")
         running.restore()
-        return rounds
+        return running.rounds
 
     def _run_general(
         self,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ _ROUNDS_AHEAD = 1
 
 _SPAN_STEP = 1024
 
+_MOST_KINDS = 4
+"""Kinds of calls whose graphs are kept, such as sampled and greedy ones; each has a memory of drafts."""
+
 
 Parts: TypeAlias = tuple[RoundState, RoundPlan, "TraceBuffers | None"]
 
@@ -37,32 +40,58 @@ def rounded_span(span: int) -> int:
     return -(-span // _SPAN_STEP) * _SPAN_STEP
 
 
+@dataclass(eq=False)
+class _Kind:
+    """Calls that differ in what their tensors hold alone.
+
+    Attributes:
+        parts: the state, plan and trace of all rows.
+        narrowed: the same of fewer rows, by their number.
+    """
+
+    parts: Parts
+    narrowed: dict[int, Parts] = field(default_factory=dict)
+
+
 @dataclass
 class CapturedBatch:
     """What the graphs of a batch's rounds read and write: kept from call to call, since they know addresses.
 
     Attributes:
-        parts: the state, plan and trace of all rows.
-        narrowed: the same of fewer rows, by their number.
-        lengths: of the runners' caches, which tell whether these are still the same.
         graphs: captures the rounds.
+        kinds: the last few kinds of calls, the present one last.
+        addresses: of the runners' weights and caches, which tell whether these are still the same.
     """
 
     graphs: CapturedFunctions
-    parts: Parts | None = None
-    narrowed: dict[int, Parts] = field(default_factory=dict)
-    lengths: list[Tensor] = field(default_factory=list)
+    kinds: list[_Kind] = field(default_factory=list)
+    addresses: list[float] = field(default_factory=list)
+
+    @property
+    def narrowed(self) -> dict[int, Parts]:
+        """The parts of the present kind, by the number of their rows."""
+        return self.kinds[-1].narrowed
 
     def take(self, parts: Parts, runners: EFTRunners) -> Parts:
-        """`parts`, or those of the call before, which now hold the same and which the graphs know."""
-        lengths = [runner.lengths for runner in runners.every]
-        same = [own.data_ptr() for own in self.lengths] == [own.data_ptr() for own in lengths]
-        if self.parts is not None and same and refill(list(self.parts), list(parts)):
-            return self.parts
-        self.graphs.clear()
-        self.narrowed.clear()
-        self.parts, self.lengths = parts, lengths
-        return parts
+        """`parts`, or those of an earlier call of their kind, which now hold the same and graphs know."""
+        addresses: list[float] = []
+        for runner in runners.every:
+            addresses += (runner.lengths.data_ptr(), *runner.addresses)
+        if addresses != self.addresses or len(self.kinds) > _MOST_KINDS:
+            self.graphs.clear()
+            self.kinds.clear()
+            self.addresses = addresses
+        kind = next((kind for kind in self.kinds if refill(list(kind.parts), list(parts))), None)
+        if kind is None:
+            kind = _Kind(parts)
+        else:
+            self.kinds.remove(kind)
+        self.kinds.append(kind)
+        return kind.parts
+
+    def run(self, key: Hashable, *functions: Callable[..., Any]) -> Any:
+        """`CapturedFunctions.run` for rounds of the present kind."""
+        return self.graphs.run((id(self.kinds[-1]), key), *functions)
 
 
 @dataclass
@@ -71,7 +100,7 @@ class _Sent:
 
     report: Tensor
     arrived: torch.cuda.Event | None
-    sequences: list[int]
+    sequences: list[int | None]
     most: int
 
 
@@ -82,8 +111,9 @@ class RunningBatch:
     Where the state has `offered_lens`, each report is read one round late.
 
     Attributes:
-        order: the sequence in each row of the state.
+        order: the sequence in each row of the state, None where there was none yet.
         rows: how many rows, the first ones, take part in the rounds to come.
+        rounds: that were started.
         waited: seconds for which the host had nothing to do until a GPU's report arrived.
     """
 
@@ -104,19 +134,26 @@ class RunningBatch:
             captured: has graphs of the rounds, and has taken these parts; None runs them as they are.
         """
         self._captured = captured
-        self.waited = 0.0
+        self.waited, self.rounds = 0.0, 0
         self.runners, self.state, self.plan, self.trace = runners, state, plan, trace
-        self.order = list(range(len(lengths)))
+        self.order: list[int | None] = list(range(len(lengths)))
         self.rows = len(lengths)
+        self._ended: set[int] = set()
         self._lengths, self._limits = dict(enumerate(lengths)), dict(enumerate(limits))
         self._sent: deque[_Sent] = deque()
         self._bound: dict[int, BoundRound | None] = {}
         self._room = Room(state.tested_at.shape[0])
-        self._narrow()
+        self._use_rows()
+        if self.rows:
+            self._narrow()
 
-    def _narrow(self) -> None:
+    def _use_rows(self) -> None:
         for runner in self._runners():
             runner.use(self.rows)
+
+    def _narrow(self) -> None:
+        """Let rounds be of `rows` rows."""
+        self._use_rows()
         kept = {} if self._captured is None else self._captured.narrowed
         if self.rows not in kept:
             trace = None if self.trace is None else narrowed(self.trace, self.rows)
@@ -138,7 +175,12 @@ class RunningBatch:
 
         `drafted` is the longest draft length of the last report that was read. A `first` round, of runners
         that are this call's own, has its report due at once, and no graph of it would serve another round.
+        None is started where those whose reports are due may have ended all sequences: to wait for one report
+        takes less time than a round in vain.
         """
+        if self._sent and self._may_be_over():
+            return self._read(self._sent.popleft())
+        self.rounds += 1
         sequences = self.order[: self.rows]
         if self._captured is not None and not first and self.plan.draft_length_rule is None:
             # One graph for all rounds of a fixed length, also where the last tokens leave less to draft.
@@ -155,10 +197,24 @@ class RunningBatch:
         due = first or self.state.offered_lens is None or len(self._sent) > _ROUNDS_AHEAD
         return self._read(self._sent.popleft()) if due else None
 
-    def _span(self, sequences: Sequence[int], drafted: int) -> int:
-        ahead = sum(sent.most for sent in self._sent)
-        reached = max(min(self._lengths[index] + ahead, self._limits[index]) for index in sequences)
-        return reached + drafted + 1
+    def _live(self) -> list[int]:
+        """The sequences that are not known to have ended."""
+        return [index for index in self.order[: self.rows] if index is not None and index not in self._ended]
+
+    def _ahead(self) -> int:
+        """Tokens that rounds which were started may add to what is known of a sequence."""
+        return sum(sent.most for sent in self._sent)
+
+    def _may_be_over(self) -> bool:
+        ahead = self._ahead()
+        return all(self._lengths[index] + ahead >= self._limits[index] for index in self._live())
+
+    def _span(self, sequences: Sequence[int | None], drafted: int) -> int:
+        ahead = self._ahead()
+        reached = [
+            min(self._lengths[index] + ahead, self._limits[index]) for index in sequences if index is not None
+        ]
+        return max(reached, default=0) + drafted + 1
 
     def _round(self, drafted: int, span: int, timer: PhaseTimer, first: bool) -> Tensor:
         state, plan, trace = self._parts
@@ -167,7 +223,7 @@ class RunningBatch:
             timer.mark("draft")
             return verify_phase(self.runners, state, plan, draft, span, timer, trace)
         span = rounded_span(span)
-        report: Tensor = self._captured.graphs.run(
+        report: Tensor = self._captured.run(
             (self.rows, drafted, span),
             lambda: draft_phase(self.runners, state, plan, drafted, span),
             lambda draft: verify_phase(self.runners, state, plan, draft, span, PhaseTimer(), trace),
@@ -186,7 +242,7 @@ class RunningBatch:
         state, plan, _ = self._parts
         return bind_round(self.runners, state, plan, drafted, self._room)
 
-    def _send(self, report: Tensor, sequences: list[int], most: int) -> _Sent:
+    def _send(self, report: Tensor, sequences: list[int | None], most: int) -> _Sent:
         if report.device.type != "cuda":
             return _Sent(report, None, sequences, most)
         # Torch keeps pinned memory that was let go, and gives it again once its copy has ended.
@@ -203,27 +259,40 @@ class RunningBatch:
             self.waited += perf_counter() - begun
         return self._noted(sent.sequences, sent.report.tolist())
 
-    def _noted(self, sequences: Sequence[int], rows: list[list[int]]) -> Report:
-        """The report of a round of these sequences, by which their lengths have grown."""
-        report = dict(zip(sequences, rows, strict=True))
-        for index, (count, *_) in report.items():
+    def _noted(self, sequences: Sequence[int | None], rows: list[list[int]]) -> Report:
+        """The report of a round of these sequences, by which their lengths have grown or they have ended."""
+        report = {index: row for index, row in zip(sequences, rows, strict=True) if index is not None}
+        for index, (count, following, *_) in report.items():
+            # Not of a sequence that has since left its row to another.
             if index in self._lengths:
                 self._lengths[index] += count
+                if following < 0:
+                    self._ended.add(index)
         return report
 
     def join(self, sequence: int, length: int, limit: int) -> int:
-        """Give a new sequence the first row that takes part in no round, which is free; returns the row."""
-        row = self.rows
-        if row == len(self.order):
-            self.order.append(sequence)
-        else:
-            for known in (self._lengths, self._limits):
-                known.pop(self.order[row], None)
-            self.order[row] = sequence
+        """Give a new sequence a row of none that runs, which the state must have; returns the row.
+
+        Rounds go on once the row is filled and there is a plan for it, see `plan_anew`.
+        """
+        live = set(self._live())
+        row = next((row for row in range(self.rows) if self.order[row] not in live), self.rows)
+        if row == self.rows:
+            # Rows that nobody has yet are masked, as those are that have ended.
+            self.rows = min(self._rows_for(row + 1), self.state.done.shape[0])
+            self.order += [None] * (self.rows - len(self.order))
+        left = self.order[row]
+        if left is not None:
+            del self._lengths[left], self._limits[left]
+            self._ended.discard(left)
+        self.order[row] = sequence
         self._lengths[sequence], self._limits[sequence] = length, limit
-        self.rows += 1
-        self._narrow()
+        self._use_rows()
         return row
+
+    def _rows_for(self, live: int) -> int:
+        """Rows for rounds of so many sequences: with graphs a power of two, so that few are captured."""
+        return live if self._captured is None or live == 0 else 1 << (live - 1).bit_length()
 
     def plan_anew(self, plan: RoundPlan) -> None:
         """Go on with another plan, whose rows are in the present order."""
@@ -235,20 +304,17 @@ class RunningBatch:
 
     def end(self, sequences: Sequence[int]) -> None:
         """Mark sequences that the host ended."""
-        ended = set(sequences)
-        end_rows(self.state, [row for row, index in enumerate(self.order) if index in ended])
+        self._ended.update(sequences)
+        end_rows(self.state, [row for row, index in enumerate(self.order) if index in sequences])
 
-    def compact(self, done: Iterable[int]) -> None:
-        """Give the rows of the sequences that are `done` to others, where fewer rows then hold the rest."""
-        ended = set(done)
-        is_done = [index in ended for index in self.order[: self.rows]]
-        live = is_done.count(False)
-        # With graphs a power of two, so that few are captured.
-        rows = live if self._captured is None else 1 << max(live - 1, 0).bit_length()
+    def compact(self) -> None:
+        """Give the rows of the sequences that have ended to others, where fewer rows then hold the rest."""
+        live = set(self._live())
+        rows = self._rows_for(len(live))
         if rows >= self.rows:
             return
-        beyond = [row for row in range(rows, self.rows) if not is_done[row]]
-        free = [row for row in range(rows) if is_done[row]][: len(beyond)]
+        beyond = [row for row in range(rows, self.rows) if self.order[row] in live]
+        free = [row for row in range(rows) if self.order[row] not in live][: len(beyond)]
         self._rearrange(free + beyond, beyond + free)
         self.rows = rows
         if rows == 0:
@@ -272,9 +338,8 @@ class RunningBatch:
 
     def restore(self) -> None:
         """Give every sequence the row of its number again."""
-        places = {index: row for row, index in enumerate(self.order)}
+        places = {index: row for row, index in enumerate(self.order) if index is not None}
         rows = [row for row, index in enumerate(self.order) if index != row]
         self._rearrange(rows, [places[row] for row in rows])
         self.rows = len(self.order)
-        for runner in self._runners():
-            runner.use(self.rows)
+        self._use_rows()

@@ -61,7 +61,7 @@ def put(part: Any, row: int, one: Any) -> None:
 def end_rows(state: RoundState, rows: Sequence[int]) -> None:
     """Mark the sequences of `rows`, which the host ended."""
     if rows:
-        at = torch.tensor(rows, device=state.done.device)
+        at = torch.tensor(list(rows), device=state.done.device)
         state.done[at] = True
         state.draft_lens[at] = 0
 

@@ -15,7 +15,7 @@ from .checks import between, integer, is_integral, seed_of
 from .decoder import EFTDecoder
 from .round import PhaseTimer, RoundPlan
 from .running import RunningBatch
-from .sequences import put
+from .sequences import end_rows, put
 
 __all__ = ["SlotBatch", "SlotOptions", "SlotProgress"]
 
@@ -87,7 +87,7 @@ class SlotBatch:
         self.decoder, self.slots, self.max_length = decoder, slots, max_length
         self._eos = eos_token_ids
         self._device = runners.large.device
-        with runners.turns:
+        with runners.turn():
             self._begin(decoder)
 
     def _begin(self, decoder: EFTDecoder) -> None:
@@ -101,7 +101,10 @@ class SlotBatch:
         state = decoder.new_state(
             nothing[0], nothing[1], nothing[2], max_length, 0, longest_draft=decoder.longest_draft
         )
+        # Whoever has no sequence yet is masked.
+        end_rows(state, range(slots))
         self._options: dict[int, SlotOptions] = {}
+        self._laws: tuple[Sampling, Sampling] | None = None
         self._first_lens: dict[int, int] = {}
         self._joined = 0
         self._drafted = 0
@@ -121,12 +124,13 @@ class SlotBatch:
     @property
     def free(self) -> int:
         """Sequences that could join now."""
-        return self.slots - self._running.rows
+        return self.slots - len(self._options)
 
-    def _plan(self, order: list[int]) -> RoundPlan:
+    def _plan(self, order: Sequence[int | None]) -> RoundPlan:
         """A plan for all slots, of which the first hold the sequences of `order`."""
-        unused = SlotOptions(1, 0)
-        options = [self._options.get(index, unused) for index in order]
+        is_greedy = all(option.temperature == 0 for option in self._options.values())
+        unused = SlotOptions(1, 0, temperature=0.0 if is_greedy else 1.0)
+        options = [unused if index is None else self._options.get(index, unused) for index in order]
         options += [unused] * (self.slots - len(options))
         own = self.decoder.config.draft_temperature
 
@@ -141,8 +145,15 @@ class SlotBatch:
             )
 
         temperatures = [option.temperature for option in options]
-        drafts = [own if own is not None and value > 0 else value for value in temperatures]
-        return self.decoder.new_plan(sampling(temperatures), sampling(drafts), self._eos, False)
+        target = sampling(temperatures)
+        draft = sampling([own if own is not None and value > 0 else value for value in temperatures])
+        if self.decoder.captured is not None and self._options:
+            # A graph is of the filters in use: with those that were once it serves whoever comes and goes.
+            last_target, last_draft = self._laws or (target, draft)
+            target = target.as_general_as(last_target, self.decoder.vocab_size)
+            draft = draft.as_general_as(last_draft, self.decoder.vocab_size)
+            self._laws = target, draft
+        return self.decoder.new_plan(target, draft, self._eos, False)
 
     @torch.inference_mode()
     def join(self, prompt: Tensor | Sequence[int], options: SlotOptions) -> int:
@@ -166,7 +177,7 @@ class SlotBatch:
             )
         if not (int(prompt.min()) >= 0 and int(prompt.max()) < self.decoder.vocab_size):
             raise ValueError(f"prompt holds an id outside the vocabulary of {self.decoder.vocab_size} ids")
-        with self.decoder.runners.turns:
+        with self.decoder.runners.turn():
             self._check_caches()
             return self._join(prompt.to(self._device, torch.int64), options)
 
@@ -206,7 +217,7 @@ class SlotBatch:
         """
         if self._running.rows == 0:
             return {}
-        with self.decoder.runners.turns:
+        with self.decoder.runners.turn():
             self._check_caches()
             return self._step()
 
@@ -226,7 +237,6 @@ class SlotBatch:
         for index in ended:
             del self._options[index]
         if ended:
-            rows = self._running.rows
-            self._running.compact([i for i in self._running.order[:rows] if i not in self._options])
+            self._running.compact()
             self._running.plan_anew(self._plan(self._running.order[: self._running.rows]))
         return progress

@@ -43,6 +43,21 @@ class Sampling:
         """Whether any filter is in use."""
         return self.top_k is not None or self.top_p is not None or self.min_p is not None
 
+    def as_general_as(self, other: Sampling, vocab_size: int) -> Sampling:
+        """The same laws, for kernels that serve `other`, of as many sequences, too: with its filters."""
+
+        def column(own: Tensor | None, theirs: Tensor | None, nothing: float) -> Tensor | None:
+            return torch.full_like(theirs, nothing) if own is None and theirs is not None else own
+
+        return Sampling(
+            temperature=self.temperature,
+            top_k=column(self.top_k, other.top_k, vocab_size),
+            top_p=column(self.top_p, other.top_p, 1.0),
+            min_p=column(self.min_p, other.min_p, 0.0),
+            any_greedy=self.any_greedy or other.any_greedy,
+            all_greedy=self.all_greedy and other.all_greedy,
+        )
+
 
 def usable_temperature(temperature: float) -> float:
     """A temperature by which logits can be divided in float32, of the same law as `temperature`; 0 stays 0.

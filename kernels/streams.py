@@ -38,8 +38,11 @@ def side_by_side(
         own_storage = apart()
     current, beside = torch.cuda.current_stream(device), _beside(device)
     beside.wait_stream(current)
-    with torch.cuda.stream(beside), own_storage:
-        other = second()
-    own = first()
-    current.wait_stream(beside)
+    try:
+        with torch.cuda.stream(beside), own_storage:
+            other = second()
+        own = first()
+    finally:
+        # Also where one of them fails: a capture with a stream apart could not even be ended.
+        current.wait_stream(beside)
     return own, other

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .eft_models import inspect_trio as inspect_trio
     from .errors import IncompatibleModelsError as IncompatibleModelsError
     from .graphs import CapturedFunctions as CapturedFunctions
-    from .graphs import graph_budget as graph_budget
+    from .graphs import captured_functions as captured_functions
     from .memory import caches_fit as caches_fit
     from .memory import check_caches as check_caches
     from .placement import check_device as check_device
@@ -46,7 +46,7 @@ _HOMES = {
     "check_caches": "memory",
     "check_device": "placement",
     "find_sources": "sources",
-    "graph_budget": "graphs",
+    "captured_functions": "graphs",
     "inspect_trio": "eft_models",
     "forward_each": "protocol",
     "steps_together": "protocol",

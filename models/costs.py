@@ -20,6 +20,7 @@ from torch import Tensor
 
 from speculative_eft.kernels import Coefficients, DraftLoop, NoiseKey, Sampling, Stream, side_by_side
 
+from .graphs import capture
 from .protocol import EFTRunners, Runner, bind_passes, forward_each, steps_together
 
 __all__ = ["StepCosts", "bind_plain_draft", "kept_step_costs", "measure_step_costs"]
@@ -208,7 +209,7 @@ def _turns(rounds: Sequence[Sequence[Pass]], device: torch.device) -> list[list[
     for passes in rounds:
         _run(passes)
     if device.type == "cuda":
-        return [[_replayed(passes) for passes in rounds]]
+        return [[_replayed(passes, device) for passes in rounds]]
     turns: list[list[float]] = []
     begun = time.perf_counter()
     while len(turns) < _REPEATS or time.perf_counter() - begun < _SECONDS:
@@ -227,10 +228,10 @@ def _clocked(passes: Sequence[Pass]) -> float:
     return time.perf_counter() - start
 
 
-def _replayed(passes: Sequence[Pass]) -> float:
+def _replayed(passes: Sequence[Pass], device: torch.device) -> float:
     # As rounds run: without the time that a host takes to launch.
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with capture(graph, device):
         _run(passes)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     begin.record()

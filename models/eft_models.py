@@ -39,7 +39,7 @@ from .describe import ModelDescription, describe_model, vocabulary_rows
 from .errors import IncompatibleModelsError
 from .memory import free_bytes, weights_do_not_fit
 from .placement import check_device, home_device, is_dispatched
-from .protocol import EFTRunners, Runner
+from .protocol import EFTRunners, Runner, on_device
 from .runner import ModelRunner
 from .sources import (
     Source,
@@ -299,12 +299,13 @@ class EFTModels:
                 torch.cuda.get_device_name(device) if on_gpu else device.type,
                 *((row.architecture, row.parameters, row.dtype, row.vocabulary) for row in self.describe()),
             ]  # fmt: skip
-            self._step_costs[key] = kept_step_costs(
-                facts,
-                lambda: measure_step_costs(
-                    replace(runners, drafters=drafters), self.drafting_runners(pair), batch
-                ),
-            )
+            with on_device(device):
+                self._step_costs[key] = kept_step_costs(
+                    facts,
+                    lambda: measure_step_costs(
+                        replace(runners, drafters=drafters), self.drafting_runners(pair), batch
+                    ),
+                )
         return self._step_costs[key]
 
     def describe(self) -> list[ModelDescription]:

@@ -3,15 +3,48 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
+from threading import RLock
 from typing import Any
 
 import torch
 
-__all__ = ["CapturedFunctions", "graph_budget"]
+from .placement import is_dispatched
+from .protocol import Runner
+from .runner import ModelRunner
+
+__all__ = ["CapturedFunctions", "capture", "captured_functions"]
 
 _log = logging.getLogger(__name__)
+
+_CAPTURING = RLock()
+"""Torch captures one graph at a time in a process."""
+
+
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    # Torch's own is that of the device on which it captured first.
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def capture(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any = None) -> Iterator[None]:
+    """Capture what is launched on `device` within, the current one; other threads' work goes on."""
+    stream = torch.cuda.current_stream(device)
+    try:
+        with (
+            _CAPTURING,
+            torch.cuda.graph(
+                graph, pool=pool, stream=_capture_stream(device), capture_error_mode="thread_local"
+            ),
+        ):
+            yield
+    finally:
+        # A capture that fails leaves its own stream behind.
+        torch.cuda.set_stream(stream)
 
 
 @dataclass
@@ -45,8 +78,9 @@ class CapturedFunctions:
     def run(self, key: Hashable, *functions: Callable[..., Any]) -> Any:
         """Run `functions` in turn, each on the result of the one before; what the last one returns."""
         if key not in self._graphs:
+            result = _in_turn(functions)
             self._graphs[key] = None
-            return _in_turn(functions)
+            return result
         captured = self._graphs[key] or self._capture(key, functions)
         if captured is None:
             return _in_turn(functions)
@@ -64,24 +98,25 @@ class CapturedFunctions:
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(self.device)
-        stream = torch.cuda.current_stream(self.device)
         graphs: list[torch.cuda.CUDAGraph] = []
         result: tuple[Any, ...] = ()
         try:
             for function in functions:
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                with capture(graph, self.device, self._pool):
                     result = (function(*result),)
                 self._pool = self._pool or graph.pool()
                 graphs.append(graph)
-        except torch.OutOfMemoryError:
-            left = free / 2**30
-            _log.warning("a graph did not fit in the %.1f GiB left; its rounds run without one", left)
-            self._used = self.budget
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                why = f"a graph did not fit in the {free / 2**30:.1f} GiB left"
+            else:
+                first, *_ = str(error).splitlines() or [""]
+                why = f"a round could not be captured ({first})"
+            _log.warning("%s; such rounds run without one", why)
+            # A pool may be left in the middle of a capture, so that none goes on with it.
+            self._used, self._pool = self.budget, None
             return None
-        finally:
-            # A capture that fails leaves its own stream behind.
-            torch.cuda.set_stream(stream)
         self._used += max(free - torch.cuda.mem_get_info(self.device)[0], 0)
         self._graphs[key] = captured = (graphs, result[0])
         return captured
@@ -94,6 +129,14 @@ def _in_turn(functions: tuple[Callable[..., Any], ...]) -> Any:
     return result[0]
 
 
-def graph_budget(device: torch.device) -> int:
-    """Bytes that graphs may take: an eighth of what is free."""
-    return torch.cuda.mem_get_info(device)[0] // 8
+def captured_functions(runners: Sequence[Runner]) -> CapturedFunctions | None:
+    """For rounds of `runners` on a GPU, with an eighth of what is free for graphs; None elsewhere.
+
+    None too where accelerate moves weights or inputs from device to device as a pass runs.
+    """
+    device = runners[0].device
+    if device.type != "cuda":
+        return None
+    if any(isinstance(runner, ModelRunner) and is_dispatched(runner.model) for runner in runners):
+        return None
+    return CapturedFunctions(device, torch.cuda.mem_get_info(device)[0] // 8)

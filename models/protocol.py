@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from threading import Lock, get_ident
+from functools import cache
+from threading import Lock, RLock, get_ident
 from typing import Protocol
 
 import torch
@@ -32,6 +34,11 @@ class Runner(Protocol):
     @property
     def ends_drafts(self) -> bool:
         """Whether a draft from this network alone that ends early is spared the steps it does not take."""
+        ...
+
+    @property
+    def addresses(self) -> list[float]:
+        """Where its weights are, and factors that passes know by value: what makes a graph useless."""
         ...
 
     @property
@@ -152,6 +159,24 @@ class Turns:
         self._lock.release()
 
 
+@cache
+def _lock_of(device: torch.device) -> RLock:
+    return RLock()
+
+
+@contextmanager
+def on_device(device: torch.device) -> Iterator[None]:
+    """Have a GPU to itself, and as the current one, on which torch and Triton launch unless told otherwise.
+
+    Threads would share its capture and the storage that kernels keep on it.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    with _lock_of(device), torch.cuda.device(device):
+        yield
+
+
 @dataclass(frozen=True)
 class EFTRunners:
     """A runner for each model, every one with a cache of its own.
@@ -168,6 +193,12 @@ class EFTRunners:
     base: Runner
     drafters: list[Runner] = field(default_factory=list)
     turns: Turns = field(default_factory=Turns, repr=False, compare=False)
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Have the caches, and their GPU, to oneself; raises RuntimeError for a call within a call."""
+        with self.turns, on_device(self.large.device):
+            yield
 
     @property
     def small(self) -> list[Runner]:

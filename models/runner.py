@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -123,6 +124,14 @@ class ModelRunner:
     def cache_bytes_per_token(self) -> int:
         """Memory of one token's keys and values."""
         return cache_bytes_per_token(text_config(self.model.config), self.model.dtype)
+
+    @property
+    def addresses(self) -> list[float]:
+        """Where its weights are, and the factors of its adapters, which a captured pass knows."""
+        tensors = chain(self.model.parameters(), self.model.buffers())
+        layers = filter(is_adapter_layer, self.model.modules())
+        factors = chain.from_iterable(getattr(layer, "scaling", {}).values() for layer in layers)
+        return [*(tensor.data_ptr() for tensor in tensors), *factors]
 
     @property
     def lengths(self) -> Tensor:

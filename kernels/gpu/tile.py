@@ -15,6 +15,7 @@ shifted by.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,7 +79,15 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 _MOST_SEQUENCES = 8_192 if INTERPRETED else 32
 
 _kept: dict[tuple[str, bool, torch.dtype, torch.device], list[Tensor]] = {}
-_is_apart = False
+
+
+class _Launches(threading.local):
+    """How those of a thread are made; see `apart`."""
+
+    are_apart = False
+
+
+_launches = _Launches()
 
 
 class Models(NamedTuple):
@@ -196,12 +205,11 @@ def pack(logits: Sequence[Tensor], target_weights: Tensor, draft_weights: Tensor
 @contextmanager
 def apart() -> Iterator[None]:
     """Launches within share no kept storage with those outside, so that the two may run side by side."""
-    global _is_apart
-    before, _is_apart = _is_apart, True
+    before, _launches.are_apart = _launches.are_apart, True
     try:
         yield
     finally:
-        _is_apart = before
+        _launches.are_apart = before
 
 
 def zeros_kept(purpose: str, device: torch.device, count: int) -> Tensor:
@@ -219,7 +227,7 @@ def scratch_kept(purpose: str, device: torch.device, count: int) -> Tensor:
 
 
 def _storage_kept(purpose: str, dtype: torch.dtype, device: torch.device, count: int) -> Tensor:
-    kept = _kept.setdefault((purpose, _is_apart, dtype, device), [])
+    kept = _kept.setdefault((purpose, _launches.are_apart, dtype, device), [])
     if not kept or kept[-1].shape[0] < count:
         # Smaller ones stay: a captured graph may have their address.
         kept.append(torch.zeros(max(power_of_two(count), 1024), dtype=dtype, device=device))

@@ -189,8 +189,8 @@ def test_rows_of_those_done_go_where_a_pass_would_run_them(
     compact = running_module.RunningBatch.compact
     rows: list[int] = []
 
-    def counted(self: running_module.RunningBatch, done: Any) -> None:
-        compact(self, done)
+    def counted(self: running_module.RunningBatch) -> None:
+        compact(self)
         rows.append(self.rows)
 
     monkeypatch.setattr(running_module.RunningBatch, "compact", counted)

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from speculative_eft.decoding import EFTConfig, EFTDecoder, SlotBatch, SlotOptions
-from speculative_eft.decoding.running import CapturedBatch, RunningBatch
-from speculative_eft.models import CapturedFunctions, EFTModels
+from speculative_eft.decoding import EFTConfig, EFTDecoder, EFTOutput, SlotBatch, SlotOptions, SlotProgress
+from speculative_eft.decoding.running import RunningBatch
+from speculative_eft.models import EFTModels
 
 from ..exactness.sampling import table_runners
 from ..table_models import random_tables
+from ..uncaptured import as_with_graphs
 from .test_generate import tiny_trio
 
 LAWS: tuple[dict[str, Any], ...] = (
@@ -81,30 +82,40 @@ def random_work(count: int, vocab_size: int, whims: random.Random) -> Work:
     ]
 
 
-@pytest.mark.parametrize("lagging", [False, True])
-def test_a_thousand_sequences_in_sixteen_slots(lagging: bool) -> None:
+def run_as(decoder: EFTDecoder, how: str) -> None:
+    """Have `decoder` run plainly, one round ahead of the host, or so in rounds that graphs could replay."""
+    decoder.lagging = how != "plainly"
+    if how == "as with graphs":
+        as_with_graphs(decoder)
+
+
+HOW = pytest.mark.parametrize("how", ["plainly", "one ahead", "as with graphs"])
+
+
+@HOW
+def test_a_thousand_sequences_in_sixteen_slots(how: str) -> None:
     whims = random.Random(4)
     config = EFTConfig(acceptance="shared_seed", draft_tokens="auto", cost_ratio=0.2)
     work = random_work(1_000, 6, whims)
     tables = random_tables(9, 6)
     wanted = alone(EFTDecoder(table_runners(tables), config), work, [5])
     decoder = EFTDecoder(table_runners(tables), config)
-    decoder.lagging = lagging
+    run_as(decoder, how)
     batch = SlotBatch(decoder, 16, 40, (5,))
     assert run_through(batch, work, whims) == wanted
     assert batch.free == 16
 
 
-@pytest.mark.parametrize("lagging", [False, True])
+@HOW
 @pytest.mark.parametrize("acceptance", ["shared_seed", "block"])
-def test_models_with_caches(acceptance: Any, lagging: bool) -> None:
+def test_models_with_caches(acceptance: Any, how: str) -> None:
     """Slots that were used before hold another's keys and values: none of them may leak."""
     whims = random.Random(5)
     config = EFTConfig(acceptance=acceptance, draft_tokens=3)
     models = tiny_trio("llama")
     work = random_work(60, models.vocab_size, whims)
     decoder = EFTDecoder(models, config)
-    decoder.lagging = lagging
+    run_as(decoder, how)
     wanted = alone(decoder, work, [7])
     assert run_through(SlotBatch(decoder, 5, 40, (7,)), work, whims) == wanted
 
@@ -168,13 +179,42 @@ def test_other_calls_between_steps_are_seen() -> None:
             call()
 
 
-class Uncaptured(CapturedFunctions):
-    """Stands for graphs on a machine without a GPU: runs functions as they are, and counts the keys."""
+def test_rows_of_graphs_are_few_and_slots_are_free_once_sequences_end() -> None:
+    models = tiny_trio("llama")
+    for slots in (1, 3, 6):
+        decoder = EFTDecoder(models, EFTConfig(draft_tokens=2))
+        graphs = as_with_graphs(decoder)
+        batch = SlotBatch(decoder, slots, 40)
+        for _ in range(3):
+            for index in range(slots):
+                assert batch.free == slots - index
+                # Of different lengths, so that they end one after the other.
+                batch.join([5, 6, 7], SlotOptions(4 + 3 * index, seed=index))
+            ended, steps = 0, 0
+            while ended < slots:
+                ended += sum(progress.ended for progress in batch.step().values())
+                assert batch.free == ended
+                steps += 1
+                assert steps < 40
+            assert batch.step() == {}
+        assert {rows for rows, *_ in graphs.keys} <= {1, 2, 4, slots}
 
-    def run(self, key: Any, *functions: Any) -> Any:
-        self._graphs[key] = None
-        draft, verify = functions
-        return verify(draft())
+
+def test_a_filter_that_comes_and_goes_begins_no_graphs_anew() -> None:
+    """Graphs are of the filters in use: in slots those that were used once stay."""
+    models = tiny_trio("llama")
+    decoder = EFTDecoder(models, EFTConfig(draft_tokens=2))
+    graphs = as_with_graphs(decoder)
+    batch = SlotBatch(decoder, 2, 40)
+    outputs = []
+    for law in ({"top_k": 5}, {}, {"temperature": 0.0}, {"top_k": 5}, {}, {"temperature": 0.0}):
+        number = batch.join([5, 6, 7], SlotOptions(6, 1, **law))  # type: ignore[arg-type]
+        before, tokens = len(graphs.keys), []
+        while batch.free < 2:
+            tokens += batch.step().get(number, SlotProgress([], False)).tokens
+        outputs.append(tokens)
+    assert len(graphs.keys) == before
+    assert outputs[:3] == outputs[3:]
 
 
 @pytest.mark.parametrize("draft_tokens", [3, "auto"])
@@ -183,11 +223,9 @@ def test_calls_as_with_graphs_give_what_they_give_without(draft_tokens: Any) -> 
     models: EFTModels = tiny_trio("llama")
     config = EFTConfig(acceptance="shared_seed", draft_tokens=draft_tokens, cost_ratio=0.2)
     plain, captured = EFTDecoder(models, config), EFTDecoder(models, config)
-    graphs = Uncaptured(torch.device("cpu"), 1)
-    captured.lagging = True
-    captured.captured = CapturedBatch(graphs)
+    graphs = as_with_graphs(captured)
     generator = torch.Generator().manual_seed(0)
-    states = set()
+    kinds = []
     for call in range(4):
         ids = torch.randint(0, models.vocab_size, (5, 6), generator=generator)
         options: dict[str, Any] = {
@@ -195,12 +233,48 @@ def test_calls_as_with_graphs_give_what_they_give_without(draft_tokens: Any) -> 
         }  # fmt: skip
         wanted = plain.generate(ids, **options)
         assert torch.equal(captured.generate(ids, **options), wanted)
-        parts = captured.captured.parts
-        assert parts is not None
-        states.add(parts[0].output.data_ptr())
-        assert {key[0] for key in graphs._graphs} <= {1, 2, 4, 5}
-    # Sampled and greedy calls alternate, and each kind begins anew; calls of one kind share their tensors.
-    assert len(states) > 1
-    before = captured.captured.parts
-    captured.generate(ids, **options)
-    assert captured.captured.parts is before
+        assert captured.captured is not None
+        kinds.append(captured.captured.kinds[-1])
+        assert {rows for rows, *_ in graphs.keys} <= {1, 2, 4, 5}
+    # Sampled and greedy calls alternate: each kind has its tensors.
+    assert kinds[0] is kinds[2] is not kinds[1] is kinds[3]
+
+
+def test_no_round_follows_the_last() -> None:
+    models = tiny_trio("llama")
+    ids = torch.tensor([[5, 6, 7]])
+    for config in (EFTConfig(draft_tokens=3), EFTConfig(draft_tokens=3, acceptance="shared_seed")):
+        rounds = []
+        for how in ("plainly", "one ahead", "as with graphs"):
+            decoder = EFTDecoder(models, config)
+            run_as(decoder, how)
+            output = decoder.generate(ids, max_new_tokens=30, seed=1, return_dict_in_generate=True)
+            assert isinstance(output, EFTOutput) and output.stats is not None
+            rounds.append(output.stats.rounds)
+        assert rounds[0] == rounds[1] == rounds[2]
+
+
+def test_graphs_are_forgotten_once_they_are_of_no_use() -> None:
+    models = tiny_trio("llama")
+    decoder = EFTDecoder(models, EFTConfig(draft_tokens=2))
+    graphs = as_with_graphs(decoder)
+    ids = torch.tensor([[5, 6, 7]])
+
+    def call() -> Any:
+        output = decoder.generate(ids, max_new_tokens=9, seed=1)
+        assert decoder.captured is not None
+        return decoder.captured.kinds[-1], output
+
+    first, before = call()
+    again, same = call()
+    assert again is first and torch.equal(before, same)
+    # Weights in another place, though their values are the old ones'.
+    layer = models.large_base.model.layers[0].mlp.gate_proj
+    layer.weight = torch.nn.Parameter(layer.weight.detach().clone())
+    moved, same = call()
+    assert moved is not first and torch.equal(before, same)
+    # Larger caches, and more kinds than are kept.
+    for batch in range(2, 9):
+        decoder.generate(ids.repeat(batch, 1), max_new_tokens=3)
+        assert decoder.captured is not None and len(decoder.captured.kinds) <= 5
+    assert all(key[0] in map(id, decoder.captured.kinds) for key in graphs._graphs)
