@@ -91,8 +91,8 @@ def refuse_merged(layers: Iterable[Any]) -> None:
     merged = sorted({adapter for layer in layers for adapter in layer.merged_adapters})
     if merged:
         raise IncompatibleModelsError(
-            f"the adapter {', '.join(merged)} was merged into the base's weights, which other models here "
-            "share: unmerge it (unmerge_adapter)"
+            f"the adapter {', '.join(merged)} was merged into its base's weights, where it counts twice, "
+            "and for other models that share them: unmerge it (unmerge_adapter)"
         )
 
 
@@ -159,9 +159,21 @@ def is_peft_model(model: object) -> bool:
 def chosen_adapters(argument: str, model: PeftModel, adapter: str | None) -> tuple[str, ...]:
     """The adapters of `model` to run: the one named, else those that are active now.
 
-    Raises IncompatibleModelsError if there is none of that name, or one that is no LoRA.
+    Raises IncompatibleModelsError if there is none of that name, or one that is no LoRA, or if adapters are
+    merged into the weights or all switched off.
     """
     known = list(model.peft_config)
+    layers = [module for module in model.modules() if is_adapter_layer(module)]
+    if any(getattr(layer, "merged_adapters", ()) for layer in layers):
+        raise IncompatibleModelsError(
+            f"{argument} has adapters merged into its weights; call its unmerge_adapter(), or give what its "
+            "merge_and_unload() returns, with a small_base of its own."
+        )
+    if adapter is None and layers and all(vars(layer)["_disable_adapters"] for layer in layers):
+        raise IncompatibleModelsError(
+            f"{argument} has its adapters switched off; switch them on (enable_adapter_layers), or give the "
+            "model below them."
+        )
     chosen = model.active_adapters if adapter is None else [adapter]
     for name in chosen:
         if name not in known:
@@ -178,11 +190,6 @@ def check_sharing(argument: str, model: PeftModel) -> None:
     for name, config in model.peft_config.items():
         if problem := adapter_problem(config.to_dict(), shares_base=True):
             raise IncompatibleModelsError(f"{argument}: its adapter {name!r} {problem}.")
-    if any(is_adapter_layer(module) and module.merged_adapters for module in model.modules()):
-        raise IncompatibleModelsError(
-            f"{argument} has adapters merged into the weights that small_base shares; call its "
-            "unmerge_adapter(), or give what its merge_and_unload() returns and a small_base of its own."
-        )
 
 
 def adapter_shapes(source: Source) -> dict[str, tuple[int, ...]]:

@@ -25,7 +25,7 @@ from .attention import (
     ragged_bias,
     visible_lengths,
 )
-from .configs import changes_with_length, layer_windows, position_limit
+from .configs import changes_with_length, declared, layer_windows, position_limit
 from .slot_cache import SlotCache
 
 _FEW_TOKENS = 64
@@ -76,7 +76,7 @@ class TransformersBody(Body):
         # The others know `sdpa` by name.
         self.names: dict[Attention, str] = REGISTERED if takes_ours else {"sdpa": "sdpa"}
         # Our sdpa makes one row of every head that shares keys, so the mask has them too.
-        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        kv_heads = declared(config, "num_key_value_heads") or config.num_attention_heads
         self.groups = int(config.num_attention_heads // kv_heads) if takes_ours else 1
         self.windows = layer_windows(config)
         self.position_limit = position_limit(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,13 +20,38 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return config.get_text_config(decoder=True)
 
 
+def declared(config: PreTrainedConfig, name: str) -> Any:
+    """What `config` says of `name`; None where its class knows no such setting, whatever a file may hold.
+
+    A key that stands in a config.json by chance is kept by transformers and read by no model.
+    """
+    kind = type(config)
+    known = hasattr(kind, name) or name in inspect.signature(kind.__init__).parameters
+    return getattr(config, name, None) if known else None
+
+
+def longest_window(config: PreTrainedConfig) -> int:
+    """The largest number that `config` gives for a window of any name, 0 without one."""
+    numbers = (value for name, value in config.to_dict().items() if "window" in name)
+    return max((value for value in numbers if type(value) is int), default=0)
+
+
+def logit_scale(config: PreTrainedConfig) -> float:
+    """What a model multiplies its head's logits by: Cohere has a factor, Granite a divisor."""
+    factor, divisor = declared(config, "logit_scale"), declared(config, "logits_scaling")
+    # MPT may have the name of a rule, or None, and does not read it.
+    return (factor if isinstance(factor, int | float) else 1.0) / (1.0 if divisor is None else divisor)
+
+
 def layer_windows(config: PreTrainedConfig) -> dict[str, int | None]:
     """The kinds of attention layer a model has, and the sliding window of each (None: full attention).
 
-    Raises ValueError for a kind whose state is not a list of keys and values.
+    Raises ValueError for a kind whose state is not a list of keys and values, and for attention both ways.
     """
-    sliding = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
+    if declared(config, "use_bidirectional_attention") is True:
+        raise ValueError(f"this {config.model_type} model attends to what follows a token")
+    sliding = declared(config, "sliding_window")
+    kinds = declared(config, "layer_types")
     if kinds is None:
         return {"full_attention": sliding}
     known: dict[str, int | None] = {"full_attention": None, "sliding_attention": sliding}
@@ -44,9 +70,9 @@ def position_limit(config: PreTrainedConfig) -> int | None:
     A model whose rotation changes with the length of the input (`changes_with_length`) is held to the
     lengths at which it does not, so that a sequence never depends on its neighbours in the batch.
     """
-    if getattr(config, "alibi", False):
+    if declared(config, "alibi"):
         return None
-    limits = [getattr(config, "max_position_embeddings", None)]
+    limits = [declared(config, "max_position_embeddings")]
     for rope in _ropes(config):
         if _is(rope, "longrope"):
             limits.append(rope.get("original_max_position_embeddings"))

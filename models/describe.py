@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .configs import position_limit, text_config
+from .configs import declared, position_limit, text_config
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def vocabulary_rows(model: PreTrainedModel) -> int:
 def cache_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
     """Memory of one token's keys and values in all layers."""
     heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    kv_heads = declared(config, "num_key_value_heads") or heads
     if config.model_type == "falcon":  # grouped heads are written out one by one there
         kv_heads = 1 if config.multi_query and not config.new_decoder_architecture else heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // heads

@@ -513,9 +513,16 @@ def _check_model(argument: str, model: PreTrainedModel) -> None:
             f"{argument} is a {kind}, whose recurrent state cannot be rolled back when a draft is rejected; "
             "give a model that only has attention, such as Llama or Qwen."
         )
-    if not vocabulary_rows(model):
+    made = vocabulary_rows(model)
+    if not made:
         raise IncompatibleModelsError(
             f"{argument} is a {kind}, which has no causal language model head; give a ...ForCausalLM."
+        )
+    read = getattr(model.get_input_embeddings(), "num_embeddings", made)
+    if read < made:
+        raise IncompatibleModelsError(
+            f"{argument} has a head for {made} ids and an embedding for {read}, so it cannot read all that "
+            "it may say; give both as many rows, see its resize_token_embeddings()."
         )
     try:
         layer_windows(text_config(config))

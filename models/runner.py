@@ -22,7 +22,7 @@ from speculative_eft.kernels import (
 from .adapters import AdapterSwitch, is_adapter_layer, is_low_rank, refuse_merged
 from .attention import Attention, attention_for, choose_attention
 from .bodies import Block, Body, FalconAlibiBody, TransformersBody
-from .configs import TESTED_FAMILIES, position_limit, text_config
+from .configs import TESTED_FAMILIES, declared, logit_scale, longest_window, position_limit, text_config
 from .describe import cache_bytes_per_token, vocabulary_rows
 from .llama import EightBitCopies, LlamaBody, is_ordinary, is_plain, linear_of
 from .placement import home_device
@@ -31,6 +31,10 @@ from .slot_cache import SlotCache, round_up
 
 if TYPE_CHECKING:
     from .llama_cpu import CompiledLlama
+
+_LONGEST_COMPARED, _BEYOND_A_WINDOW = 640, 72
+"""Most tokens of a sequence by which an unknown model is compared with itself, and how many of them go beyond
+its window: more than the steps in which caches grow."""
 
 _ROWS_OF_A_SEQUENCE = 8
 """Rows above which those of one sequence are taken to be few of the most that it might have."""
@@ -96,9 +100,8 @@ class ModelRunner:
         self._adapted: Callable[[], AbstractContextManager[None]] = nullcontext
         if adapters is not None and (not isinstance(self._body, LlamaBody) or is_adapter_layer(self._head)):
             self._adapted = AdapterSwitch(model, adapters)
-        self._softcap = getattr(config, "final_logit_softcapping", None)
-        # Cohere multiplies its logits, Granite divides them.
-        self._scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+        self._softcap = declared(config, "final_logit_softcapping")
+        self._scale = logit_scale(config)
         logits_change = self._scale != 1.0 or self._softcap is not None
         plain = self.attention == "sdpa" and not logits_change
         self._compiled = _compile_for_cpu(self._body, self._head) if plain else None
@@ -373,16 +376,22 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _compare_with_model(self, refusal: str) -> None:
-        tokens = torch.arange(2, 18, device=self.device).remainder(self.vocab_size).view(2, 8)
+        length, beyond = 8, longest_window(text_config(self.model.config)) + _BEYOND_A_WINDOW
+        if beyond <= _LONGEST_COMPARED and beyond <= (self.max_context or beyond):
+            length = beyond
+        tokens = torch.arange(2, 2 + 2 * length, device=self.device).remainder(self.vocab_size)
+        tokens = tokens.view(2, length)
         failure: Exception | None = None
         agree = False
         try:
-            self.reserve(2, 8)
-            self.prefill(tokens[:, :3], torch.tensor([3, 2], device=self.device))
-            mine = self.forward(torch.stack((tokens[0, 3:7], tokens[1, 2:6])), 7).float()
+            first = length - 5
+            self.reserve(2, length)
+            self.prefill(tokens[:, :first], torch.tensor([first, first - 1], device=self.device))
+            block = torch.stack((tokens[0, first:-1], tokens[1, first - 1 : -2]))
+            mine = self.forward(block, length - 1).float()
             with self._adapted():
-                plain = self.model(tokens, use_cache=False).logits.float()
-            plain = torch.stack((plain[0, 3:7], plain[1, 2:6]))
+                plain = self.model(tokens, use_cache=False).logits
+            plain = torch.stack((plain[0, first:-1], plain[1, first - 1 : -2])).float()
             tolerance = 1e-3 if self.model.dtype == torch.float32 else 5e-2
             agree = bool(((mine - plain).abs() <= tolerance * (1 + plain.abs())).all())
         except Exception as error:  # whatever an unknown model raises says the same: it cannot be run
@@ -397,7 +406,12 @@ class ModelRunner:
 
 
 def _choose_body(model: PreTrainedModel, attention: Attention, adapters: Sequence[str] | None) -> Body:
-    decoder: PreTrainedModel = model.get_decoder()  # type: ignore[no-untyped-call]
+    decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]
+    if not isinstance(decoder, PreTrainedModel):
+        raise ValueError(
+            f"{type(model).__name__} cannot be run: its get_decoder() returns its {type(decoder).__name__}, "
+            f"not its layers; give a model of a tested family ({', '.join(sorted(TESTED_FAMILIES))})."
+        )
     if LlamaBody.fits(decoder, adapters):
         return LlamaBody(decoder, attention, adapters)
     if decoder.config.model_type == "falcon" and decoder.config.alibi:

@@ -729,7 +729,7 @@ def draft_records(models: Models, sampling: Sampling, vocab_size: int) -> Tensor
     batch = sampling.temperature.shape[0]
     device = sampling.temperature.device
     records = torch.empty(batch, 1, RECORD.value, device=device)
-    nothing = torch.zeros(batch, dtype=torch.int64, device=device)
+    nothing = zeros_kept("lengths of no draft", device, 2 * batch).view(torch.int64)[:batch]
     _describe(models, nothing, 1, sampling, records, vocab_size, _DRAFT, False)
     return records
 

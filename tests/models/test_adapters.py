@@ -232,7 +232,7 @@ def test_the_model_stays_as_it_was(settings: dict[str, Any], monkeypatch: pytest
 
     norm = tuned.get_base_model().model.norm
     monkeypatch.setattr(norm, "forward", fail)
-    runners = EFTModels(tiny_model("llama"), tuned).runners()
+    runners = EFTModels(tiny_model("llama"), (tuned, "second")).runners()
     for runner in (runners.tuned[0], runners.base):
         with pytest.raises(RuntimeError, match="no more memory"):
             logits_of(runner, True)
@@ -391,7 +391,7 @@ def test_an_adapter_that_is_merged_later_is_refused(family: str) -> None:
     decoder = EFTDecoder(EFTModels(tiny_model(family, 0), tuned, base), EFTConfig(draft_tokens=2))
     wanted = decoder.generate(PROMPTS, max_new_tokens=6)
     tuned.merge_adapter()
-    with pytest.raises(IncompatibleModelsError, match="default was merged into the base"):
+    with pytest.raises(IncompatibleModelsError, match="default was merged into its base"):
         decoder.generate(PROMPTS, max_new_tokens=6)
     tuned.unmerge_adapter()
     assert torch.equal(decoder.generate(PROMPTS, max_new_tokens=6), wanted)
@@ -434,6 +434,12 @@ def merged_in_place(base: Any) -> Any:
     return tuned
 
 
+def switched_off(base: Any) -> Any:
+    tuned = with_adapter(base, 2, **PLAIN)
+    tuned.base_model.disable_adapter_layers()
+    return tuned
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
@@ -451,7 +457,8 @@ def merged_in_place(base: Any) -> Any:
             lambda base: with_adapter(base, 2, **PLAIN, init_lora_weights="pissa"),
             r"changes the base itself \(init_lora_weights='pissa'\)",
         ),
-        (merged_in_place, "small_tuned has adapters merged into the weights that small_base shares"),
+        (merged_in_place, "small_tuned has adapters merged into its weights"),
+        (switched_off, "small_tuned has its adapters switched off"),
         (
             lambda base: (with_adapter(base, 2, **PLAIN), "polite"),
             "has no adapter 'polite'; it has 'default'",

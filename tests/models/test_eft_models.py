@@ -13,6 +13,8 @@ from tokenizers.models import WordLevel
 from transformers import (
     BertConfig,
     BertModel,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     JambaConfig,
     JambaForCausalLM,
     MambaConfig,
@@ -118,6 +120,12 @@ def test_descriptions_agree_with_the_cache(family: str) -> None:
     assert describe_model("small_base", model, False).context == runner.max_context
 
 
+def head_larger_than_embedding() -> PreTrainedModel:
+    model = tiny_model("llama")
+    model.set_input_embeddings(torch.nn.Embedding(61, 32))
+    return model
+
+
 @pytest.mark.parametrize(
     ("build", "reason"),
     [
@@ -148,6 +156,13 @@ def test_descriptions_agree_with_the_cache(family: str) -> None:
             ),
             "encoder-decoder model",
         ),
+        (
+            lambda: Gemma3ForCausalLM(
+                Gemma3TextConfig(**SMALL, num_attention_heads=4, use_bidirectional_attention=True)
+            ),
+            "this gemma3_text model attends to what follows a token",
+        ),
+        (head_larger_than_embedding, "a head for 101 ids and an embedding for 61"),
         (
             lambda: BertModel(BertConfig(**SMALL, num_attention_heads=4, intermediate_size=32)),
             "no causal language model head",

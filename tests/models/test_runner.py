@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import BloomConfig, BloomForCausalLM, GraniteConfig, GraniteForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    ModernBertDecoderConfig,
+    ModernBertDecoderForCausalLM,
+    MptConfig,
+    PreTrainedModel,
+)
 
 from speculative_eft.models import ModelRunner
+from speculative_eft.models.configs import logit_scale
 from tests.models.families import FAMILIES, tiny_model
 from tests.sync_guard import no_host_sync
 
@@ -281,6 +297,58 @@ def test_an_architecture_that_does_not_is_refused() -> None:
     model = BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4))
     with pytest.raises(ValueError, match="BloomForCausalLM cannot be run with one length for each sequence"):
         ModelRunner(model)
+
+
+def test_an_architecture_whose_window_is_another_is_refused() -> None:
+    """Its own mask counts from the end of the cache, which shows only in sequences beyond the window."""
+    model = GPTNeoForCausalLM(
+        GPTNeoConfig(
+            vocab_size=VOCABULARY, hidden_size=32, num_layers=2, num_heads=4, max_position_embeddings=512,
+            attention_types=[[["global", "local"], 1]], window_size=100,
+        )
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.2)
+    with pytest.raises(ValueError, match="GPTNeoForCausalLM cannot be run with one length for each sequence"):
+        ModelRunner(model)
+
+
+def test_a_model_whose_layers_cannot_be_found_is_refused() -> None:
+    config = ModernBertDecoderConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, pad_token_id=0, bos_token_id=0, eos_token_id=1, cls_token_id=0, sep_token_id=1,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="ModernBertDecoderForCausalLM cannot be run: its get_decoder"):
+        ModelRunner(ModernBertDecoderForCausalLM(config))
+
+
+def test_a_factor_that_is_none_counts_as_one() -> None:
+    config = MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=VOCABULARY, max_seq_len=64)
+    assert config.logit_scale is None
+    assert logit_scale(config) == 1.0
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt-neox"])
+def test_settings_that_a_family_does_not_know_change_nothing(family: str, tmp_path: Path) -> None:
+    """transformers keeps any key of a config.json; the model reads none of these."""
+    tiny_model(family).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    strange: dict[str, Any] = {
+        "sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"], "logit_scale": 0.3,
+        "logits_scaling": 4.0, "final_logit_softcapping": 0.5,
+    }  # fmt: skip
+    if family == "gpt-neox":
+        strange["num_key_value_heads"] = 1
+    path.write_text(json.dumps(json.loads(path.read_text()) | strange))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert model.config.logit_scale == 0.3
+    tokens = random_tokens(2, 12)
+    runner = ModelRunner(model)
+    runner.reserve(2, 12)
+    torch.testing.assert_close(
+        runner.forward(tokens, 12), plain_logits(model, tokens), rtol=0, atol=TOLERANCE
+    )
 
 
 def test_unknown_attention_is_refused() -> None:
