@@ -74,13 +74,9 @@ class CapturedBatch:
 
     def take(self, parts: Parts, runners: EFTRunners) -> Parts:
         """`parts`, or those of an earlier call of their kind, which now hold the same and graphs know."""
-        addresses: list[float] = []
-        for runner in runners.every:
-            addresses += (runner.lengths.data_ptr(), *runner.addresses)
-        if addresses != self.addresses or len(self.kinds) > _MOST_KINDS:
-            self.graphs.clear()
-            self.kinds.clear()
-            self.addresses = addresses
+        if not self.kinds or parts[0] is not self.kinds[-1].parts[0]:
+            # To look everywhere takes a millisecond or more; a batch that goes on has been looked at.
+            self._forget_useless(runners)
         kind = next((kind for kind in self.kinds if refill(list(kind.parts), list(parts))), None)
         if kind is None:
             kind = _Kind(parts)
@@ -88,6 +84,15 @@ class CapturedBatch:
             self.kinds.remove(kind)
         self.kinds.append(kind)
         return kind.parts
+
+    def _forget_useless(self, runners: EFTRunners) -> None:
+        addresses: list[float] = []
+        for runner in runners.every:
+            addresses += (runner.lengths.data_ptr(), *runner.addresses)
+        if addresses != self.addresses or len(self.kinds) > _MOST_KINDS:
+            self.graphs.clear()
+            self.kinds.clear()
+            self.addresses = addresses
 
     def run(self, key: Hashable, *functions: Callable[..., Any]) -> Any:
         """`CapturedFunctions.run` for rounds of the present kind."""

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from speculative_eft.models import CapturedFunctions, graphs
+from speculative_eft.models import CapturedFunctions, ModelRunner, graphs
+from tests.models.families import tiny_model
 
 
 class FakeGraph:
@@ -116,3 +117,14 @@ def test_a_first_run_that_fails_is_not_the_first_run(captures: Captures) -> None
         functions.run("key", fails)
     assert functions.run("key", lambda: 1) == 1
     assert not captures.made
+
+
+def test_models_whose_weights_move_as_they_run_have_no_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    runner = ModelRunner(model)
+    runner.device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**30, 2**31))
+    functions = graphs.captured_functions([runner])
+    assert functions is not None and functions.budget == 2**27
+    monkeypatch.setattr(model.model.layers[0], "_hf_hook", object(), raising=False)
+    assert graphs.captured_functions([runner]) is None
