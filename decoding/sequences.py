@@ -47,8 +47,10 @@ def narrowed(part: Part, batch: int) -> Part:
 
 def rearrange(part: Any, rows: Sequence[int], sources: Sequence[int]) -> None:
     """Let each of `rows` hold what its source, another of them, holds."""
-    for tensor in _rows_of(part):
-        at, source = torch.tensor([rows, sources], device=tensor.device)
+    tensors = list(_rows_of(part))
+    # Once: to a GPU each such copy waits until all that was started is over.
+    at, source = torch.tensor([rows, sources], device=tensors[0].device)
+    for tensor in tensors:
         tensor[at] = tensor[source]
 
 
