@@ -43,7 +43,7 @@ _TAIL = 6000
 """Characters of a stage's output that are kept."""
 _REFRESH = 5.0
 """Seconds between looks at what a running stage has written."""
-_GRACE = 15.0
+_GRACE = 20.0
 """Seconds that an interrupted stage has to write what it found. pytest's workers take up to 10 to end."""
 _TARGETS = (80, 90, 100)
 """Compute capabilities that `kernels/compile.py` compiles for; importing it would need Triton."""
