@@ -79,7 +79,7 @@ compile-gpu: setup
 		env -u TRITON_INTERPRET $(BIN)/python -m speculative_eft.kernels.compile $(COMPILE_OPTIONS); \
 	else echo "Triton is not installed: no kernel was compiled"; fi
 
-# Installs nothing. GPU_OPTIONS="--quick --only STAGE".
+# Installs nothing. GPU_OPTIONS="--quick --seconds TOTAL --only STAGE --out DIR".
 gpu:
 	@$(PYTHON) -c 'import sys; from importlib.util import find_spec; \
 	    missing = [name for name in ("torch", "triton", "transformers", "pytest") if find_spec(name) is None]; \

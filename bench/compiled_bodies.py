@@ -21,7 +21,7 @@ from speculative_eft.models import ModelRunner
 
 from .comparison import Spread
 from .kernels.timing import time_operation
-from .machine import Environment, show_and_save
+from .machine import Environment, save, show
 from .report import environment_line, spread_text
 from .shapes import fill_with_noise, random_model
 
@@ -151,8 +151,10 @@ def main(
     times = []
     for family in list(FAMILIES)[: 1 if quick else None]:
         times += time_family(family, FAMILIES[family][on_gpu], device, dtype, turns)
-    passes = [asdict(time) for time in times]
-    show_and_save(*table(times), json_path, dtype=str(dtype).removeprefix("torch."), passes=passes)
+        # A run that is cut off has the families before.
+        passes = [asdict(time) for time in times]
+        save(json_path, dtype=str(dtype).removeprefix("torch."), passes=passes)
+    show(*table(times))
 
 
 if __name__ == "__main__":

@@ -59,6 +59,8 @@ __all__ = ["ALONE", "PLAIN", "measure", "roofline_bytes"]
 _EFT: dict[DraftWeights, str] = {"own": "EFT", "int8": "EFT, drafts of 8 bits"}
 _BY_COST_MODEL = tuple(f"{name}, K by the cost model" for name in _EFT.values())
 """The decoders whose draft lengths the cost model chooses: by the models' own weights, and by copies."""
+_TOP_K = "EFT, top_k=50"
+"""EFT that samples as transformers does by default; all other decoders have no filter."""
 ALONE, PLAIN = "large model alone", "plain transformers loop"
 _HOST_MICROSECONDS, _OF_ROOFLINE = 100.0, 1.2
 _OVER = {NAIVE: 3.0, ALONE: 2.5, PLAIN: 8.0}
@@ -116,7 +118,7 @@ class _Contest:
     def turn(self, seed: int, acceptance: float | None, rounds: int | None) -> None:
         """Let every decoder run one window."""
         for name, decoder in self.decoders.items():
-            window = run_window(decoder, self.start, seed, rounds)
+            window = run_window(decoder, self.start, seed, rounds, _filters(name))
             self.windows.setdefault((name, acceptance), []).append(window)
         if self.plain is not None:
             window = _plain_window(self.plain, self.start, self.sweep.plain_steps[self.labels["batch"]])
@@ -235,7 +237,7 @@ def _measure_shape(script: Script, sweep: Sweep, models: EFTModels, labels: dict
     if contest.windows and (batch == 1 or not script.on_gpu):
         _add_bars(contest, max(sweep.acceptances))
     contest.plain = plain = None
-    fixed = decoders[f"{_EFT['own']}, K={sweep.draft_lens[min(1, len(sweep.draft_lens) - 1)]}"]
+    fixed = decoders[f"{_EFT['own']}, K={_middle(sweep.draft_lens)}"]
     _add_profile(script, fixed, start, labels)
 
 
@@ -285,7 +287,21 @@ def _decoders(models: EFTModels, draft_lens: Sequence[int], batch: int) -> dict[
         for name, drafted in lengths.items():
             config = EFTConfig(draft_tokens=drafted, draft_weights=weights, expected_batch=batch)
             decoders[name] = EFTDecoder(models, config)
+    if batch == 1:
+        drafted = _middle(draft_lens)
+        config = EFTConfig(draft_tokens=drafted, draft_weights="own")
+        decoders[f"{_TOP_K}, K={drafted}"] = EFTDecoder(models, config)
     return {**decoders, NAIVE: NaiveEFTDecoder(models), ALONE: SingleModelDecoder(models)}
+
+
+def _middle(draft_lens: Sequence[int]) -> int:
+    """The draft length that stands for all fixed ones."""
+    return draft_lens[min(1, len(draft_lens) - 1)]
+
+
+def _filters(name: str) -> tuple[str, ...]:
+    """Those that a decoder samples with, for `filtered`."""
+    return ("top_k",) if name.startswith(_TOP_K) else ()
 
 
 def _expected_lengths(decoder: RoundDecoder, acceptances: Sequence[float]) -> list[int]:
@@ -313,9 +329,9 @@ def _warm_up(
     """Compile and capture what the windows will run; the most bytes that were allocated meanwhile."""
     if script.on_gpu:
         torch.cuda.reset_peak_memory_stats(script.device)
-    for decoder in decoders.values():
+    for name, decoder in decoders.items():
         lengths = _expected_lengths(decoder, acceptances)
-        warm_up_rounds(decoder, start, lengths, narrowing=narrowing)
+        warm_up_rounds(decoder, start, lengths, _filters(name), narrowing=narrowing)
     return torch.cuda.max_memory_allocated(script.device) if script.on_gpu else None
 
 
@@ -444,13 +460,15 @@ def _ratio_at_the_roofline(contest: _Contest, name: str, other: str, acceptance:
 
 
 def _add_bars(contest: _Contest, acceptance: float) -> None:
-    """The bars of a shape, each over all EFT decoders: the worst of the times, the best of the ratios."""
+    """The bars of a shape, each over all EFT decoders without filters: worst times and best ratios."""
     script, labels = contest.script, contest.labels
     at = f"{labels['trio']}, context {labels['context']}, batch {labels['batch']}"
     rows = [
         row
         for row in script.content["rows"]
         if labels.items() <= row.items() and row.get("decoder", "").startswith("EFT") and "times" in row
+        # The others have no filter.
+        if not row["decoder"].startswith(_TOP_K)
     ]
     host = max(row["host_microseconds"] for row in rows)
     script.bar(f"host under {_HOST_MICROSECONDS:.0f} us a round: {at}", host, host < _HOST_MICROSECONDS)

@@ -1,6 +1,6 @@
 """Where a measurement is taken: the machine, the versions, the memory a run needs.
 
-And what saves a measurement with all that.
+And what shows measurements, and saves them with all that.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from speculative_eft.kernels import backend
 
 from .json_files import write_json
 
-__all__ = ["Environment", "environment", "peak_memory", "show_and_save", "source_commit"]
+__all__ = ["Environment", "environment", "peak_memory", "save", "show", "source_commit"]
 
 
 @dataclass(frozen=True)
@@ -97,14 +97,16 @@ def source_commit() -> str | None:
     return f"{git('rev-parse', '--short=12', 'HEAD')}{' with changes' if changed else ''}"
 
 
-def show_and_save(
-    heads: Sequence[str], rows: Iterable[Sequence[str]], path: Path | None, **found: object
-) -> None:
-    """Print a table, and write what was `found` to `path` as JSON, with the commit and the machine."""
+def show(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table."""
     shown = Table(*heads)
     for row in rows:
         shown.add_row(*row)
     Console(width=100).print(shown)
+
+
+def save(path: Path | None, **found: object) -> None:
+    """Write what was `found` to `path`, if any, as JSON, with the commit and the machine."""
     if path is not None:
         write_json(path, {"commit": source_commit(), "environment": asdict(environment()), **found})
 

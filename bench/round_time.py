@@ -28,7 +28,7 @@ from speculative_eft.models.costs import bind_plain_draft
 from speculative_eft.models.demo import held_out_prompts
 
 from .comparison import Spread
-from .machine import Environment, show_and_save
+from .machine import Environment, save, show
 from .prompts import PromptBatch, prompt_batches
 from .report import environment_line
 
@@ -198,7 +198,8 @@ def main(
         prompts = prompt_batches(ids, batch, runs if batch == 1 else -(-runs // 4))
         times.append(round_time(models, prompts, temperature, draft_tokens, _NEW_TOKENS))
     rounds = [asdict(time) for time in times]
-    show_and_save(*table(times), json_path, new_tokens=_NEW_TOKENS, rounds=rounds)
+    show(*table(times))
+    save(json_path, new_tokens=_NEW_TOKENS, rounds=rounds)
 
 
 if __name__ == "__main__":

@@ -156,8 +156,11 @@ def _accepted_lens(chance: Tensor, drafted: int, draft_lens: Tensor, noise: Nois
     return is_accepted.to(torch.int64).cumprod(dim=1).sum(dim=1)
 
 
-def begin(decoder: RoundDecoder, start: Start, seed: int) -> RunningBatch:
-    """The sequences of `start`, ready for `decoder`'s rounds; none has ended, and none ends by a token."""
+def begin(decoder: RoundDecoder, start: Start, seed: int, filters: Sequence[str] = ()) -> RunningBatch:
+    """The sequences of `start`, ready for `decoder`'s rounds; none has ended, and none ends by a token.
+
+    `filters` are those of `filtered`, here and below, for the target and for drafts.
+    """
     batch, device = start.last_token.shape[0], start.last_token.device
     runners = start.models.runners()
     for runner in runners.every:
@@ -165,7 +168,7 @@ def begin(decoder: RoundDecoder, start: Start, seed: int) -> RunningBatch:
         runner.lengths.copy_(start.lengths - 1)
     seeds = derive_seeds(seed, batch).to(device)
     state = decoder.new_state(start.last_token.clone(), start.lengths, seeds, start.limit, 0)
-    sampling = filtered(batch, start.models.vocab_size, device)
+    sampling = filtered(batch, start.models.vocab_size, device, *filters)
     plan = decoder.new_plan(sampling, sampling, (), False)
     if decoder.captured is not None:
         state, plan, _ = decoder.captured.take((state, plan, None), decoder.runners)
@@ -176,10 +179,15 @@ def begin(decoder: RoundDecoder, start: Start, seed: int) -> RunningBatch:
 
 @torch.inference_mode()
 def warm_up_rounds(
-    decoder: RoundDecoder, start: Start, draft_lens: Sequence[int], *, narrowing: bool
+    decoder: RoundDecoder,
+    start: Start,
+    draft_lens: Sequence[int],
+    filters: Sequence[str] = (),
+    *,
+    narrowing: bool,
 ) -> None:
     """Compile and capture the rounds of these draft lengths, `narrowing` also those of fewer rows."""
-    running = begin(decoder, start, 0)
+    running = begin(decoder, start, 0, filters)
     while True:
         for drafted in draft_lens:
             # Once as they are, once captured, once replayed.
@@ -197,9 +205,11 @@ def warm_up_rounds(
 
 
 @torch.inference_mode()
-def run_window(decoder: RoundDecoder, start: Start, seed: int, rounds: int | None) -> Window:
+def run_window(
+    decoder: RoundDecoder, start: Start, seed: int, rounds: int | None, filters: Sequence[str] = ()
+) -> Window:
     """Time `rounds` rounds from the start, or all rounds until every sequence has reached its limit."""
-    running = begin(decoder, start, seed)
+    running = begin(decoder, start, seed, filters)
     state, timer = running.state, PhaseTimer()
     drafted = int(state.draft_lens.max())
     launched: list[int] = []

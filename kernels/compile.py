@@ -283,6 +283,14 @@ def _table(reports: list[Report]) -> Table:
     return table
 
 
+def _write(path: Path, reports: list[Report]) -> None:
+    """Replace the JSON at once: a run that is cut off leaves what it had, and never half a file."""
+    facts = {"triton": triton.__version__, "kernels": [asdict(report) for report in reports]}
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(facts, indent=1) + "\n")
+    partial.replace(path)
+
+
 def main(
     target: Annotated[list[str] | None, typer.Option(help="Compile for this target; repeatable.")] = None,
     operation: Annotated[list[str] | None, typer.Option(help="Compile this operation; repeatable.")] = None,
@@ -308,14 +316,15 @@ def main(
         for place, variant in enumerate(variants)
         for one in ([targets[place % len(targets)]] if sparsely else targets)
     ]
+    reports: list[Report] = []
+    wrong: list[str] = []
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
-        results = list(pool.map(_report_on_index, work))
-    reports = [report for report, _ in results]
+        for report, found in pool.map(_report_on_index, work):
+            reports.append(report)
+            wrong += found
+            if json_path is not None:
+                _write(json_path, reports)
     Console(width=None if sys.stdout.isatty() else 140).print(_table(reports))
-    if json_path is not None:
-        facts = {"triton": triton.__version__, "kernels": [asdict(report) for report in reports]}
-        json_path.write_text(json.dumps(facts, indent=1) + "\n")
-    wrong = [fault for _, found in results for fault in found]
     for fault in wrong:
         print(fault, file=sys.stderr)
     raise typer.Exit(1 if wrong else 0)

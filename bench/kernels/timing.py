@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -40,6 +41,11 @@ _SECONDS = 0.4
 """Time that the replays of one measurement may take, once there are the fewest."""
 _FEWEST_REPLAYS, _MOST_REPLAYS = 10, 100
 _WARM_CALLS = 10
+_SOURCES = (
+    "speculative_eft",
+    *(f"speculative_eft.{name}" for name in ("kernels", "models", "decoding", "bench")),
+)
+"""Packages whose code decides what is measured; they are folders of their own in a checkout."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +174,7 @@ def facts(device: torch.device) -> dict[str, Any]:
     except PackageNotFoundError:
         found["triton"] = None
     found["commit"] = source_commit()
-    found["kernels_sha256"] = _digest(Path(__file__).parents[2] / "kernels")
+    found["sources_sha256"] = _sources_digest()
     found["device"] = "cpu"
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -191,9 +197,14 @@ def _output(*command: str) -> str | None:
     return done.stdout.strip()
 
 
-def _digest(folder: Path) -> str:
-    """Of the sources in a folder: tells measurements of the same code from others without a commit."""
+def _sources_digest() -> str:
+    """Of the package's Python: tells measurements of the same code from others without a commit."""
     digest = sha256()
-    for path in sorted(folder.rglob("*.py")):
-        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    for package in _SOURCES:
+        spec = find_spec(package)
+        assert spec is not None and spec.origin is not None
+        folder = Path(spec.origin).parent
+        for path in sorted(folder.rglob("*.py") if "." in package else folder.glob("*.py")):
+            name = f"{package}/{path.relative_to(folder).as_posix()}"
+            digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()

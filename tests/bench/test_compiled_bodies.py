@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from speculative_eft.bench.compiled_bodies import load, table, time_family
+from speculative_eft.bench import compiled_bodies
+from speculative_eft.bench.comparison import Spread
+from speculative_eft.bench.compiled_bodies import FAMILIES, BodyTime, load, table, time_family
 from speculative_eft.bench.machine import environment
 
 
@@ -34,3 +36,21 @@ def test_passes_are_timed_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "a1" in line
     heads, rows = table(loaded)
     assert all(len(row) == len(heads) for row in rows)
+
+
+def test_what_is_cut_off_has_saved_the_families_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "times.json"
+    spread = Spread.of([1.0])
+
+    def time(family: str, *others: object) -> list[BodyTime]:
+        if family != next(iter(FAMILIES)):
+            raise KeyboardInterrupt
+        return [BodyTime(family, rows, spread, spread, spread, 1.0) for rows in (1, 5)]
+
+    monkeypatch.setattr(compiled_bodies, "time_family", time)
+    with pytest.raises(KeyboardInterrupt):
+        compiled_bodies.main(path)
+    _, times = load(path)
+    assert times == time(next(iter(FAMILIES)))

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from speculative_eft.bench import engine
+from speculative_eft.bench import engine, readme
 from speculative_eft.bench.baselines import SingleModelDecoder
 from speculative_eft.bench.kernels import script as script_module
 from speculative_eft.bench.kernels.script import Script
 from speculative_eft.bench.shapes import LLAMA, QWEN, TINY, StepBytes, random_trio, step_bytes, weight_bytes
 from speculative_eft.bench.windows import PlainLoop, Start, forced_acceptance, run_window, warm_up_rounds
 from speculative_eft.decoding import EFTConfig, EFTDecoder, NaiveEFTDecoder
+from speculative_eft.decoding.round import RoundPlan
 from speculative_eft.models import EFTModels, StepCosts, memory
 
 from ..uncaptured import as_with_graphs
@@ -186,6 +187,42 @@ def test_drafts_of_eight_bits_are_measured_for_one_sequence() -> None:
     ]
     assert run_window(decoders["EFT, drafts of 8 bits, K=3"], start, 0, None).tokens == 30
     assert not any("8 bits" in name for name in engine._decoders(start.models, [3], 2))
+
+
+def test_the_usual_sampling_is_measured_for_one_sequence(script: Script) -> None:
+    start, chance = tiny_start(1, 60), torch.full((1,), 0.9)
+    decoders = engine._decoders(start.models, [2, 3], 1)
+    (name,) = (name for name in decoders if "top_k" in name)
+    assert name == "EFT, top_k=50, K=3"
+    assert not any("top_k" in other for other in engine._decoders(start.models, [3], 2))
+    samplings = []
+
+    def seen(plan: RoundPlan) -> RoundPlan:
+        samplings.append((plan.sampling.top_k, plan.draft_sampling.top_k))
+        return plan
+
+    assert isinstance(decoders[name], EFTDecoder) and decoders[name].config.draft_weights == "own"
+    for decoder in decoders.values():
+        new_plan = decoder.new_plan
+        decoder.new_plan = lambda *inputs, made=new_plan: seen(made(*inputs))  # type: ignore[method-assign]
+    labels = {"trio": "tiny", "context": 40, "batch": 1}
+    contest = engine._Contest(script, engine._SMOKE, start, labels, decoders, None, None)
+    with forced_acceptance(chance):
+        contest.turn(0, 0.9, 3)
+    filtered = [name for name, found in zip(decoders, samplings, strict=True) if found != (None, None)]
+    assert filtered == [name]
+    top_k, of_drafts = samplings[list(decoders).index(name)]
+    assert top_k is not None and top_k.tolist() == [50] and of_drafts is top_k
+    for other in decoders:
+        engine._add_row(contest, other, 0.9)
+    # A row of its own kind, which no bar counts.
+    for row in script.content["rows"]:
+        if row["decoder"] == name:
+            row["host_microseconds"] = row["times_roofline"] = 1e9
+    engine._add_bars(contest, 0.9)
+    assert max(bar["measured"] for bar in script.content["bars"] if bar["measured"]) < 1e9
+    kinds = [row["decoder"].rpartition(", K=")[0] for row in readme._best(script.content)]
+    assert kinds == ["EFT", "EFT, drafts of 8 bits", "EFT, top_k=50"]
 
 
 def test_what_does_not_fit_fails_or_comes_too_late_is_a_row(

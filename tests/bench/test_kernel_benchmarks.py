@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from speculative_eft.bench.kernels import script as script_module
+from speculative_eft.bench.kernels import timing
 from speculative_eft.bench.kernels import verify as verify_script
 from speculative_eft.bench.kernels.script import Script, start
 from speculative_eft.bench.kernels.timing import reference_kernels, time_operation
@@ -25,7 +26,7 @@ SCRIPTS = ("verify", "filters", "draft", "noise", "commit", "memory", "attention
 def _facts_once() -> Iterator[None]:
     """Versions and hardware are asked for once."""
     found = script_module.facts(CPU)
-    assert found["device"] == "cpu" and found["torch"] and len(found["kernels_sha256"]) == 64
+    assert found["device"] == "cpu" and found["torch"] and len(found["sources_sha256"]) == 64
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script_module, "facts", lambda device: found)
         yield
@@ -136,6 +137,24 @@ def test_scripts_want_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert "no NVIDIA GPU" in capsys.readouterr().err
 
 
+def test_the_digest_is_of_every_folder_of_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = [tmp_path / "a_package", tmp_path / "a_package" / "models", tmp_path / "a_package" / "decoding"]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(timing, "_SOURCES", ("a_package", "a_package.models", "a_package.decoding"))
+    seen = {timing._sources_digest()}
+    for folder in folders:
+        (folder / "it.py").write_text("one")
+        seen.add(timing._sources_digest())
+        (folder / "it.py").write_text("two")
+        seen.add(timing._sources_digest())
+    assert len(seen) == 7
+    (tmp_path / "a_package" / "notes.md").touch()
+    assert timing._sources_digest() in seen
+
+
 def test_on_a_cpu_the_wall_clock_times() -> None:
-    timing = time_operation(lambda: None, CPU, cold=True)
-    assert timing.method == "wall clock" and not timing.cold
+    timed = time_operation(lambda: None, CPU, cold=True)
+    assert timed.method == "wall clock" and not timed.cold
