@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from speculative_eft.extras import install_command
+
 from .analysis import baselines_of, predictions
 from .benchmark import Report, Result
 from .comparison import PHASES, Comparison, Spread
@@ -43,7 +45,9 @@ _INCHES = 9.6
 def require_matplotlib() -> None:
     """Raise ImportError, saying what to install, where matplotlib is missing."""
     if find_spec("matplotlib") is None:
-        raise ImportError("the report's plots need matplotlib: pip install 'speculative-eft[bench]'")
+        raise ImportError(
+            f"the report's plots need matplotlib: {install_command('bench')}, or give bench --no-html"
+        )
 
 
 def svg(figure: Figure, source: str) -> str:

@@ -1,6 +1,6 @@
 """Keeps README and docs equal to the committed measurements: `python -P -m speculative_eft.bench.readme`.
 
-README.md has the ratios, docs/measurements.md everything, docs/gpu.md what a round spends.
+README.md has the ratios, docs/measurements.md everything, docs/gpu.md and docs/cpu.md what a round spends.
 """
 
 from __future__ import annotations
@@ -109,7 +109,8 @@ def pages(root: Path) -> dict[Path, str]:
     engines = [stage["result"] for stage in stages]
     machine, times = round_time.load(folder / _ROUNDS)
     bodies_machine, bodies = compiled_bodies.load(folder / _BODIES)
-    readme, gpu, whole = root / "README.md", docs / "gpu.md", docs / "measurements.md"
+    readme, whole = root / "README.md", docs / "measurements.md"
+    gpu, cpu = docs / "gpu.md", docs / "cpu.md"
     return {
         readme: _with_parts(
             readme,
@@ -123,10 +124,10 @@ def pages(root: Path) -> dict[Path, str]:
             {
                 "gpu bars": "\n\n".join(map(_bars, engines)),
                 "gpu phases": "\n\n".join(map(_phases, engines)),
-                "round times": _timed(machine, round_time.table(times)),
                 "compiled bodies": _timed(bodies_machine, compiled_bodies.table(bodies)),
             },
         ),
+        cpu: _with_parts(cpu, {"round times": _timed(machine, round_time.table(times))}),
     }
 
 

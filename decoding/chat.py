@@ -43,10 +43,13 @@ def chat_prompts(
     Raises:
         ValueError: without a tokenizer or a chat template, and for what is not a list of messages.
     """
-    if tokenizer is None or chat_tokenizer is None:
-        raise ValueError("chat needs tokenizers: give EFTModels tokenizer= and chat_tokenizer=")
+    if tokenizer is None:
+        raise ValueError("chat needs a tokenizer: give EFTModels tokenizer=")
     if not getattr(chat_tokenizer, "chat_template", None):
-        raise ValueError("chat needs a chat template: the tuned models' tokenizer has none")
+        raise ValueError(
+            "chat needs a chat template, and the tuned models' tokenizer has none: set models.chat_tokenizer "
+            "(EFTModels' chat_tokenizer=) to their tokenizer with chat_template set"
+        )
     chats: Any = [chat] if chat and isinstance(chat[0], Mapping) else chat
     for messages in chats:
         _check(messages)

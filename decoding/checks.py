@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from speculative_eft.kernels import LARGEST_TEMPERATURE
+
 __all__ = ["between", "index_of", "integer", "is_integral", "seed_of"]
 
 
@@ -42,9 +44,16 @@ def integer(name: str, value: Any, least: int = 0) -> int:
 
 
 def between(name: str, value: Any, low: float, high: float) -> float:
-    """`value` as a float. Raises ValueError if it is no number, not finite, or outside `low`..`high`."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
-        raise ValueError(f"{name} must lie between {low} and {high}, got {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value!r}")
+    """`value` as a float. Raises ValueError if it is no number, not finite, or outside `low`..`high`.
+
+    To a user a `high` of `LARGEST_TEMPERATURE` or more is any finite number, and the least float is 0.
+    """
+    good = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+    if not good or not math.isfinite(value):
+        above_zero = low == math.ulp(0.0)
+        if high >= LARGEST_TEMPERATURE:
+            wanted = f"be a finite number {'above 0' if above_zero else f'of at least {low:g}'}"
+        else:
+            wanted = f"lie in (0, {high:g}]" if above_zero else f"lie between {low:g} and {high:g}"
+        raise ValueError(f"{name} must {wanted}, got {value!r}")
     return float(value)

@@ -74,10 +74,14 @@ class EFTDecoder:
         config: the target law and how it is drafted.
 
     Raises:
-        ValueError: if `config` does not fit the models.
+        ValueError: if `models` or `config` is of another type, or `config` does not fit the models.
     """
 
     def __init__(self, models: EFTModels | EFTRunners, config: EFTConfig | None = None) -> None:
+        if not isinstance(models, EFTModels | EFTRunners):
+            raise ValueError(f"models must be EFTModels or their runners, got {type(models).__name__}")
+        if not isinstance(config, EFTConfig | None):
+            raise ValueError(f"config must be an EFTConfig, got {type(config).__name__}")
         self.config = config or EFTConfig()
         self.models = models if isinstance(models, EFTModels) else None
         self.runners = models.runners() if isinstance(models, EFTModels) else models

@@ -1,18 +1,24 @@
 """Pure tensor operations of a round and of the models' layers: torch references and compiled kernels."""
 
-from .attention import HEAD_DIMS, LARGEST_HEAD_DIM, MOST_ROWS, append, attention
-from .backend import Backend, backend, warm_up
-from .commit import DraftLengthRule, RoundState, commit, committed_tokens
-from .draft import DraftLoop, draft_step
-from .early_stop import EarlyStop, end_drafts, learn, new_early_stop
-from .filters import LARGEST_TEMPERATURE, Sampling, batch_sampling, usable_temperature, warp
-from .layers import projections, rotated_attention
-from .memory import DraftMemory, new_draft_memory, recall, remember
-from .mix import Coefficients, draft_logits, target_logits
-from .noise import NoiseKey, Stream, derive_seeds, exponential_noise, gumbel_noise, uniform_noise
-from .quantised import QuantisedWeight, Weight, product, quantise, quantised
-from .streams import side_by_side
-from .verify import AcceptanceRule, Verdict, verify
+if __name__ == "kernels":
+    # Python was started in the root of a checkout, and the Hub's package of this name is asked for.
+    from .namesake import stand_aside
+
+    stand_aside()
+else:
+    from .attention import HEAD_DIMS, LARGEST_HEAD_DIM, MOST_ROWS, append, attention
+    from .backend import Backend, backend, warm_up
+    from .commit import DraftLengthRule, RoundState, commit, committed_tokens
+    from .draft import DraftLoop, draft_step
+    from .early_stop import EarlyStop, end_drafts, learn, new_early_stop
+    from .filters import LARGEST_TEMPERATURE, Sampling, batch_sampling, usable_temperature, warp
+    from .layers import projections, rotated_attention
+    from .memory import DraftMemory, new_draft_memory, recall, remember
+    from .mix import Coefficients, draft_logits, target_logits
+    from .noise import NoiseKey, Stream, derive_seeds, exponential_noise, gumbel_noise, uniform_noise
+    from .quantised import QuantisedWeight, Weight, product, quantise, quantised
+    from .streams import side_by_side
+    from .verify import AcceptanceRule, Verdict, verify
 
 __all__ = [
     "HEAD_DIMS",

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .eft_models import TrioReport as TrioReport
     from .eft_models import inspect_trio as inspect_trio
     from .errors import IncompatibleModelsError as IncompatibleModelsError
+    from .errors import UnavailableModelsError as UnavailableModelsError
     from .graphs import CapturedFunctions as CapturedFunctions
     from .graphs import captured_functions as captured_functions
     from .memory import caches_fit as caches_fit
@@ -41,6 +42,7 @@ _HOMES = {
     "SlotCache": "slot_cache",
     "StepCosts": "costs",
     "TrioReport": "eft_models",
+    "UnavailableModelsError": "errors",
     "bind_passes": "protocol",
     "caches_fit": "memory",
     "check_caches": "memory",

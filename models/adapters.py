@@ -20,6 +20,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from speculative_eft.extras import install_command
+
 from .errors import IncompatibleModelsError
 from .sources import Source, adapter_problem
 
@@ -250,8 +252,7 @@ def check_peft(source: Source) -> None:
     """Raise IncompatibleModelsError where an adapter cannot be loaded for want of peft."""
     if find_spec("peft") is None:
         raise IncompatibleModelsError(
-            f"{source.argument}: {source.name} is an adapter, which needs peft "
-            "(pip install 'speculative-eft[peft]')."
+            f"{source.argument}: {source.name} is an adapter, which needs peft ({install_command('peft')})."
         )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
+from speculative_eft.extras import install_command
 from speculative_eft.kernels import HEAD_DIMS, LARGEST_HEAD_DIM, MOST_ROWS, attention, backend
 
 from .configs import TESTED_FAMILIES, text_config
@@ -31,6 +32,13 @@ REGISTERED: dict[Attention, str] = {
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
 
 
+def check_attention(asked: str) -> None:
+    """Raise ValueError if `asked` names no attention."""
+    choices = ("auto", *get_args(Attention))
+    if asked not in choices:
+        raise ValueError(f"attention must be one of {', '.join(map(repr, choices))}, not {asked!r}.")
+
+
 def choose_attention(asked: str, model: PreTrainedModel) -> Attention:
     """The attention that `model` is to be run with: what is `asked` for, or for `"auto"` what fits.
 
@@ -40,9 +48,7 @@ def choose_attention(asked: str, model: PreTrainedModel) -> Attention:
     Raises:
         ValueError: if `asked` is none of them, or cannot run this model here.
     """
-    if asked not in ("auto", *get_args(Attention)):
-        choices = ", ".join(map(repr, ("auto", *get_args(Attention))))
-        raise ValueError(f"attention must be one of {choices}, not {asked!r}.")
+    check_attention(asked)
     if asked == "auto":
         fits = model.device.type == "cuda" and _head_dim(model) in HEAD_DIMS
         return "triton" if fits and not _obstacle("triton", model) else "sdpa"
@@ -72,7 +78,7 @@ def _obstacle(chosen: Attention, model: PreTrainedModel) -> str | None:
         usable = backend(model.device) == "triton"
         return None if usable else f"it needs Triton and a model on a GPU, not on {model.device}"
     if find_spec("flash_attn") is None:
-        return "flash-attn is not installed (pip install 'speculative-eft[flash]')"
+        return f"flash-attn is not installed ({install_command('flash')})"
     if model.dtype not in FLASH_DTYPES:
         return f"flash-attn takes float16 or bfloat16, not {str(model.dtype).removeprefix('torch.')}"
     if dim % 8:

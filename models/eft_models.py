@@ -33,10 +33,11 @@ from .adapters import (
     load_adapters,
     parameters_with,
 )
+from .attention import check_attention
 from .configs import layer_windows, text_config
 from .costs import StepCosts, kept_step_costs, measure_step_costs
 from .describe import ModelDescription, describe_model, vocabulary_rows
-from .errors import IncompatibleModelsError
+from .errors import IncompatibleModelsError, UnavailableModelsError
 from .memory import free_bytes, weights_do_not_fit
 from .placement import check_device, home_device, is_dispatched
 from .protocol import EFTRunners, Runner, on_device
@@ -117,8 +118,9 @@ class EFTModels:
         Raises IncompatibleModelsError, a ValueError, if one is not a causal language model, if one keeps a
         recurrent state or has an encoder, if vocabularies differ by more than padding, if an adapter is no
         LoRA or changes the base that it shares, or if the models are not on one device. Tokenizers cannot be
-        compared here; `from_pretrained` compares them.
+        compared here; `from_pretrained` compares them. Raises ValueError if `attention` names none.
         """
+        check_attention(attention)
         tuned: list[Any] = _as_list(small_tuned)
         self.large_base = large_base
         self.small_tuned = [model[0] if _is_pair(model) else model for model in tuned]
@@ -167,9 +169,11 @@ class EFTModels:
         Raises IncompatibleModelsError, a ValueError, before anything is loaded if a model cannot be found or
         run or if tokenizers differ (see `find_sources`), if an adapter is not of `small_base`'s shape or peft
         is missing, if `tensor_parallel` is not 1, and for whatever `EFTModels` itself refuses; and with what
-        each model needs if a GPU's memory does not hold them. Raises ValueError if `device_map` is a single
-        device that torch cannot use.
+        each model needs if a GPU's memory does not hold them. Raises ValueError if `dtype` or `attention`
+        names none, and if `device_map` is a single device that torch cannot use.
         """
+        _check_dtype(dtype)
+        check_attention(attention)
         if tensor_parallel != 1:
             raise IncompatibleModelsError(
                 f"tensor_parallel must be 1, not {tensor_parallel}: splitting a model is not supported yet."
@@ -322,6 +326,18 @@ class EFTModels:
         return [rows[network.argument] for network in self._networks]
 
 
+def _check_dtype(dtype: Any) -> None:
+    """Raise ValueError for what names no dtype; None and a dictionary are left to transformers."""
+    if isinstance(dtype, str):
+        good = dtype == "auto" or isinstance(getattr(torch, dtype, None), torch.dtype)
+    else:
+        good = dtype is None or isinstance(dtype, torch.dtype | dict)
+    if not good:
+        raise ValueError(
+            f'dtype must be "auto", a torch.dtype or the name of one, such as "bfloat16", got {dtype!r}'
+        )
+
+
 def _as_list(small_tuned: Any) -> list[Any]:
     several = isinstance(small_tuned, Sequence) and not _is_pair(small_tuned)
     return list(small_tuned) if several else [small_tuned]
@@ -381,6 +397,8 @@ class TrioReport:
     """What differs and does no harm."""
     models: list[ModelDescription] = field(default_factory=list)
     """A row for each model in the dtype of its configuration; empty if a model cannot be found."""
+    checked: bool = True
+    """Whether all models could be looked at; if not, the problem is why."""
 
     @property
     def compatible(self) -> bool:
@@ -418,7 +436,7 @@ def inspect_trio(
             if source.is_adapter:
                 check_shapes(source, sizes[source.argument], models[-1])
     except IncompatibleModelsError as error:
-        return TrioReport(problems=[str(error)])
+        return TrioReport(problems=[str(error)], checked=not isinstance(error, UnavailableModelsError))
     rows = [
         describe_model(source.argument, model, source.has_chat_template)
         for source, model in zip(sources, models, strict=True)
@@ -488,7 +506,9 @@ def _describe_unloaded(source: Source, dtype: str | torch.dtype, trust_remote_co
 
 def _cannot_load(source: Source, error: Exception) -> IncompatibleModelsError:
     reason = str(error).strip().splitlines()[0]
-    return IncompatibleModelsError(f"{source.argument}: {source.name} cannot be loaded ({reason}).")
+    # transformers raises an OSError for files that it does not get, a ValueError for what it cannot run.
+    kind = UnavailableModelsError if isinstance(error, OSError) else IncompatibleModelsError
+    return kind(f"{source.argument}: {source.name} cannot be loaded ({reason}).")
 
 
 def _load_tokenizer(sources: Iterable[Source], trust_remote_code: bool) -> PreTrainedTokenizerBase | None:

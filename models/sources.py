@@ -17,7 +17,7 @@ from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any
 
-from .errors import IncompatibleModelsError
+from .errors import IncompatibleModelsError, UnavailableModelsError
 
 VOCABULARY_PADDING = 1024
 """Output heads may differ by this many rows: some sizes of a family are padded further than others."""
@@ -64,10 +64,16 @@ class Source:
             path = self.folder / filename
             return path if path.is_file() else None
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
         try:
             return Path(hf_hub_download(self.name, filename))
+        except LocalEntryNotFoundError as error:
+            # Of the other's kind, but raised where the Hub cannot be reached and the cache lacks the file.
+            raise UnavailableModelsError(
+                f"{self.argument}: {filename} of {self.name!r} is not to be had, since the Hugging Face Hub "
+                "cannot be reached."
+            ) from error
         except EntryNotFoundError:
             return None
 
@@ -79,7 +85,7 @@ class Source:
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise IncompatibleModelsError(f"{self.argument}: cannot read {path} ({error}).") from error
+            raise UnavailableModelsError(f"{self.argument}: cannot read {path} ({error}).") from error
 
     @property
     def config(self) -> dict[str, Any]:
@@ -114,10 +120,11 @@ def find_sources(
 
     A tuned model may be a LoRA adapter of the small base: a folder with `adapter_config.json`.
 
-    Raises IncompatibleModelsError within about three seconds, also without a network: for a folder that is
-    missing or holds no weights, a name that the Hub does not answer for, an architecture that cannot be
-    run, an adapter that cannot share the small base's weights (`adapter_problem`) or stands for a base,
-    tokenizers that differ, and vocabularies whose sizes differ by more than `VOCABULARY_PADDING`.
+    Raises UnavailableModelsError, an IncompatibleModelsError, within about three seconds, also without a
+    network: for a folder that is missing or holds no weights, and a name that the Hub does not answer for.
+    Raises IncompatibleModelsError itself for an architecture that cannot be run, an adapter that cannot share
+    the small base's weights (`adapter_problem`) or stands for a base, tokenizers that differ, and
+    vocabularies whose sizes differ by more than `VOCABULARY_PADDING`.
     """
     tuned = [small_tuned] if isinstance(small_tuned, str | os.PathLike) else list(small_tuned)
     if not tuned:
@@ -262,10 +269,10 @@ def _find(argument: str, name: str) -> Source:
     if name and path.is_dir():
         return Source(argument, name, path, _check_folder(argument, path))
     if name and path.exists():
-        raise IncompatibleModelsError(f"{argument}: {name} is a file; give the folder of a saved model.")
+        raise UnavailableModelsError(f"{argument}: {name} is a file; give the folder of a saved model.")
     parts = name.split("/")
     if not name or len(parts) > 2 or not all(parts) or name[0] in ".~" or "\\" in name:
-        raise IncompatibleModelsError(f"{argument}: there is no folder {name!r}.")
+        raise UnavailableModelsError(f"{argument}: there is no folder {name!r}.")
     return _find_on_hub(argument, name)
 
 
@@ -273,21 +280,21 @@ def _check_folder(argument: str, folder: Path) -> bool:
     """Whether `folder` holds an adapter; it holds a whole model otherwise."""
     if (folder / "adapter_config.json").is_file():
         if not any((folder / name).is_file() for name in _ADAPTER_WEIGHTS):
-            raise IncompatibleModelsError(
+            raise UnavailableModelsError(
                 f"{argument}: {folder} has an adapter_config.json but no {_ADAPTER_WEIGHTS[0]}."
             )
         return True
     if not (folder / "config.json").is_file():
-        raise IncompatibleModelsError(f"{argument}: {folder} has no config.json, so it is no saved model.")
+        raise UnavailableModelsError(f"{argument}: {folder} has no config.json, so it is no saved model.")
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         if (folder / index).is_file():
             shards = set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values())
             missing = sorted(shard for shard in shards if not (folder / shard).is_file())
             if missing:
-                raise IncompatibleModelsError(f"{argument}: {folder} lacks the weight file {missing[0]}.")
+                raise UnavailableModelsError(f"{argument}: {folder} lacks the weight file {missing[0]}.")
             return False
     if not any(chain(folder.glob("*.safetensors"), folder.glob("pytorch_model*.bin"))):
-        raise IncompatibleModelsError(
+        raise UnavailableModelsError(
             f"{argument}: {folder} has no weights; it should hold model.safetensors or pytorch_model.bin."
         )
     return False
@@ -300,13 +307,13 @@ def _find_on_hub(argument: str, name: str) -> Source:
     try:
         siblings = _in_time(lambda: HfApi().model_info(name, timeout=_SECONDS_TO_ANSWER).siblings or [])
     except HFValidationError as error:
-        raise IncompatibleModelsError(f"{argument}: there is no folder {name!r}.") from error
+        raise UnavailableModelsError(f"{argument}: there is no folder {name!r}.") from error
     except GatedRepoError as error:
-        raise IncompatibleModelsError(
+        raise UnavailableModelsError(
             f"{argument}: {name} is gated; accept its terms on the Hub and log in with `hf auth login`."
         ) from error
     except RepositoryNotFoundError as error:
-        raise IncompatibleModelsError(
+        raise UnavailableModelsError(
             f"{argument}: {name!r} is neither a folder nor a model on the Hugging Face Hub that you may read."
         ) from error
     except Exception as error:  # no network, offline mode, a name that cannot be one: in any case no answer
@@ -315,7 +322,7 @@ def _find_on_hub(argument: str, name: str) -> Source:
             if isinstance(cached, str):
                 folder = Path(cached).parent
                 return Source(argument, name, folder, _check_folder(argument, folder))
-        raise IncompatibleModelsError(
+        raise UnavailableModelsError(
             f"{argument}: {name!r} is not a folder, and the Hugging Face Hub cannot be reached to look for "
             f"it ({type(error).__name__})."
         ) from error
@@ -323,7 +330,7 @@ def _find_on_hub(argument: str, name: str) -> Source:
     if "adapter_config.json" in files and any(file in files for file in _ADAPTER_WEIGHTS):
         return Source(argument, name, None, is_adapter=True)
     if "config.json" not in files or not any(file.endswith((".safetensors", ".bin")) for file in files):
-        raise IncompatibleModelsError(f"{argument}: {name} on the Hub has no config.json or no weights.")
+        raise UnavailableModelsError(f"{argument}: {name} on the Hub has no config.json or no weights.")
     return Source(argument, name, None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
     from .models import IncompatibleModelsError as IncompatibleModelsError
 
 __version__ = "0.1.0"
+
+# A wheel has the sub-packages in this folder, a checkout beside it (package-dir in pyproject.toml). Python
+# that is started in a checkout's root finds this folder there, whatever is installed.
+_folder = Path(__file__).parent
+if not (_folder / "decoding").is_dir():
+    __path__.append(str(_folder.parent))
 
 # Resolved on first use: the command line answers --help and bad options without loading torch.
 _HOMES = {

@@ -22,14 +22,15 @@ from .command_options import (
     Acceptance,
     Dtype,
     between,
+    check_writable,
     choice,
     draft_tokens_value,
     each,
     finite_numbers,
+    in_a_folder,
     load_models,
     model_name,
     model_names,
-    new_file,
     option,
     seed_value,
     tokenizer_of,
@@ -209,7 +210,7 @@ def bench(
         ),
     ] = 3350.0,
     output: Annotated[
-        Path, option("Writes PREFIX.json and PREFIX.html.", "PREFIX", OUTPUT, callback=new_file)
+        Path, option("Writes PREFIX.json and PREFIX.html.", "PREFIX", OUTPUT, callback=in_a_folder)
     ] = Path("speculative-eft-bench"),
     against: Annotated[
         str | None,
@@ -248,6 +249,9 @@ def bench(
         if file.exists() != resume:
             what = "does not exist" if resume else "exists; --resume goes on with it"
             raise typer.BadParameter(f"{file} {what}.", param_hint="'--resume'" if resume else "'--output'")
+    pages = (_with_suffix(output, ".html"),) if with_html else ()
+    for file in (json_file, *pages, *((other_file,) if against else ())):
+        check_writable(file, "'--output'")
     if simulate_acceptance is not None and prompts is not None:
         raise typer.BadParameter("a simulation has no text to take prompts from.", param_hint="'--prompts'")
     swept = _swept(

@@ -226,7 +226,12 @@ def generate(
     ] = 0.0,
     seed: Annotated[
         int | None,
-        option("Gives the same text again; drawn unless given.", "N", SAMPLING, callback=seed_value),
+        option(
+            "Gives the same text again on one machine, on others with --draft-tokens K; drawn unless given.",
+            "N",
+            SAMPLING,
+            callback=seed_value,
+        ),
     ] = None,
     stats: Annotated[
         bool, typer.Option("--stats", rich_help_panel=OUTPUT, help="Seed and statistics on standard error.")
@@ -306,13 +311,16 @@ def check(
 ) -> None:
     """Tell whether models would work together and what memory they need, without loading them.
 
-    Exit status: 0 if they would, 1 if not, 2 for a folder that is not there.
+    Exit status: 0 if they would, 1 if not, 2 if they could not be checked, as where a folder holds no model
+    or the Hub cannot be reached.
     """
-    from .models import IncompatibleModelsError, find_sources
+    from .models import IncompatibleModelsError, UnavailableModelsError, find_sources
 
     out, err = Console(highlight=False), Console(stderr=True, highlight=False)
     try:
         find_sources(large, tuned, base)
+    except UnavailableModelsError as error:
+        raise ValueError(f"they could not be checked. {error}") from error
     except IncompatibleModelsError as error:
         _print_problems(out, [str(error)])
         raise typer.Exit(1) from error
@@ -320,6 +328,9 @@ def check(
         from .models import inspect_trio
 
         report = inspect_trio(large, tuned, base)
+    if not report.checked:
+        raise ValueError(f"they could not be checked. {report.problems[0]}")
+    problems = list(report.problems)
     if report.models:
         limits = [model.context for model in report.models if model.context is not None]
         tokens = context or min([4096, *limits])
@@ -327,13 +338,11 @@ def check(
         out.print(tables.memory_table(report.models, tokens, batch))
         for model in report.models:
             if model.context is not None and model.context < tokens:
-                _print_sentence(
-                    out, f"note: {model.role} ends at {model.context:,} tokens, before {tokens:,}."
-                )
+                problems.append(f"{model.role} ends at {model.context:,} tokens, before {tokens:,}.")
     for sentence in report.differences:
         _print_sentence(out, f"differs: {sentence}.")
-    if not report.compatible:
-        _print_problems(out, report.problems)
+    if problems:
+        _print_problems(out, problems)
         raise typer.Exit(1)
     out.print("They would work together.", style="bold green")
 
@@ -366,7 +375,8 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
     except UnicodeError as error:
         raise typer.BadParameter(f"the prompt is not UTF-8 text ({error}).") from error
     if not text:
-        raise typer.BadParameter("the prompt is empty; it needs at least one character.")
+        where = "'--file'" if file is not None else "'PROMPT'"
+        raise typer.BadParameter("the prompt is empty; it needs at least one character.", param_hint=where)
     return text
 
 

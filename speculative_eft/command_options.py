@@ -32,10 +32,12 @@ __all__ = [
     "MaxNewTokens",
     "Temperature",
     "between",
+    "check_writable",
     "choice",
     "draft_tokens_value",
     "each",
     "finite_numbers",
+    "in_a_folder",
     "load_models",
     "model_name",
     "model_names",
@@ -112,10 +114,32 @@ def model_name(value: str | None) -> str | None:
     return value
 
 
-def new_file(path: Path | None) -> Path | None:
+def in_a_folder(path: Path | None) -> Path | None:
     if path is not None and not path.absolute().parent.is_dir():
         raise typer.BadParameter(f"there is no folder {str(path.absolute().parent)!r}.")
     return path
+
+
+def new_file(path: Path | None) -> Path | None:
+    """A file that can be written, which is tried before anything runs; what it holds is left alone."""
+    in_a_folder(path)
+    if path is not None:
+        check_writable(path)
+    return path
+
+
+def check_writable(path: Path, param_hint: str | None = None) -> None:
+    """Raise typer.BadParameter where `path` cannot be written; a file that was not there is not left."""
+    try:
+        is_new = not path.exists()
+        # A pipe that is opened and closed would end for its reader.
+        if is_new or path.is_file() or path.is_dir():
+            path.open("ab").close()
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise typer.BadParameter(f"{path} cannot be written ({reason}).", param_hint=param_hint) from error
+    if is_new:
+        path.unlink()
 
 
 finite_numbers = each(between(-math.inf, math.inf))

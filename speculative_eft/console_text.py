@@ -40,9 +40,9 @@ class Look:
 
 LOOKS = {
     "draft": Look("drafted", "green", ("", "")),
-    "residual": Look("resampled", "bold yellow", ("«", "»")),
+    "residual": Look("residual", "bold yellow", ("«", "»")),
     "bonus": Look("bonus", "bold cyan", ("⟨", "⟩")),
-    "target": Look("resampled or bonus", "bold yellow", ("«", "»")),
+    "target": Look("residual or bonus", "bold yellow", ("«", "»")),
 }
 """By `EFTTrace.source`; "target" is for a stream, which does not know what ended a round."""
 

@@ -47,9 +47,9 @@ class SourceStreamer:
         self._console.file.flush()
 
     def end(self) -> None:
-        """Write what is left, and on a terminal end the line."""
+        """Write what is left, and end the line."""
         self._write(self._text.finish(), "target")
-        if self._console.is_terminal and not self._at_line_start:
+        if not self._at_line_start:
             self._console.file.write("\n")
         self._console.file.flush()
 

@@ -21,6 +21,7 @@ from .command_options import tokenizer_of
 from .console_text import LOOKS, has_colours, source_counts, styled_pieces
 from .continuation import Continuation, continue_prompt
 from .decoding import EFTConfig, EFTDecoder, NaiveEFTDecoder
+from .extras import install_command
 from .kernels import AcceptanceRule
 from .models import EFTModels
 
@@ -96,7 +97,12 @@ def show_demo(
         f"transformers {machine.transformers}, Python {machine.python}, kernels by {machine.backend}."
     )
     if machine.backend == "torch" and not machine.accelerators:
-        out.print("Without Numba (pip install 'speculative-eft[cpu]') all of this runs several times slower.")
+        # The command has brackets, which are no markup.
+        out.print(
+            f"Without Numba ({install_command('cpu')}) all of this runs several times slower.",
+            markup=False,
+            soft_wrap=True,
+        )
     out.print(tables.verdict(comparisons, chosen, NAIVE, LARGE), style="bold", soft_wrap=True)
     return {
         "environment": asdict(machine),
@@ -122,6 +128,9 @@ def _measure(
         for temperature, decoders in turns.items():
             label = f"T={temperature:g}"
             progress.update(task, description=f"Measuring at {label}")
+            if not err.is_terminal:
+                # A log has no bar, but it can tell how far the run is.
+                err.print(f"Measuring at {label}: {', '.join(decoders)}", markup=False, soft_wrap=True)
             comparisons[label] = compare(
                 decoders,
                 [PromptBatch(ids) for ids in inputs] * repeats,

@@ -1,4 +1,4 @@
-"""The wheel installs one package and nothing beside it, and works away from the repository."""
+"""The wheel installs one package and nothing beside it, and works away from the checkout and in its root."""
 
 from __future__ import annotations
 
@@ -93,3 +93,42 @@ def test_the_hubs_kernels_package_stays_visible(installed: Path) -> None:
             [sys.executable, "-P", "-c", code], cwd=folder, capture_output=True, text=True, check=True
         )
         assert not Path(done.stdout.strip()).is_relative_to(ROOT / "kernels")
+
+
+# As where the package is not installed in editable mode, whose finder would know the sub-packages' places.
+WITHOUT_EDITABLE = """
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in getattr(finder, "__module__", "")]
+"""
+
+
+def run_in_the_checkout(code: str, *paths: Path, options: tuple[str, ...] = ()) -> str:
+    """What `python -c` prints that is started in the checkout's root, which is then first on its path."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    environment |= {"PYTHONPATH": os.pathsep.join(map(str, paths)), "SPECULATIVE_EFT_BACKEND": "torch"}
+    done = subprocess.run(
+        [sys.executable, *options, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("first", ["", "from transformers import LlamaForCausalLM\n"])
+def test_python_started_in_the_checkout_finds_all_of_it(installed: Path, first: str) -> None:
+    where = "import speculative_eft.decoding as d, kernels as k; print(d.__file__); print(k.__file__)\n"
+    pytest.importorskip("kernels", reason="the Hub's kernels package is not installed")
+    printed = run_in_the_checkout(WITHOUT_EDITABLE + first + FIVE_LINES + where, installed).splitlines()
+    assert printed[0].startswith("def total(values):")
+    assert printed[-2] == str(ROOT / "decoding" / "__init__.py")
+    assert not Path(printed[-1]).is_relative_to(ROOT / "kernels")
+
+
+def test_the_checkouts_kernels_stand_aside_for_another_package(tmp_path: Path) -> None:
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("from .part import name\n")
+    (tmp_path / "kernels" / "part.py").write_text("name = 'the other'\n")
+    # Without site-packages, where the Hub's may be.
+    code = "import kernels, kernels.part; print(kernels.name, kernels.part.name)"
+    assert run_in_the_checkout(code, tmp_path, options=("-S",)) == "the other the other\n"
+    # What transformers takes for no package.
+    assert run_in_the_checkout("import kernels; print(kernels.__file__)", options=("-S",)) == "None\n"

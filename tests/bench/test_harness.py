@@ -17,7 +17,7 @@ from ..exactness.sampling import table_runners
 from ..table_models import random_tables
 from ..tokenizers_of_words import tokenizer_of
 
-pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install speculative-eft[eval]")
+pytest.importorskip("lm_eval", reason="the extra [eval] is not installed")
 
 from speculative_eft.bench.harness import SpeculativeEFT
 

@@ -11,6 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import typer
+
+from speculative_eft.command_options import check_writable
 
 from .conftest import CONTEXT, Outcome, Trio, byte_tokenizer, save_model
 
@@ -85,7 +88,7 @@ def test_answers_at_once(arguments: list[str], words: list[str]) -> None:
         (["generate", "--top-k", "-1", "x"], ["--top-k"]),
         (["generate", "--max-new-tokens", "0", "x"], ["--max-new-tokens"]),
         (["generate", "--seed", str(2**63), "x"], ["--seed", "64 bits"]),
-        (["generate", ""], ["empty"]),
+        (["generate", ""], ["PROMPT", "empty"]),
         (["generate"], ["empty"]),
         (["generate", "--file", "/nowhere"], ["--file", "/nowhere"]),
         (["generate", "--file", __file__, "x"], ["not both"]),
@@ -97,6 +100,9 @@ def test_answers_at_once(arguments: list[str], words: list[str]) -> None:
         (["generate", "x", "y"], ["y"]),
         (["demo", "--prompts", "0"], ["--prompts"]),
         (["demo", "--json", "/nowhere/results.json"], ["--json", "/nowhere"]),
+        # A folder in which nobody can write, where there is one.
+        (["demo", "--json", "/proc/results.json"], ["--json", "/proc"]),
+        (["bench", "--output", "/proc/results"], ["--output", "/proc"]),
         (["check", "/nowhere", "b", "c"], ["LARGE", "/nowhere"]),
         (["check", "a"], ["Missing"]),
         (["check", "--batch", "0", "a", "b", "c"], ["--batch"]),
@@ -161,6 +167,36 @@ def test_ctrl_c_is_quiet(run: Callable[..., Outcome], monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("speculative_eft.cli.load_models", interrupt)
     assert run("generate", "x") == Outcome(130, "", "")
+
+
+INTERRUPTED_IMPORT = """
+import sys
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == "typer":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+from speculative_eft.__main__ import main
+sys.exit(main())
+"""
+
+
+def test_ctrl_c_during_the_first_imports_is_quiet() -> None:
+    process, _ = run_process(INTERRUPTED_IMPORT)
+    assert (process.returncode, process.stdout, process.stderr) == (130, "", "")
+    pyproject = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    assert '\nspeculative-eft = "speculative_eft.__main__:main"\n' in pyproject
+
+
+def test_trying_to_write_leaves_files_as_they_are(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    check_writable(file)
+    assert not file.exists()
+    file.write_text("kept")
+    check_writable(file)
+    assert file.read_text() == "kept"
+    with pytest.raises(typer.BadParameter, match="cannot be written"):
+        check_writable(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"{", b"[]", b"{}"])

@@ -165,12 +165,24 @@ def test_mistakes_are_told_before_anything_is_loaded(
     assert outcome.status == 2 and words in outcome.err and outcome.out == ""
 
 
+def test_a_page_that_cannot_be_written_is_told_before_anything_runs(
+    run: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "b.html").mkdir()
+    monkeypatch.setattr(
+        "speculative_eft.bench_command.load_models", lambda *_: pytest.fail("models were loaded")
+    )
+    outcome = run("bench", "--output", str(tmp_path / "b"))
+    assert outcome.status == 2 and "--output" in outcome.err and "b.html cannot be written" in outcome.err
+    assert [path.name for path in tmp_path.iterdir()] == ["b.html"]
+
+
 def test_without_matplotlib_one_line_says_what_to_install(
     run: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("speculative_eft.bench.plots.find_spec", lambda _: None)
     outcome = run("bench", "--output", str(tmp_path / "b"))
-    assert outcome.status == 2 and "speculative-eft[bench]" in outcome.err
+    assert outcome.status == 2 and "'.[bench]' in the checkout" in outcome.err and "--no-html" in outcome.err
     assert len(outcome.err.splitlines()) == 1
 
 

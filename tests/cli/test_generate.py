@@ -24,6 +24,11 @@ OPTIONS = ("--max-new-tokens", "24", "--seed", "5")
 ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
 
 
+def ended(text: str) -> str:
+    """`text` with a line break at its end, as a pipe gets it."""
+    return text if text.endswith("\n") else text + "\n"
+
+
 def test_argument_file_and_standard_input_are_alike(
     run: Callable[..., Outcome], trio: Trio, tmp_path: Path
 ) -> None:
@@ -42,7 +47,7 @@ def test_argument_file_and_standard_input_are_alike(
 
 def test_json_holds_the_streamed_text(run: Callable[..., Outcome], trio: Trio, tokenizer: Any) -> None:
     record = json.loads(run("generate", PROMPT, *trio.options, *OPTIONS, "--json").out)
-    assert record["text"] == run("generate", PROMPT, *trio.options, *OPTIONS).out
+    assert ended(record["text"]) == run("generate", PROMPT, *trio.options, *OPTIONS).out
     assert record["text"] == tokenizer.decode(record["tokens"], skip_special_tokens=True)
     assert record["seed"] == 5
     assert record["stats"]["emitted_tokens"] == len(record["tokens"]) == len(record["trace"]["source"])
@@ -54,7 +59,7 @@ def test_a_drawn_seed_gives_the_text_again(run: Callable[..., Outcome], trio: Tr
     first = json.loads(run("generate", PROMPT, *trio.options, "--max-new-tokens", "24", "--json").out)
     options = ("--max-new-tokens", "24", "--seed", str(first["seed"]))
     outcome = run("generate", PROMPT, *trio.options, *options, "--stats")
-    assert outcome.out == first["text"]
+    assert outcome.out == ended(first["text"])
     assert str(first["seed"]) in outcome.err and "acceptance" in outcome.err
 
 
@@ -91,7 +96,7 @@ def test_streamed_pieces_are_the_decoded_text(seed: int, tokenizer: Any) -> None
     tokens += tokenizer("Größe → 尺寸 🙂 naïve\n    x").input_ids + tokenizer("🙂").input_ids[: seed % 4]
     console = Console(file=io.StringIO(), force_terminal=False)
     stream(tokens, tokenizer, console, show_sources=False)
-    assert console.file.getvalue() == tokenizer.decode(tokens, skip_special_tokens=True)
+    assert console.file.getvalue() == ended(tokenizer.decode(tokens, skip_special_tokens=True))
 
 
 def test_no_broken_character_is_shown_on_the_way(tokenizer: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -31,8 +32,8 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("stop_strings must be a string or a list", {"stop_strings": [""]}),
     ("stop_strings must be a string or a list", {"stop_strings": 5}),
     ("tokenizer must be a transformers tokenizer", {"stop_strings": "a", "tokenizer": 5}),
-    ("max_time must lie between", {"max_time": -1}),
-    ("max_time must lie between", {"max_time": "soon"}),
+    ("max_time must be a finite number of at least 0", {"max_time": -1}),
+    ("max_time must be a finite number of at least 0", {"max_time": "soon"}),
     ("bad_words_ids holds the id 500", {"bad_words_ids": [[500]]}),
     ("bad_words_ids must hold token ids", {"bad_words_ids": [5]}),
     ("bad_words_ids` has to be a non-empty list", {"bad_words_ids": []}),
@@ -42,11 +43,11 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("sequence_bias holds the id 500", {"sequence_bias": {(500,): 1.0}}),
     ("sequence_bias must hold token ids", {"sequence_bias": 3}),
     ("forced_eos_token_id holds the id 999", {"forced_eos_token_id": 999}),
-    ("repetition_penalty must lie", {"repetition_penalty": "x"}),
-    ("repetition_penalty must lie", {"repetition_penalty": -1.0}),
+    ("repetition_penalty must be a finite number above 0", {"repetition_penalty": "x"}),
+    ("repetition_penalty must be a finite", {"repetition_penalty": -1.0}),
     ("no_repeat_ngram_size must be an integer", {"no_repeat_ngram_size": -1}),
     ("no_repeat_ngram_size must be an integer", {"no_repeat_ngram_size": 1.5}),
-    ("typical_p must lie", {"typical_p": 2.0, **SAMPLED}),
+    (r"typical_p must lie in \(0, 1\]", {"typical_p": 2.0, **SAMPLED}),
     ("top_h must lie", {"top_h": 2.0, **SAMPLED}),
     ("epsilon_cutoff must lie", {"epsilon_cutoff": 2.0, **SAMPLED}),
     ("eta_cutoff must lie", {"eta_cutoff": "x", **SAMPLED}),
@@ -73,7 +74,10 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("use_cache must be True or False", {"use_cache": "no"}),
     ("do_sample must be True or False", {"do_sample": "yes"}),
     ("max_length must be an integer", {"max_length": "x"}),
-    ("temperature must lie", {"temperature": "x", **SAMPLED}),
+    ("temperature must be a finite number of at least 0, got 'x'", {"temperature": "x", **SAMPLED}),
+    ("temperature must be a finite number of at least 0, got -1", {"temperature": -1, **SAMPLED}),
+    ("temperature must be a finite number of at least 0, got nan", {"temperature": math.nan, **SAMPLED}),
+    ("top_p must lie between 0 and 1, got 1.5", {"top_p": 1.5, **SAMPLED}),
     ("top_k must be an integer", {"top_k": 2.5}),
     ("tuned_input_ids must be an integer tensor", {"tuned_input_ids": 5}),
     (

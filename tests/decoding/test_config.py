@@ -47,6 +47,13 @@ def test_alpha_must_fit_the_tuned_models() -> None:
         EFTDecoder(table_runners(random_tables(0, 4)), EFTConfig(alpha=(0.5, 0.5), draft_tokens=2))
 
 
+def test_other_types_are_named() -> None:
+    with pytest.raises(ValueError, match="config must be an EFTConfig, got dict"):
+        EFTDecoder(table_runners(random_tables(0, 4)), {"alpha": 1})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="models must be EFTModels or their runners, got str"):
+        EFTDecoder("x")  # type: ignore[arg-type]
+
+
 def test_drafts_of_eight_bits_need_models_like_llama() -> None:
     config = EFTConfig(draft_tokens=2, draft_weights="int8")
     with pytest.raises(ValueError, match="needs models, not their runners"):

@@ -579,7 +579,7 @@ def test_adapter_folders_that_cannot_work_are_refused(
     prefix_tuned(tiny_model("llama", 1)).save_pretrained(tmp_path / "prefix")
     assert "is of type PREFIX_TUNING" in refusal(tmp_path / "prefix")
     monkeypatch.setattr(adapters_module, "find_spec", lambda name: None)
-    assert "needs peft (pip install 'speculative-eft[peft]')" in refusal(adapter)
+    assert "needs peft (pip install -c constraints.txt '.[peft]' in the checkout" in refusal(adapter)
     (adapter / "adapter_model.safetensors").unlink()
     assert "but no adapter_model.safetensors" in refusal(adapter)
 

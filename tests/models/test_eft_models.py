@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -81,6 +82,24 @@ def test_models_from_folders(folders: tuple[Path, Path, Path]) -> None:
     assert base.context == CONTEXT and not base.chat_template
     half = EFTModels.from_pretrained(*map(str, folders), dtype=torch.bfloat16, device_map="cpu")
     assert {row.dtype for row in half.describe()} == {"bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dtype": "bf16"}, """dtype must be "auto", .* such as "bfloat16", got 'bf16'"""),
+        ({"dtype": 16}, "dtype must be .*, got 16"),
+        ({"attention": "flash"}, "attention must be one of 'auto', .*'flash_attn'.*, not 'flash'"),
+    ],
+)
+def test_a_bad_option_is_named_before_anything_is_looked_for(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        EFTModels.from_pretrained("/nowhere", "/nowhere", "/nowhere", **options)
+
+
+def test_a_bad_attention_is_named_for_loaded_models() -> None:
+    with pytest.raises(ValueError, match="attention must be one of"):
+        EFTModels(tiny_model("llama"), tiny_model("qwen2"), tiny_model("qwen2"), attention="flash")
 
 
 def test_chat_templates_are_found(folders: tuple[Path, Path, Path]) -> None:
