@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from speculative_eft.extras import install_command
+from speculative_eft.models.extras import install_command
 
 from .analysis import baselines_of, predictions
 from .benchmark import Report, Result

@@ -10,8 +10,6 @@ from typing import Literal, cast, get_args
 
 import torch
 
-from speculative_eft.extras import install_command
-
 __all__ = ["Backend", "backend", "warm_up"]
 
 Backend = Literal["torch", "numba", "triton"]
@@ -35,7 +33,7 @@ def _can_run(name: Backend, device: torch.device) -> bool:
 
 
 _NEEDS = {
-    "numba": f"tensors on a CPU and Numba ({install_command('cpu')})",
+    "numba": "tensors on a CPU and Numba, the extra [cpu]",
     "triton": "Triton and tensors on a GPU (or, for tests on a CPU, TRITON_INTERPRET=1)",
 }
 

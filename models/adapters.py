@@ -20,9 +20,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from speculative_eft.extras import install_command
-
 from .errors import IncompatibleModelsError
+from .extras import install_command
 from .sources import Source, adapter_problem
 
 if TYPE_CHECKING:

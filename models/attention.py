@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
-from speculative_eft.extras import install_command
 from speculative_eft.kernels import HEAD_DIMS, LARGEST_HEAD_DIM, MOST_ROWS, attention, backend
 
 from .configs import TESTED_FAMILIES, text_config
+from .extras import install_command
 
 Attention: TypeAlias = Literal["sdpa", "triton", "flash_attn"]
 

@@ -21,9 +21,9 @@ from .command_options import tokenizer_of
 from .console_text import LOOKS, has_colours, source_counts, styled_pieces
 from .continuation import Continuation, continue_prompt
 from .decoding import EFTConfig, EFTDecoder, NaiveEFTDecoder
-from .extras import install_command
 from .kernels import AcceptanceRule
 from .models import EFTModels
+from .models.extras import install_command
 
 __all__ = ["show_demo"]
 

@@ -24,7 +24,7 @@ FILES = [path for folder in ALLOWED for path in sorted((ROOT / folder).rglob("*.
 def packages_imported(path: Path, root: Path = ROOT) -> set[str]:
     """Packages of ours that a file imports, inside functions and type-checking blocks too.
 
-    All that is in none of the sub-packages counts as "speculative_eft", but for `extras`, which is for all.
+    All that is in none of the sub-packages counts as "speculative_eft".
     """
     folder, *parents = path.relative_to(root).parts[:-1]
     package = ".".join(["speculative_eft", *([] if folder == "speculative_eft" else [folder]), *parents])
@@ -39,7 +39,7 @@ def packages_imported(path: Path, root: Path = ROOT) -> set[str]:
     for name in names:
         first, second, *_ = [*name.split("."), ""]
         assert first == "speculative_eft" or first not in ALLOWED, f"{path}: import {name} by its full name"
-        if first == "speculative_eft" and second != "extras":
+        if first == "speculative_eft":
             found.add(second if second in ALLOWED else first)
     return found - {folder}
 
@@ -62,7 +62,6 @@ def test_a_file_imports_only_what_lies_below(path: Path) -> None:
         ("models/__init__.py", "from .runner import ModelRunner", set()),
         ("models/runner.py", "def run():\n    from ..cli import main", {"speculative_eft"}),
         ("models/runner.py", "from speculative_eft import EFTModels", {"speculative_eft"}),
-        ("models/attention.py", "from speculative_eft.extras import install_command", set()),
         ("decoding/round.py", "import torch, speculative_eft.models.runner", {"models"}),
         ("speculative_eft/cli.py", "from .bench import analysis", {"bench"}),
         ("speculative_eft/cli.py", "from . import bench, console_text", {"bench"}),

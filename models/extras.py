@@ -1,4 +1,4 @@
-"""How to install what is optional. Imports nothing, so that every layer may use it."""
+"""How to install what is optional."""
 
 from __future__ import annotations
 
