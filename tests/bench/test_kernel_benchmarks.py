@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from speculative_eft.bench.comparison import Spread
 from speculative_eft.bench.kernels import script as script_module
+from speculative_eft.bench.kernels import timing as timing_module
 from speculative_eft.bench.kernels import verify as verify_script
 from speculative_eft.bench.kernels.script import Script, start
-from speculative_eft.bench.kernels.timing import reference_kernels, time_operation
+from speculative_eft.bench.kernels.timing import Timing, reference_kernels, time_operation
 from speculative_eft.kernels import noise as noise_module
 
 CPU = torch.device("cpu")
@@ -134,6 +136,12 @@ def test_scripts_want_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         import_module("speculative_eft.bench.kernels.noise").main()
     assert stopped.value.code == 2
     assert "no NVIDIA GPU" in capsys.readouterr().err
+
+
+def test_a_copy_reads_and_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    timing = Timing(Spread.of([1e6]), 1, True, "wall clock")
+    monkeypatch.setattr(timing_module, "time_operation", lambda *arguments, **options: timing)
+    assert timing_module.copy_bandwidth(CPU) == 2 * 2**24
 
 
 def test_on_a_cpu_the_wall_clock_times() -> None:
