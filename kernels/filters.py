@@ -26,7 +26,7 @@ class Sampling:
         temperature: float32 [batch], 0 for greedy decoding.
         top_k: int64 [batch], tokens kept; the vocabulary size keeps all.
         top_p: float32 [batch] in (0, 1]; 1 keeps all.
-        min_p: float32 [batch] in [0, 1), relative to the most probable token; 0 keeps all.
+        min_p: float32 [batch] in [0, 1], relative to the most probable token; 0 keeps all.
         any_greedy: whether some temperature is 0, known to the host.
         all_greedy: whether every temperature is 0, known to the host.
     """

@@ -128,10 +128,10 @@ def test_greedy_texts_are_those_of_naive_eft(report: Report) -> None:
 
 def test_json_gives_the_report_back(report: Report, tmp_path: Path) -> None:
     file = tmp_path / "report.json"
-    report.save(file, {"noise": {"a": float("nan")}})
+    report.save(file, {"noise": {"a": [math.nan, math.inf]}})
     assert Report.load(file) == report
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
-    assert "NaN" not in file.read_text()
+    assert "NaN" not in file.read_text() and "Infinity" not in file.read_text()
 
 
 @pytest.mark.parametrize("text", ["{}", "no JSON", '{"format": 99}', "[1]"])

@@ -29,13 +29,17 @@ class Clock:
 
 
 class FakeDecoder:
-    """Emits `tokens` tokens in `seconds[i]` seconds in its i-th run, in two rounds of two drafted tokens."""
+    """Emits `tokens` tokens in `seconds[i]` seconds in its i-th run, in two rounds of two drafted tokens.
+
+    Of these it accepts both and the first, but in every other run none and both.
+    """
 
     def __init__(
         self, name: str, log: list[tuple[str, int, int]], clock: Clock, seconds: list[float], tokens: int
     ) -> None:
         self.name, self.log, self.clock = name, log, clock
         self.seconds, self.tokens = iter(seconds), tokens
+        self.runs = 0
 
     def generate(
         self, input_ids: Tensor, attention_mask: None, *, seed: int, streamer: Any, **generation_kwargs: Any
@@ -54,15 +58,17 @@ class FakeDecoder:
                     streamer.put(tokens)
                 else:
                     streamer(index, tokens)
+        self.runs += 1
+        is_other = self.runs % 2 == 0
         stats = EFTStats(
             rounds=2,
             sequence_rounds=2 * batch,
             drafted_tokens=4 * batch,
-            tested_tokens=4 * batch,
-            accepted_tokens=3 * batch,
+            tested_tokens=(3 if is_other else 4) * batch,
+            accepted_tokens=(2 if is_other else 3) * batch,
             emitted_tokens=self.tokens * batch,
-            accepted_by_position=(1.0, 0.5),
-            expected_acceptance=0.5,
+            accepted_by_position=(0.5, 1.0) if is_other else (1.0, 0.5),
+            expected_acceptance=0.9 if is_other else 0.5,
             seconds={"prefill": 0.5, "draft": 0.002, "large": 0.004, "other": self.clock.now - begun},
         )
         return EFTOutput(
@@ -166,13 +172,15 @@ def test_counts_are_over_all_runs(result: comparison.Comparison) -> None:
     row = result["fast"]
     assert row.run_tokens == (8, 8, 8, 8) and row.run_seconds == (1, 1, 2, 2)
     assert row.tokens_per_round == 4.0 and row.large_calls_per_token == 0.25
-    assert row.acceptance_rate == 0.75 and row.expected_acceptance == 0.5 and row.tested_tokens == 16
+    # Two runs of 3 of 4 tested tokens, two of 2 of 3.
+    assert row.tested_tokens == 14 and row.acceptance_rate == pytest.approx(10 / 14)
+    assert row.expected_acceptance == pytest.approx((8 * 0.5 + 6 * 0.9) / 14)
     assert tuple(row.milliseconds_per_round) == PHASES
     assert row.milliseconds_per_round["draft"] == pytest.approx(1.0)
-    assert row.milliseconds_per_round["verify"] == 0.0
+    assert row.milliseconds_per_round["verify"] == 0.0 and row.prefill_milliseconds == 500
     assert row.same_output == 0 and result["slow"].same_output == 4
     assert row.rounds == 8 and row.drafted_per_round == 2
-    assert row.accepted_by_position == (1.0, 0.5)
+    assert row.accepted_by_position == pytest.approx((6 / 8, 4 / 6))
     # 2 ms of drafting in two rounds that make 8 tokens.
     assert row.phases_per_token["draft"] == pytest.approx(0.25)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,10 +13,18 @@ import torch
 
 from speculative_eft.bench import engine, readme
 from speculative_eft.bench.baselines import SingleModelDecoder
+from speculative_eft.bench.comparison import Spread
 from speculative_eft.bench.kernels import script as script_module
 from speculative_eft.bench.kernels.script import Script
 from speculative_eft.bench.shapes import LLAMA, QWEN, TINY, StepBytes, random_trio, step_bytes, weight_bytes
-from speculative_eft.bench.windows import PlainLoop, Start, forced_acceptance, run_window, warm_up_rounds
+from speculative_eft.bench.windows import (
+    PlainLoop,
+    Start,
+    Window,
+    forced_acceptance,
+    run_window,
+    warm_up_rounds,
+)
 from speculative_eft.decoding import EFTConfig, EFTDecoder, NaiveEFTDecoder
 from speculative_eft.decoding.round import RoundPlan
 from speculative_eft.models import EFTModels, StepCosts, memory
@@ -121,6 +130,16 @@ def test_a_round_reads_weights_and_caches_once_a_pass() -> None:
         engine.roofline_bytes(models, 4, 50, eight_bits=True) == large.of(50) + 2 * small.of(50) + 4 * copied
     )
     assert engine.roofline_bytes(models, 0, 50, alone=True) == large.weights + 50 * large.cache
+
+
+def test_ratios_and_the_roofline_are_of_all_windows() -> None:
+    start = tiny_start(1, 10)
+    slow, fast = Window(2.0, 2.0, 0.0, (2, 2), 6, 0, 0), Window(2.0, 2.0, 0.0, (4, 4), 10, 0, 0)
+    assert engine._ratio([fast, fast], [slow, fast]) == Spread.of([10 / 6, 1])
+    contest: Any = SimpleNamespace(start=start, script=SimpleNamespace(bandwidth=1e9))
+    # In the middle of a window a sequence has half the tokens that it gains there, 8 in the mean.
+    needed = engine.roofline_bytes(start.models, 3, 40 + 8 / 2)
+    assert engine._roofline_seconds(contest, "EFT, K=3", [slow, fast]) == needed / 1e9
 
 
 def test_the_shapes_are_those_of_the_published_models() -> None:

@@ -52,6 +52,8 @@ def enumerated(context: list[int], continuation: list[int]) -> tuple[float, bool
 
 def test_likelihoods(model: Any) -> None:
     cases = [("a b", " c"), ("c d e", " a a b"), ("b", " e d"), ("a", " a"), ("e e", " b c d a")]
+    # The context is cut to the 10 words that leave room.
+    cases.append(("a b c d e a b c a e d c", " b e"))
     found = model.loglikelihood(requests(*cases))
     for (context, continuation), (log_prob, greedy) in zip(cases, found, strict=True):
         ids = [[WORDS.index(word) for word in text.split()] for text in (context, continuation)]
@@ -95,16 +97,31 @@ def test_generation_is_the_targets_and_ends_before_a_string(model: Any) -> None:
     assert cut == text[: text.index(until)]
 
 
+def test_prompts_are_cut_to_leave_room_for_what_is_generated() -> None:
+    runners = table_runners(TABLES)
+    for runner in (runners.large, *runners.small):
+        runner.max_context = 12
+    decoder = EFTDecoder(runners, EFTConfig(draft_tokens=2))
+    model = SpeculativeEFT(decoder=decoder, tokenizer=tokenizer_of(WORDS))
+    words = "a b c d e a b c a e d c b e"
+    options = {"until": [], "max_gen_toks": 6}
+    whole, cut = model.generate_until(requests((words, options), (words[-11:], options)))
+    assert whole == cut and len(whole) == 6
+
+
 def test_sampling_reproduces_and_batches_change_nothing() -> None:
-    def run(batch_size: int) -> list[str]:
+    def run(batch_size: int) -> tuple[list[str], list[str]]:
         decoder = EFTDecoder(table_runners(TABLES), EFTConfig(draft_tokens=2))
         model = SpeculativeEFT(
             decoder=decoder, tokenizer=tokenizer_of(WORDS), max_length=20, batch_size=batch_size, seed=5
         )
         options = {"until": ["dd"], "max_gen_toks": 8, "do_sample": True, "temperature": 1.0}
-        return list(model.generate_until(requests(*((text, options) for text in ("a", "b c", "d d e")))))
+        prompts = requests(*((text, options) for text in ("a", "b c", "d d e")))
+        return model.generate_until(prompts), model.generate_until(prompts)
 
-    assert run(1) == run(3)
+    once, again = run(1)
+    assert once != again
+    assert run(3) == (once, again)
 
 
 def test_scores_know_padding_on_either_side() -> None:

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from speculative_eft.bench.comparison import Spread
 from speculative_eft.bench.kernels import script as script_module
 from speculative_eft.bench.kernels import timing
 from speculative_eft.bench.kernels import verify as verify_script
 from speculative_eft.bench.kernels.script import Script, start
-from speculative_eft.bench.kernels.timing import reference_kernels, time_operation
+from speculative_eft.bench.kernels.timing import Timing, reference_kernels, time_operation
 from speculative_eft.kernels import noise as noise_module
 
 CPU = torch.device("cpu")
@@ -153,6 +154,12 @@ def test_the_digest_is_of_every_folder_of_sources(tmp_path: Path, monkeypatch: p
     assert len(seen) == 7
     (tmp_path / "a_package" / "notes.md").touch()
     assert timing._sources_digest() in seen
+
+
+def test_a_copy_reads_and_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    a_millisecond = Timing(Spread.of([1e6]), 1, True, "wall clock")
+    monkeypatch.setattr(timing, "time_operation", lambda *arguments, **options: a_millisecond)
+    assert timing.copy_bandwidth(CPU) == 2 * 2**24
 
 
 def test_on_a_cpu_the_wall_clock_times() -> None:

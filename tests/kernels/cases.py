@@ -31,7 +31,7 @@ COMPILED = pytest.mark.parametrize("compiled", ["numba", "triton"])
 FILTERS: dict[str, dict[str, Any]] = {
     "top_k": {"top_k": torch.tensor([5, 3, 40])},
     "top_p": {"top_p": torch.tensor([0.9, 0.5, 0.6])},
-    "min_p": {"min_p": torch.tensor([0.05, 0.2, 0.01])},
+    "min_p": {"min_p": torch.tensor([0.05, 0.2, 1.0])},
     "all": {
         "top_k": torch.tensor([50, 6, 2]),
         "top_p": torch.tensor([0.95, 0.9, 1.0]),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from speculative_eft.kernels import Coefficients, Stream
+from speculative_eft.kernels import Coefficients, Sampling, Stream
 
 from .cases import (
     COMPILED,
@@ -69,6 +69,22 @@ def test_filters_where_logits_tie(
     case.sampling = dataclasses.replace(case.sampling, temperature=torch.tensor([1.0, 0.0, 0.5]))
     case = filtered(case, name, conservative=name == "none")
     assert_same(case, *both(lambda: case.verify("token"), compiled))
+
+
+def test_filters_that_are_met_exactly(both: Any) -> None:
+    # Of the law (0.5, 0.25, 0.25) three quarters are two tokens, and half the highest is all three.
+    law = torch.tensor([0.5, 0.25, 0.25])
+    for filters, kept in (({"top_p": 0.75}, [0, 2]), ({"min_p": 0.5}, [0, 1, 2])):
+        case = random_case(3)
+        case.large = case.base = torch.zeros(3, 1, 3)
+        case.tuned = [law.log().expand(3, 1, 3).contiguous()]
+        case.draft_tokens, case.draft_lens = case.draft_tokens[:, :0], torch.zeros_like(case.draft_lens)
+        values = {name: torch.full((3,), value) for name, value in filters.items()}
+        case.coefficients = Coefficients(torch.ones(3, 1), torch.ones(3), torch.ones(3, 1), None)
+        case.sampling = Sampling(torch.ones(3), **values)
+        for verdict in both(lambda case=case: case.verify("token"), "numba"):
+            wanted = (law / law[kept].sum())[verdict.next_token]
+            torch.testing.assert_close(verdict.log_probs[:, 0].exp(), wanted)
 
 
 @COMPILED

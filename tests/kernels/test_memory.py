@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -34,7 +36,33 @@ def correction(rows: list[tuple[int, Tensor]], mean: Tensor, token: int, previou
     return half if best is None else half + weight * (best - half)
 
 
-def test_the_newest_after_both_tokens_counts_most() -> None:
+@cache
+def compiled_recall() -> Callable[..., None]:
+    """The `recall` that loops compiled for a CPU call, of one sequence."""
+    numba = pytest.importorskip("numba", reason="the extra [cpu] is not installed")
+    from speculative_eft.kernels.cpu.memory import recall
+
+    @numba.njit
+    def call(memory: Any, token: int, previous: int, beta: float, out: Any) -> None:
+        recall(memory, 0, token, previous, beta, out)
+
+    return call  # type: ignore[no-any-return]
+
+
+def recall_in_loops(memory: DraftMemory, token: Tensor, previous: Tensor | None, beta: Tensor) -> Tensor:
+    if test_device().type != "cpu":
+        pytest.skip("loops in the host's memory")
+    compiled = compiled_recall()
+    from speculative_eft.kernels.cpu.memory import memory_arrays
+
+    out = torch.empty(1, VOCAB)
+    before = -1 if previous is None else int(previous)
+    compiled(memory_arrays(memory), int(token), before, float(beta), out[0].numpy())
+    return out
+
+
+@pytest.mark.parametrize("recall", [recall, recall_in_loops])
+def test_the_newest_after_both_tokens_counts_most(recall: Callable[..., Tensor]) -> None:
     random.seed(1)
     memory = new_draft_memory(1, SLOTS, VOCAB, torch.device("cpu"))
     rows: list[tuple[int, Tensor]] = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -66,6 +68,10 @@ def test_a_model_without_a_say_is_not_consulted() -> None:
     nothing = torch.full_like(logits(0), -torch.inf)
     law = target_logits(nothing, [logits(1)], nothing, coefficients([1.0], 0.0), VOCAB)
     torch.testing.assert_close(law, logits(1))
+    # Nor are tuned models by a draft law that is given, though all have a say in the target.
+    mix = replace(coefficients([1.0], 1.0), draft_base=None, some_weight_is_zero=False)
+    given = draft_logits([nothing], None, mix.of_given_draft, VOCAB, logits(1))
+    torch.testing.assert_close(given, logits(1))
 
 
 @pytest.mark.parametrize("top_p", [None, 0.9])
@@ -98,7 +104,14 @@ def test_nan_and_huge_logits() -> None:
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p", "min_p"),
-    [(0.7, 0, 1.0, 0.0), (1.0, 5, 1.0, 0.0), (1.0, 0, 0.8, 0.0), (1.0, 0, 1.0, 0.1), (1.4, 20, 0.9, 0.02)],
+    [
+        (0.7, 0, 1.0, 0.0),
+        (1.0, 5, 1.0, 0.0),
+        (1.0, 0, 0.8, 0.0),
+        (1.0, 0, 1.0, 0.1),
+        (1.0, 0, 1.0, 1.0),
+        (1.4, 20, 0.9, 0.02),
+    ],
 )
 def test_warp_equals_transformers_warpers(
     temperature: float, top_k: int, top_p: float, min_p: float, ties: bool
@@ -123,6 +136,15 @@ def test_warp_equals_transformers_warpers(
         ),
     )
     torch.testing.assert_close(ours, wanted.view_as(ours).log_softmax(-1), atol=1e-5, rtol=0)
+
+
+def test_top_p_that_is_met_exactly_cuts_the_lower_of_equal_ids() -> None:
+    # A CPU's exponentials are exact here.
+    rows = torch.tensor([[[0.5, 0.25, 0.25]]], device="cpu").log()
+    ours = warp(rows, Sampling(torch.ones(1, device="cpu"), top_p=torch.tensor([0.75], device="cpu")))
+    wanted = TopPLogitsWarper(0.75)(None, rows[0])
+    assert wanted.isfinite().tolist() == [[True, False, True]]
+    torch.testing.assert_close(ours, wanted[None].log_softmax(-1))
 
 
 def test_parameters_are_per_sequence() -> None:

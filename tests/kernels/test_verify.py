@@ -20,6 +20,7 @@ from speculative_eft.kernels import (
     draft_step,
     verify,
 )
+from speculative_eft.kernels.verify import _draw_replacement
 
 from ..conftest import is_interpreted
 from ..device import test_device
@@ -98,6 +99,30 @@ def test_equal_laws_are_always_accepted(rule: AcceptanceRule, samples: int) -> N
     verdict = verify_fixed_laws([0.2, 0.5, 0.3], [0.2, 0.5, 0.3], 4, rule, samples)
     # Rounding of p / q rejects about one token in ten million.
     assert (verdict.accepted_lens == 4).double().mean() > 1 - 1e-4
+
+
+def test_where_rounding_empties_the_residual_the_target_is_drawn_from(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    samples = 4_000
+    ones, zeros = torch.ones(samples), torch.zeros(samples, dtype=torch.int64)
+    noise = NoiseKey(derive_seeds(1, samples).to(test_device()), zeros, zeros)
+    law = torch.full((samples, 2, 2), 0.5)
+    drawn = _draw_replacement(law, law[:, :1], zeros, zeros + 1, ones, noise)
+    assert abs(drawn.double().mean() - 0.5) < 0.05
+    if test_device().type != "cpu":
+        return
+    pytest.importorskip("numba", reason="the extra [cpu] is not installed")
+    monkeypatch.setenv("SPECULATIVE_EFT_BACKEND", "numba")
+    # Both laws are of two equal tokens, but at 2**23 the target's log-probability is rounded to -1.
+    small, large = torch.zeros(samples, 2, 2), torch.full((samples, 2, 2), 2.0**23)
+    mix, sampling = Coefficients(ones[:, None], ones, ones[:, None], None), Sampling(ones)
+    verdict = verify(
+        large, [small], small, zeros[:, None], zeros + 1, mix, sampling, sampling, noise, "token", 2
+    )
+    drawn = verdict.next_token[verdict.accepted_lens == 0]
+    assert len(drawn) > 500
+    assert abs(drawn.double().mean() - 0.5) < 0.1
 
 
 def ragged_inputs(greedy: Tensor) -> dict[str, object]:
