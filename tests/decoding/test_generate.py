@@ -18,6 +18,7 @@ from speculative_eft.models import EFTModels
 from ..exactness.sampling import table_runners
 from ..models.families import CONTEXT, FAMILIES, tiny_model
 from ..table_models import random_tables
+from ..uncaptured import as_with_graphs
 
 VOCAB = 101
 
@@ -32,11 +33,11 @@ def perturbed(model: PreTrainedModel, seed: int, scale: float) -> PreTrainedMode
     return model
 
 
-def tiny_trio(family: str) -> EFTModels:
+def tiny_trio(family: str, context: int = CONTEXT) -> EFTModels:
     return EFTModels(
-        large_base=perturbed(tiny_model(family, 0), 1, 0.02),
-        small_tuned=perturbed(tiny_model(family, 0), 2, 0.02),
-        small_base=tiny_model(family, 0),
+        large_base=perturbed(tiny_model(family, 0, context=context), 1, 0.02),
+        small_tuned=perturbed(tiny_model(family, 0, context=context), 2, 0.02),
+        small_base=tiny_model(family, 0, context=context),
     )
 
 
@@ -243,6 +244,42 @@ def test_statistics_and_trace() -> None:
     ):
         wanted = logits.log_softmax(-1).gather(-1, chosen)[:, 0]
         torch.testing.assert_close(ours[-1], wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("case", ["fused", "as with graphs", "general", "own prompts", "rows that end"])
+def test_sequences_beyond_64_tokens_are_seen_whole(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a pass sees is rounded up to 64 positions: that it is too little shows beyond them only."""
+    monkeypatch.setenv("SPECULATIVE_EFT_BACKEND", "torch")
+    models, prompts, width = tiny_trio("llama", context=256), ragged_prompts(3, 50), 50
+    decoder = EFTDecoder(models, EFTConfig(draft_tokens=3))
+    options: dict[str, Any] = {"max_new_tokens": 24, "eos_token_id": [], "return_dict_in_generate": True}
+    tuned_ids = prompts["input_ids"]
+    if case == "as with graphs":
+        as_with_graphs(decoder)
+    elif case == "general":
+        options["repetition_penalty"] = 1.0001
+    elif case == "own prompts":
+        tuned_ids = torch.randint(2, VOCAB, (3, 70), generator=torch.Generator().manual_seed(1))
+        options["tuned_input_ids"] = tuned_ids
+    elif case == "rows that end":
+        # The last row, which is the longest, then moves to the place of the first.
+        options["stopping_criteria"] = [lambda ids, scores: torch.tensor([True, False, False])]
+    output = decoder.generate(**prompts, **options)
+    assert isinstance(output, EFTOutput) and output.trace is not None
+    new = output.sequences[:, width:]
+    for index in (1, 2):
+        length = int(prompts["attention_mask"][index].sum())
+        own = prompts["input_ids"][index, -length:]
+        tuned = tuned_ids[index] if case == "own prompts" else own
+        for model, prompt, found in (
+            (models.large_base, own, output.trace.large),
+            (models.small_base, own, output.trace.base),
+            (models.small_tuned[0], tuned, output.trace.tuned[0]),
+        ):
+            with torch.no_grad():
+                logits = model(torch.cat([prompt, new[index]])[None]).logits[0, len(prompt) - 1 : -1]
+            wanted = logits.log_softmax(-1).gather(-1, new[index, :, None])[:, 0]
+            torch.testing.assert_close(found[index], wanted, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("drafted", [1, 4])

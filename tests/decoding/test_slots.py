@@ -72,10 +72,10 @@ def alone(decoder: EFTDecoder, work: Work, eos: list[int]) -> list[list[int]]:
     return outputs
 
 
-def random_work(count: int, vocab_size: int, whims: random.Random) -> Work:
+def random_work(count: int, vocab_size: int, whims: random.Random, longest_prompt: int = 9) -> Work:
     return [
         (
-            torch.tensor([whims.randrange(vocab_size) for _ in range(whims.randint(1, 9))]),
+            torch.tensor([whims.randrange(vocab_size) for _ in range(whims.randint(1, longest_prompt))]),
             SlotOptions(whims.randint(1, 24), whims.randrange(2**62), **whims.choice(LAWS)),
         )
         for _ in range(count)
@@ -107,17 +107,17 @@ def test_a_thousand_sequences_in_sixteen_slots(how: str) -> None:
 
 
 @HOW
-@pytest.mark.parametrize("acceptance", ["shared_seed", "block"])
-def test_models_with_caches(acceptance: Any, how: str) -> None:
+@pytest.mark.parametrize(("acceptance", "longest_prompt"), [("shared_seed", 9), ("block", 90)])
+def test_models_with_caches(acceptance: Any, longest_prompt: int, how: str) -> None:
     """Slots that were used before hold another's keys and values: none of them may leak."""
     whims = random.Random(5)
     config = EFTConfig(acceptance=acceptance, draft_tokens=3)
-    models = tiny_trio("llama")
-    work = random_work(60, models.vocab_size, whims)
+    models = tiny_trio("llama", context=256)
+    work = random_work(60, models.vocab_size, whims, longest_prompt)
     decoder = EFTDecoder(models, config)
     run_as(decoder, how)
     wanted = alone(decoder, work, [7])
-    assert run_through(SlotBatch(decoder, 5, 40, (7,)), work, whims) == wanted
+    assert run_through(SlotBatch(decoder, 5, longest_prompt + 31, (7,)), work, whims) == wanted
 
 
 def test_greedy_sequences_draft_among_sampled_ones_that_do_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,6 +125,16 @@ def test_full_slots_and_padding_reach_nobody(family: str) -> None:
     torch.testing.assert_close(beyond[1], expected, rtol=0, atol=TOLERANCE)
 
 
+def test_tokens_beyond_the_end_overwrite_nothing() -> None:
+    runner, tokens = ModelRunner(tiny_model("llama", context=128)), random_tokens(2, 64)
+    runner.reserve(2, 64)
+    runner.prefill(tokens, torch.tensor([64, 5]))
+    before = [tensor[0, :, :64].clone() for tensor in runner.cache.storage()]
+    runner.forward(tokens[:, :3], 67)
+    for tensor, held in zip(runner.cache.storage(), before, strict=True):
+        assert torch.equal(tensor[0, :, :64], held)
+
+
 @pytest.mark.parametrize("family", ["llama", "falcon-alibi", "gemma2", "gpt2"])
 def test_the_cache_stays_where_it_is(family: str) -> None:
     runner = ModelRunner(tiny_model(family))
@@ -164,6 +174,23 @@ def test_prompts_may_be_empty() -> None:
     runner.reserve(2, 6)
     runner.prefill(tokens[:, :0], torch.tensor([0, 0]))
     torch.testing.assert_close(runner.forward(tokens, 6), plain_logits(model, tokens), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.usefixtures("each_backend")
+def test_prefill_may_go_on_from_what_the_cache_holds() -> None:
+    """Beyond 64 positions, the least that a pass looks at."""
+    model, tokens = tiny_model("llama", context=256), random_tokens(2, 122)
+    begins, lengths = torch.tensor([70, 3]), torch.tensor([119, 50])
+    runner = ModelRunner(model)
+    runner.reserve(2, 122)
+    runner.prefill(tokens[:, :70], begins)
+    new = torch.stack([row[begin : begin + 49] for row, begin in zip(tokens, begins.tolist(), strict=True)])
+    runner.prefill(new, lengths, chunk=20, begins=begins)
+    assert torch.equal(runner.lengths, lengths)
+    block = torch.stack((tokens[0, 119:122], tokens[1, 50:53]))
+    expected = plain_logits(model, tokens)
+    expected = torch.stack((expected[0, 119:122], expected[1, 50:53]))
+    torch.testing.assert_close(runner.forward(block, 122), expected, rtol=0, atol=TOLERANCE)
 
 
 def test_prefill_leaves_the_output_head_alone() -> None:
