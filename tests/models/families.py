@@ -80,6 +80,11 @@ _FAMILIES: dict[str, tuple[type[PreTrainedModel], Any, dict[str, Any]]] = {
             },
         },
     ),
+    "llama-dynamic-rope": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        {**_GROUPED, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0}},
+    ),
     "falcon-multi-query": (FalconForCausalLM, FalconConfig, _FALCON),
     "falcon-new-decoder": (
         FalconForCausalLM,

@@ -26,7 +26,7 @@ from transformers import (
 
 from speculative_eft.models import ModelRunner
 from speculative_eft.models.configs import logit_scale
-from tests.models.families import FAMILIES, tiny_model
+from tests.models.families import CONTEXT, FAMILIES, tiny_model
 from tests.sync_guard import no_host_sync
 
 VOCABULARY = 101
@@ -125,14 +125,26 @@ def test_full_slots_and_padding_reach_nobody(family: str) -> None:
     torch.testing.assert_close(beyond[1], expected, rtol=0, atol=TOLERANCE)
 
 
-def test_tokens_beyond_the_end_overwrite_nothing() -> None:
-    runner, tokens = ModelRunner(tiny_model("llama", context=128)), random_tokens(2, 64)
-    runner.reserve(2, 64)
-    runner.prefill(tokens, torch.tensor([64, 5]))
-    before = [tensor[0, :, :64].clone() for tensor in runner.cache.storage()]
-    runner.forward(tokens[:, :3], 67)
+@pytest.mark.parametrize("family", ["llama", "llama-dynamic-rope", "gpt2"])
+def test_tokens_beyond_the_end_reach_nobody(family: str) -> None:
+    """Neither what a full slot holds, nor by the length of the batch its neighbours."""
+    model, tokens = tiny_model(family), random_tokens(2, CONTEXT)
+    runner = ModelRunner(model)
+    runner.reserve(2, CONTEXT)
+    runner.prefill(tokens, torch.tensor([CONTEXT, 5]))
+    before = [tensor[0, :, :CONTEXT].clone() for tensor in runner.cache.storage()]
+    logits = runner.forward(tokens[:, 5:8], CONTEXT + 3)
     for tensor, held in zip(runner.cache.storage(), before, strict=True):
-        assert torch.equal(tensor[0, :, :64], held)
+        assert torch.equal(tensor[0, :, :CONTEXT], held)
+    expected = plain_logits(model, tokens[1:, :8])[0, 5:]
+    torch.testing.assert_close(logits[1], expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_context_ends_where_positions_do(family: str) -> None:
+    """Or before, where the rotation would change by the length of a batch; alibi has no end."""
+    limits = {"falcon-alibi": None, "phi3-longrope": 32}
+    assert ModelRunner(tiny_model(family)).max_context == limits.get(family, CONTEXT)
 
 
 @pytest.mark.parametrize("family", ["llama", "falcon-alibi", "gemma2", "gpt2"])
