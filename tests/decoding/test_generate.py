@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -157,7 +158,7 @@ def test_rows_stop_at_their_own_end_of_sequence() -> None:
     output = decoder.generate(
         **prompts, seed=1, eos_token_id=ends, pad_token_id=100, return_dict_in_generate=True, **options
     )
-    assert isinstance(output, EFTOutput)
+    assert isinstance(output, EFTOutput) and output.trace is not None
     emitted = 0
     for row, unstopped in zip(output.sequences[:, 11:].tolist(), free.tolist(), strict=True):
         stop = next((index + 1 for index, token in enumerate(unstopped) if token in ends), 24)
@@ -166,6 +167,10 @@ def test_rows_stop_at_their_own_end_of_sequence() -> None:
         emitted += stop
     assert output.stats is not None
     assert output.stats.emitted_tokens == emitted
+    # A round of a sequence ends with a token that was not drafted, but for its last.
+    undrafted = emitted - sum(row.count("draft") for row in output.trace.source)
+    assert undrafted <= output.stats.sequence_rounds <= undrafted + 8
+    assert output.stats.sequence_rounds < 8 * output.stats.rounds
 
 
 def test_tuned_model_with_its_own_prompt() -> None:
@@ -209,6 +214,7 @@ def test_target_is_the_three_models_mix() -> None:
 def test_statistics_and_trace() -> None:
     models, prompts = tiny_trio("llama"), ragged_prompts()
     decoder = EFTDecoder(models, EFTConfig(draft_tokens=4))
+    start_time = perf_counter()
     output = decoder.generate(
         **prompts,
         seed=0,
@@ -218,6 +224,7 @@ def test_statistics_and_trace() -> None:
         max_new_tokens=24,
         return_dict_in_generate=True,
     )
+    whole = perf_counter() - start_time
     assert isinstance(output, EFTOutput)
     stats, trace = output.stats, output.trace
     assert stats is not None
@@ -232,6 +239,7 @@ def test_statistics_and_trace() -> None:
     assert stats.tokens_per_round * stats.large_calls_per_token == pytest.approx(1)
     assert stats.tested_tokens <= stats.drafted_tokens
     assert set(stats.seconds) == {"prefill", "draft", "large", "base", "verify", "other"}
+    assert 0 < sum(stats.seconds.values()) <= whole
     with torch.no_grad():
         row = output.sequences[-1:]
         start = prompts["input_ids"].shape[1]
@@ -303,6 +311,34 @@ def test_measured_acceptance_agrees_with_expected(drafted: int) -> None:
     assert sum(position > 0 for position in stats.accepted_by_position) == drafted
 
 
+@pytest.mark.parametrize(
+    "config",
+    [EFTConfig(beta=0.0, draft_tokens=3), EFTConfig((0.3, 0.5), 0.0, draft_tokens=3, draft="pair")],
+    ids=["tuned", "pair"],
+)
+def test_without_the_large_model_the_draft_is_the_target(config: EFTConfig) -> None:
+    """All of it is accepted, and a model that weighs nothing may hold anything."""
+    config, tables = replace(config, remembered=0), random_tables(3, 6, len(config.alphas))
+    options: dict[str, Any] = {"seed": 0, "do_sample": True, "top_k": 0, "max_new_tokens": 20}
+    ids = torch.ones(50, 2, dtype=torch.int64)
+    output = EFTDecoder(table_runners(tables), config).generate(ids, return_dict_in_generate=True, **options)
+    assert isinstance(output, EFTOutput) and output.stats is not None and output.trace is not None
+    assert output.stats.acceptance_rate == 1
+    assert {source for row in output.trace.source for source in row} == {"draft", "bonus"}
+    tables.large[:] = np.nan
+    assert torch.equal(EFTDecoder(table_runners(tables), config).generate(ids, **options), output.sequences)
+
+
+def test_a_processor_that_changes_nothing_changes_nothing() -> None:
+    """Rounds with processors draft at the same temperature as those without."""
+    config = EFTConfig(draft_tokens=3, draft_temperature=2.0)
+    decoder = EFTDecoder(table_runners(random_tables(3, 6)), config)
+    options: dict[str, Any] = {"seed": 0, "do_sample": True, "top_k": 0, "max_new_tokens": 20}
+    ids = torch.ones(20, 2, dtype=torch.int64)
+    found = decoder.generate(ids, logits_processor=[lambda tokens, scores: scores], **options)
+    assert torch.equal(found, decoder.generate(ids, **options))
+
+
 def test_block_rule_emits_no_fewer_tokens_a_round() -> None:
     rates = {}
     for rule in ("block", "token"):
@@ -348,6 +384,7 @@ def test_options_resolve_as_in_transformers() -> None:
     decoder = EFTDecoder(models)
     assert decoder.generate(ids).shape[1] == 3 + 20
     assert decoder.generate(ids, max_length=9).shape[1] == 9
+    assert decoder.generate(ids, max_length=CONTEXT, eos_token_id=[]).shape[1] == CONTEXT
     models.large_base.generation_config.max_new_tokens = 4
     assert decoder.generate(ids).shape[1] == 7
     config = GenerationConfig(max_new_tokens=5)
@@ -411,6 +448,10 @@ def test_calls_of_several_threads_take_turns() -> None:
         ("id 101, outside", {"input_ids": torch.tensor([[4, VOCAB]])}),
         ("id -1, outside", {"input_ids": torch.tensor([[4, -1]])}),
         ("exceed the context", {"max_new_tokens": CONTEXT}),
+        (
+            f"a prompt of {CONTEXT} tokens and .* exceed the context",
+            {"tuned_input_ids": torch.ones(1, CONTEXT, dtype=torch.int64)},
+        ),
         ("shorten the prompt", {"input_ids": torch.ones(1, CONTEXT + 1, dtype=torch.int64)}),
         ("input_ids must be an integer tensor", {"input_ids": torch.ones(1, 3, dtype=torch.bool)}),
         ("inputs is another name of input_ids", {"inputs": torch.ones(1, 3, dtype=torch.int64)}),
