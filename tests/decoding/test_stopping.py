@@ -103,10 +103,10 @@ def first_end(row: list[int], strings: list[str], divisor: int, ends: list[int])
     return len(row)
 
 
-@pytest.mark.parametrize("lagging", [False, True])
-def test_statistics_trace_and_streams_end_with_the_sequence(lagging: bool) -> None:
+@pytest.mark.parametrize(("lagging", "drafted"), [(False, 5), (True, 2)])
+def test_statistics_trace_and_streams_end_with_the_sequence(lagging: bool, drafted: int) -> None:
     pieces: dict[int, list[int]] = {0: [], 1: [], 2: []}
-    decoder = EFTDecoder(RUNNERS, EFTConfig(draft_tokens=5))
+    decoder = EFTDecoder(RUNNERS, EFTConfig(draft_tokens=drafted))
     # On a GPU a round follows before the host has read that a sequence has ended.
     decoder.lagging = lagging
     output = decoder.generate(
