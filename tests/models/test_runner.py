@@ -189,9 +189,10 @@ def test_prompts_may_be_empty() -> None:
 
 
 @pytest.mark.usefixtures("each_backend")
-def test_prefill_may_go_on_from_what_the_cache_holds() -> None:
+@pytest.mark.parametrize("family", ["llama", "gemma2", "falcon-alibi", "gpt2"])
+def test_prefill_may_go_on_from_what_the_cache_holds(family: str) -> None:
     """Beyond 64 positions, the least that a pass looks at."""
-    model, tokens = tiny_model("llama", context=256), random_tokens(2, 122)
+    model, tokens = tiny_model(family, context=256), random_tokens(2, 122)
     begins, lengths = torch.tensor([70, 3]), torch.tensor([119, 50])
     runner = ModelRunner(model)
     runner.reserve(2, 122)
