@@ -254,15 +254,19 @@ def test_statistics_and_trace() -> None:
         torch.testing.assert_close(ours[-1], wanted, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("case", ["fused", "as with graphs", "general", "own prompts", "rows that end"])
+@pytest.mark.parametrize(
+    "case", ["fused", "one ahead", "as with graphs", "general", "own prompts", "rows that end"]
+)
 def test_sequences_beyond_64_tokens_are_seen_whole(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a pass sees is rounded up to 64 positions: that it is too little shows beyond them only."""
     monkeypatch.setenv("SPECULATIVE_EFT_BACKEND", "torch")
-    models, prompts, width = tiny_trio("llama", context=256), ragged_prompts(3, 50), 50
+    models, prompts, width = tiny_trio("llama", context=256), ragged_prompts(3, 46), 46
     decoder = EFTDecoder(models, EFTConfig(draft_tokens=3))
-    options: dict[str, Any] = {"max_new_tokens": 24, "eos_token_id": [], "return_dict_in_generate": True}
+    options: dict[str, Any] = {"max_new_tokens": 40, "eos_token_id": [], "return_dict_in_generate": True}
     tuned_ids = prompts["input_ids"]
-    if case == "as with graphs":
+    if case == "one ahead":
+        decoder.lagging = True
+    elif case == "as with graphs":
         as_with_graphs(decoder)
     elif case == "general":
         options["repetition_penalty"] = 1.0001
@@ -271,7 +275,7 @@ def test_sequences_beyond_64_tokens_are_seen_whole(case: str, monkeypatch: pytes
         options["tuned_input_ids"] = tuned_ids
     elif case == "rows that end":
         # The last row, which is the longest, then moves to the place of the first.
-        options["stopping_criteria"] = [lambda ids, scores: torch.tensor([True, False, False])]
+        options["stopping_criteria"] = [lambda ids, scores: torch.tensor([ids.shape[1] > 66, False, False])]
     output = decoder.generate(**prompts, **options)
     assert isinstance(output, EFTOutput) and output.trace is not None
     new = output.sequences[:, width:]
