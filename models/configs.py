@@ -23,10 +23,12 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
 def declared(config: PreTrainedConfig, name: str) -> Any:
     """What `config` says of `name`; None where its class knows no such setting, whatever a file may hold.
 
-    A key that stands in a config.json by chance is kept by transformers and read by no model.
+    A key that stands in a config.json by chance is kept by transformers and read by no model. Some classes
+    have another name for a setting: GPT-2 reads `n_positions` for `max_position_embeddings`.
     """
     kind = type(config)
-    known = hasattr(kind, name) or name in inspect.signature(kind.__init__).parameters
+    own = kind.attribute_map.get(name, name)
+    known = hasattr(kind, own) or own in inspect.signature(kind.__init__).parameters
     return getattr(config, name, None) if known else None
 
 

@@ -32,6 +32,7 @@ class TableRunner:
         self.tokens = torch.zeros(0, 0, dtype=torch.int64)
 
     def reserve(self, batch: int, length: int, keep: bool = False) -> None:
+        assert not keep or batch == self.tokens.shape[0]
         self.reservations += 1
         held, lengths = self.tokens, self.lengths
         # Column 0 stands before the sequence: a first token has token 0 before it.

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     MinLengthLogitsProcessor,
@@ -106,6 +107,19 @@ def test_every_way_of_calling_gives_the_same_tokens(name: str, models: EFTModels
     assert torch.equal(large.generate(**prompts, **options, custom_generate=shared.custom_generate), naive)
 
 
+def test_each_prompts_returns_have_its_own_prompt_of_the_tuned_models(models: EFTModels) -> None:
+    decoder = EFTDecoder(models, EFTConfig(draft_tokens=3))
+    options: dict[str, Any] = {
+        "max_new_tokens": 8, "seed": 4, "do_sample": True, "num_return_sequences": 2,
+        "tuned_input_ids": torch.tensor([[0, 9, 8], [30, 31, 32]]),
+        "tuned_attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]]),
+    }  # fmt: skip
+    ids = torch.tensor([[5, 6], [7, 8]])
+    wanted = decoder.generate(ids, **options)
+    output = models.large_base.generate(ids, **options, custom_generate=decoder.custom_generate)
+    assert torch.equal(output, wanted)
+
+
 def test_the_folder_keeps_one_decoder_of_its_models(models: EFTModels) -> None:
     arguments = {
         "custom_generate": CUSTOM_GENERATE_FOLDER,
@@ -119,6 +133,10 @@ def test_the_folder_keeps_one_decoder_of_its_models(models: EFTModels) -> None:
     first = vars(models.large_base)["_speculative_eft"]
     models.large_base.generate(ids, **arguments)
     assert vars(models.large_base)["_speculative_eft"] is first
+    config = EFTConfig(beta=3.0, draft_tokens=2)
+    other = models.large_base.generate(ids, **arguments, eft_config=config)
+    assert torch.equal(other, EFTDecoder(models, config).generate(ids, max_new_tokens=3))
+    assert vars(models.large_base)["_speculative_eft"][1].config is config
     assert not any("speculative" in name for name, _ in models.large_base.named_modules())
 
 
@@ -235,6 +253,12 @@ def test_stop_strings_inside_transformers(models: EFTModels) -> None:
     assert torch.equal(output, stopped)
 
 
+def filled_cache() -> DynamicCache:
+    cache = DynamicCache()
+    cache.update(torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 1, 8), 0)
+    return cache
+
+
 @pytest.mark.parametrize(
     ("message", "arguments"),
     [
@@ -245,6 +269,7 @@ def test_stop_strings_inside_transformers(models: EFTModels) -> None:
         ("inputs_embeds is not supported", {"inputs_embeds": torch.zeros(1, 2, 32)}),
         ("position_ids must count", {"position_ids": torch.tensor([[3, 4]])}),
         ("tuned_input_ids has 2 prompts for 1", {"tuned_input_ids": torch.ones(2, 2, dtype=torch.int64)}),
+        ("must come from an output of this decoder", {CACHE_FIELD: filled_cache()}),
     ],
 )
 def test_what_cannot_be_honoured_inside_transformers(

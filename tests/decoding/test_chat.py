@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import processors
 from torch import Tensor
 from transformers import StoppingCriteria
 
@@ -81,11 +82,16 @@ def test_each_model_gets_its_own_prompt() -> None:
         "<|im_start|> user w7 w8 w9 <|im_end|> <|im_start|> assistant", return_tensors="pt"
     ).input_ids
     assert tuned.max() >= decoder.vocab_size
+    # A template writes what begins a text itself: the tokenizer adds nothing to it.
+    models.chat_tokenizer = copy.deepcopy(words)
+    models.chat_tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="w50 $A", special_tokens=[("w50", words.convert_tokens_to_ids("w50"))]
+    )
     options: dict[str, Any] = {"max_new_tokens": 10, "seed": 0, "do_sample": True}
     wanted = decoder.generate(ids, tuned_input_ids=tuned, **options)
     assert torch.equal(decoder.generate(chat=HELLO, **options), wanted)
     shouted = decoder.generate(chat=HELLO, chat_rendering=lambda messages: "w7 w8", **options)
-    assert shouted.shape[1] == 2 + 10
+    assert torch.equal(shouted, decoder.generate(torch.tensor([[7, 8]]), tuned_input_ids=tuned, **options))
 
 
 @pytest.mark.parametrize("general", [{}, {"suppress_tokens": [3]}], ids=["fused", "general"])
@@ -157,7 +163,8 @@ def test_tuned_prompts_may_be_padded_on_the_left() -> None:
     )
     assert torch.equal(alone[0, 1:], together[0, -10:])
     several = decoder.generate(**prompts, **own, **{**options, "seed": 0}, num_return_sequences=2)
-    assert several.shape[0] == 6
+    each_twice = {name: rows.repeat_interleave(2, dim=0) for name, rows in {**prompts, **own}.items()}
+    assert torch.equal(several, decoder.generate(**each_twice, **{**options, "seed": 0}))
 
 
 @pytest.mark.parametrize("backend", ["torch", "numba"])
@@ -193,6 +200,29 @@ def test_two_turns_with_re_use_give_a_cold_runs_tokens(
     assert isinstance(second, EFTOutput)
     assert isinstance(wanted, EFTOutput)
     assert torch.equal(second.sequences, wanted.sequences)
+
+
+def test_the_same_prompt_again_with_its_past() -> None:
+    """The caches hold all of it, and its last token runs again all the same."""
+    decoder, ids = EFTDecoder(tiny_trio("llama"), EFTConfig(draft_tokens=3)), torch.tensor([[5, 6, 7]])
+    options: dict[str, Any] = {"max_new_tokens": 9, "do_sample": True, "eos_token_id": []}
+    first = decoder.generate(ids, seed=0, return_dict_in_generate=True, **options)
+    assert isinstance(first, EFTOutput)
+    again = decoder.generate(ids, seed=1, past_key_values=first.past_key_values, **options)
+    assert torch.equal(again, decoder.generate(ids, seed=1, **options))
+
+
+def test_re_use_where_one_row_begins_anew() -> None:
+    """The other has little to fill, from far behind: what stands there for padding needs room too."""
+    decoder = EFTDecoder(table_runners(random_tables(1, 6)), EFTConfig(draft_tokens=2))
+    ids = torch.randint(6, (2, 60), generator=torch.Generator().manual_seed(0))
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": True}
+    first = decoder.generate(ids, seed=0, return_dict_in_generate=True, **options)
+    assert isinstance(first, EFTOutput)
+    changed = first.sequences.clone()
+    changed[1, 0] = (changed[1, 0] + 1) % 6
+    again = decoder.generate(changed, seed=1, past_key_values=first.past_key_values, **options)
+    assert torch.equal(again, decoder.generate(changed, seed=1, **options))
 
 
 def test_re_use_in_ragged_batches_that_grow_and_change() -> None:
@@ -268,6 +298,18 @@ def test_a_past_that_another_decoder_of_the_models_overwrote() -> None:
     assert torch.equal(second.sequences, wanted.sequences)
 
 
+def test_a_past_of_other_models_does_no_harm() -> None:
+    first, other = (
+        EFTDecoder(table_runners(random_tables(seed, 6)), EFTConfig(draft_tokens=2)) for seed in (1, 2)
+    )
+    options: dict[str, Any] = {"max_new_tokens": 6, "return_dict_in_generate": True}
+    past = first.generate(torch.tensor([[1, 2, 3]]), **options)
+    other.generate(torch.tensor([[4, 4, 4]]), **options)
+    # Both have been called once; the prompt goes on from what the first one's caches hold.
+    found = other.generate(past.sequences, past_key_values=past.past_key_values, **options)
+    assert torch.equal(found.sequences, other.generate(past.sequences, **options).sequences)
+
+
 def test_an_old_past_does_no_harm() -> None:
     decoder = EFTDecoder(table_runners(random_tables(1, 6)), EFTConfig(draft_tokens=2))
     ids = torch.tensor([[1, 2, 3]])
@@ -283,7 +325,8 @@ def test_an_old_past_does_no_harm() -> None:
     assert torch.equal(again.sequences, fresh.sequences)
     # Another number of sequences, or no re-use wanted.
     both = first.sequences.repeat(2, 1)
-    decoder.generate(both, past_key_values=fresh.past_key_values, **options)
+    two = decoder.generate(both, past_key_values=fresh.past_key_values, **options)
+    assert torch.equal(two.sequences, fresh.sequences.repeat(2, 1))
     none = decoder.generate(ids, use_cache=False, **options)
     assert isinstance(none, EFTOutput)
     assert none.past_key_values is None

@@ -35,6 +35,12 @@ from .test_generate import tiny_trio
         ("conservative_top_p", 0.0),
         ("conservative_top_p", 1.5),
         ("cost_ratio", -0.1),
+        ("row_cost", -0.1),
+        ("row_cost", math.inf),
+        ("expected_batch", 0),
+        ("expected_batch", 1.5),
+        ("remembered", -1),
+        ("remembered", True),
     ],
 )
 def test_the_argument_is_named(name: str, value: object) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from speculative_eft.decoding import EFTConfig, EFTDecoder, NaiveEFTDecoder
-from speculative_eft.decoding.draft_length import DraftLengthPolicy
+from speculative_eft.decoding.draft_length import DraftLengthPolicy, _least_chances
 
 from .test_generate import ragged_prompts, tiny_trio
 
@@ -21,6 +21,11 @@ def draft_len(
 def test_costly_drafts_are_not_made() -> None:
     lens = [draft_len(DraftLengthPolicy(*costs)) for costs in ((0.05, 0.0), (0.3, 0.0), (0.3, 1.5))]
     assert lens[0] > lens[1] > lens[2] == 0
+
+
+def test_the_chance_from_which_a_token_is_worth_its_cost() -> None:
+    # Where one in a hundred is accepted, plain steps of 1.5 are best, and one more token takes .75.
+    assert float(_least_chances(DraftLengthPolicy(0.25, 0.5))[0]) == pytest.approx(0.75 / 1.5 / 0.01)
 
 
 def test_in_a_batch_a_draft_has_to_promise_more() -> None:

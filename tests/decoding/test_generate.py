@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from speculative_eft.models import EFTModels
 from ..exactness.sampling import table_runners
 from ..models.families import CONTEXT, FAMILIES, tiny_model
 from ..table_models import random_tables
+from ..uncaptured import as_with_graphs
 
 VOCAB = 101
 
@@ -32,11 +34,11 @@ def perturbed(model: PreTrainedModel, seed: int, scale: float) -> PreTrainedMode
     return model
 
 
-def tiny_trio(family: str) -> EFTModels:
+def tiny_trio(family: str, context: int = CONTEXT) -> EFTModels:
     return EFTModels(
-        large_base=perturbed(tiny_model(family, 0), 1, 0.02),
-        small_tuned=perturbed(tiny_model(family, 0), 2, 0.02),
-        small_base=tiny_model(family, 0),
+        large_base=perturbed(tiny_model(family, 0, context=context), 1, 0.02),
+        small_tuned=perturbed(tiny_model(family, 0, context=context), 2, 0.02),
+        small_base=tiny_model(family, 0, context=context),
     )
 
 
@@ -156,7 +158,7 @@ def test_rows_stop_at_their_own_end_of_sequence() -> None:
     output = decoder.generate(
         **prompts, seed=1, eos_token_id=ends, pad_token_id=100, return_dict_in_generate=True, **options
     )
-    assert isinstance(output, EFTOutput)
+    assert isinstance(output, EFTOutput) and output.trace is not None
     emitted = 0
     for row, unstopped in zip(output.sequences[:, 11:].tolist(), free.tolist(), strict=True):
         stop = next((index + 1 for index, token in enumerate(unstopped) if token in ends), 24)
@@ -165,6 +167,10 @@ def test_rows_stop_at_their_own_end_of_sequence() -> None:
         emitted += stop
     assert output.stats is not None
     assert output.stats.emitted_tokens == emitted
+    # A round of a sequence ends with a token that was not drafted, but for its last.
+    undrafted = emitted - sum(row.count("draft") for row in output.trace.source)
+    assert undrafted <= output.stats.sequence_rounds <= undrafted + 8
+    assert output.stats.sequence_rounds < 8 * output.stats.rounds
 
 
 def test_tuned_model_with_its_own_prompt() -> None:
@@ -208,6 +214,7 @@ def test_target_is_the_three_models_mix() -> None:
 def test_statistics_and_trace() -> None:
     models, prompts = tiny_trio("llama"), ragged_prompts()
     decoder = EFTDecoder(models, EFTConfig(draft_tokens=4))
+    start_time = perf_counter()
     output = decoder.generate(
         **prompts,
         seed=0,
@@ -217,6 +224,7 @@ def test_statistics_and_trace() -> None:
         max_new_tokens=24,
         return_dict_in_generate=True,
     )
+    whole = perf_counter() - start_time
     assert isinstance(output, EFTOutput)
     stats, trace = output.stats, output.trace
     assert stats is not None
@@ -231,6 +239,7 @@ def test_statistics_and_trace() -> None:
     assert stats.tokens_per_round * stats.large_calls_per_token == pytest.approx(1)
     assert stats.tested_tokens <= stats.drafted_tokens
     assert set(stats.seconds) == {"prefill", "draft", "large", "base", "verify", "other"}
+    assert 0 < sum(stats.seconds.values()) <= whole
     with torch.no_grad():
         row = output.sequences[-1:]
         start = prompts["input_ids"].shape[1]
@@ -243,6 +252,46 @@ def test_statistics_and_trace() -> None:
     ):
         wanted = logits.log_softmax(-1).gather(-1, chosen)[:, 0]
         torch.testing.assert_close(ours[-1], wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "case", ["fused", "one ahead", "as with graphs", "general", "own prompts", "rows that end"]
+)
+def test_sequences_beyond_64_tokens_are_seen_whole(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a pass sees is rounded up to 64 positions: that it is too little shows beyond them only."""
+    monkeypatch.setenv("SPECULATIVE_EFT_BACKEND", "torch")
+    models, prompts, width = tiny_trio("llama", context=256), ragged_prompts(3, 46), 46
+    decoder = EFTDecoder(models, EFTConfig(draft_tokens=3))
+    options: dict[str, Any] = {"max_new_tokens": 40, "eos_token_id": [], "return_dict_in_generate": True}
+    tuned_ids = prompts["input_ids"]
+    if case == "one ahead":
+        decoder.lagging = True
+    elif case == "as with graphs":
+        as_with_graphs(decoder)
+    elif case == "general":
+        options["repetition_penalty"] = 1.0001
+    elif case == "own prompts":
+        tuned_ids = torch.randint(2, VOCAB, (3, 70), generator=torch.Generator().manual_seed(1))
+        options["tuned_input_ids"] = tuned_ids
+    elif case == "rows that end":
+        # The last row, which is the longest, then moves to the place of the first.
+        options["stopping_criteria"] = [lambda ids, scores: torch.tensor([ids.shape[1] > 66, False, False])]
+    output = decoder.generate(**prompts, **options)
+    assert isinstance(output, EFTOutput) and output.trace is not None
+    new = output.sequences[:, width:]
+    for index in (1, 2):
+        length = int(prompts["attention_mask"][index].sum())
+        own = prompts["input_ids"][index, -length:]
+        tuned = tuned_ids[index] if case == "own prompts" else own
+        for model, prompt, found in (
+            (models.large_base, own, output.trace.large),
+            (models.small_base, own, output.trace.base),
+            (models.small_tuned[0], tuned, output.trace.tuned[0]),
+        ):
+            with torch.no_grad():
+                logits = model(torch.cat([prompt, new[index]])[None]).logits[0, len(prompt) - 1 : -1]
+            wanted = logits.log_softmax(-1).gather(-1, new[index, :, None])[:, 0]
+            torch.testing.assert_close(found[index], wanted, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("drafted", [1, 4])
@@ -264,6 +313,34 @@ def test_measured_acceptance_agrees_with_expected(drafted: int) -> None:
     assert stats is not None
     assert abs(stats.acceptance_rate - stats.expected_acceptance) < 5 * (0.25 / stats.tested_tokens) ** 0.5
     assert sum(position > 0 for position in stats.accepted_by_position) == drafted
+
+
+@pytest.mark.parametrize(
+    "config",
+    [EFTConfig(beta=0.0, draft_tokens=3), EFTConfig((0.3, 0.5), 0.0, draft_tokens=3, draft="pair")],
+    ids=["tuned", "pair"],
+)
+def test_without_the_large_model_the_draft_is_the_target(config: EFTConfig) -> None:
+    """All of it is accepted, and a model that weighs nothing may hold anything."""
+    config, tables = replace(config, remembered=0), random_tables(3, 6, len(config.alphas))
+    options: dict[str, Any] = {"seed": 0, "do_sample": True, "top_k": 0, "max_new_tokens": 20}
+    ids = torch.ones(50, 2, dtype=torch.int64)
+    output = EFTDecoder(table_runners(tables), config).generate(ids, return_dict_in_generate=True, **options)
+    assert isinstance(output, EFTOutput) and output.stats is not None and output.trace is not None
+    assert output.stats.acceptance_rate == 1
+    assert {source for row in output.trace.source for source in row} == {"draft", "bonus"}
+    tables.large[:] = np.nan
+    assert torch.equal(EFTDecoder(table_runners(tables), config).generate(ids, **options), output.sequences)
+
+
+def test_a_processor_that_changes_nothing_changes_nothing() -> None:
+    """Rounds with processors draft at the same temperature as those without."""
+    config = EFTConfig(draft_tokens=3, draft_temperature=2.0)
+    decoder = EFTDecoder(table_runners(random_tables(3, 6)), config)
+    options: dict[str, Any] = {"seed": 0, "do_sample": True, "top_k": 0, "max_new_tokens": 20}
+    ids = torch.ones(20, 2, dtype=torch.int64)
+    found = decoder.generate(ids, logits_processor=[lambda tokens, scores: scores], **options)
+    assert torch.equal(found, decoder.generate(ids, **options))
 
 
 def test_block_rule_emits_no_fewer_tokens_a_round() -> None:
@@ -311,6 +388,7 @@ def test_options_resolve_as_in_transformers() -> None:
     decoder = EFTDecoder(models)
     assert decoder.generate(ids).shape[1] == 3 + 20
     assert decoder.generate(ids, max_length=9).shape[1] == 9
+    assert decoder.generate(ids, max_length=CONTEXT, eos_token_id=[]).shape[1] == CONTEXT
     models.large_base.generation_config.max_new_tokens = 4
     assert decoder.generate(ids).shape[1] == 7
     config = GenerationConfig(max_new_tokens=5)
@@ -374,6 +452,10 @@ def test_calls_of_several_threads_take_turns() -> None:
         ("id 101, outside", {"input_ids": torch.tensor([[4, VOCAB]])}),
         ("id -1, outside", {"input_ids": torch.tensor([[4, -1]])}),
         ("exceed the context", {"max_new_tokens": CONTEXT}),
+        (
+            f"a prompt of {CONTEXT} tokens and .* exceed the context",
+            {"tuned_input_ids": torch.ones(1, CONTEXT, dtype=torch.int64)},
+        ),
         ("shorten the prompt", {"input_ids": torch.ones(1, CONTEXT + 1, dtype=torch.int64)}),
         ("input_ids must be an integer tensor", {"input_ids": torch.ones(1, 3, dtype=torch.bool)}),
         ("inputs is another name of input_ids", {"inputs": torch.ones(1, 3, dtype=torch.int64)}),

@@ -9,6 +9,7 @@ from torch import Tensor
 from speculative_eft.decoding import EFTConfig, EFTDecoder, EFTOutput
 from speculative_eft.models import EFTModels
 
+from ..models.families import tiny_model
 from ..tokenizers_of_words import word_tokenizer
 from .test_generate import VOCAB, ragged_prompts, tiny_trio
 
@@ -58,3 +59,22 @@ def test_outputs_may_be_written_to(models: EFTModels) -> None:
     assert isinstance(output, Tensor)
     output[output == 5] = 6
     assert output[0, 0] == 6
+    several = EFTDecoder(models).generate(
+        torch.tensor([[5, 6]]), max_new_tokens=3, return_dict_in_generate=True, output_scores=True,
+        output_logits=True,
+    )  # fmt: skip
+    assert isinstance(several, EFTOutput) and several.scores is not None and several.logits is not None
+    for tensor in (several.sequences, several.scores[0], several.logits[0]):
+        tensor.add_(1)
+
+
+def test_ids_that_only_the_large_base_has_get_no_score() -> None:
+    small = tiny_model("llama")
+    models = EFTModels(tiny_model("llama", 0, VOCAB + 8), small, small)
+    output = EFTDecoder(models, EFTConfig(draft_tokens=2)).generate(
+        torch.tensor([[5, 6]]), max_new_tokens=4, return_dict_in_generate=True, output_scores=True
+    )
+    assert isinstance(output, EFTOutput) and output.scores is not None
+    for rows in output.scores:
+        assert rows.shape == (1, VOCAB + 8)
+        assert rows[:, :VOCAB].isfinite().all() and rows[:, VOCAB:].isneginf().all()

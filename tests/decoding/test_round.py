@@ -12,11 +12,27 @@ from torch import Tensor
 
 from speculative_eft.decoding import EFTConfig, EFTDecoder
 from speculative_eft.decoding.request import read_options, read_prompts, read_seeds
-from speculative_eft.decoding.round import PhaseTimer, new_trace_buffers, speculative_round
+from speculative_eft.decoding.round import PhaseTimer, draft_phase, new_trace_buffers, speculative_round
 from speculative_eft.kernels import noise as noise_module
 
 from ..sync_guard import no_host_sync
 from .test_generate import ragged_prompts, tiny_trio
+
+
+def test_a_draft_is_as_long_as_was_asked_for_a_round_earlier() -> None:
+    """Where rounds are ahead of the host; so lengths grow as well, one round late."""
+    decoder = EFTDecoder(tiny_trio("llama"), EFTConfig(draft_tokens=1))
+    decoder.lagging = True
+    prompts = read_prompts(torch.tensor([[5, 6, 7]]), None, decoder.vocab_size)
+    options = read_options(None, {"max_new_tokens": 20}, [], 3)
+    with torch.inference_mode():
+        state, plan = decoder._start(prompts, prompts, options, read_seeds(0, 1))
+        drafted = []
+        for wanted in (3, 3, 2, 3):
+            state.draft_lens.fill_(wanted)
+            draft_phase(decoder.runners, state, plan, 0, prompts.longest + 1)
+            drafted.append(int(state.draft_lens))
+    assert drafted == [1, 3, 2, 2]
 
 
 def storages(state: object) -> Iterator[int]:

@@ -72,10 +72,10 @@ def alone(decoder: EFTDecoder, work: Work, eos: list[int]) -> list[list[int]]:
     return outputs
 
 
-def random_work(count: int, vocab_size: int, whims: random.Random) -> Work:
+def random_work(count: int, vocab_size: int, whims: random.Random, longest_prompt: int = 9) -> Work:
     return [
         (
-            torch.tensor([whims.randrange(vocab_size) for _ in range(whims.randint(1, 9))]),
+            torch.tensor([whims.randrange(vocab_size) for _ in range(whims.randint(1, longest_prompt))]),
             SlotOptions(whims.randint(1, 24), whims.randrange(2**62), **whims.choice(LAWS)),
         )
         for _ in range(count)
@@ -107,17 +107,17 @@ def test_a_thousand_sequences_in_sixteen_slots(how: str) -> None:
 
 
 @HOW
-@pytest.mark.parametrize("acceptance", ["shared_seed", "block"])
-def test_models_with_caches(acceptance: Any, how: str) -> None:
+@pytest.mark.parametrize(("acceptance", "longest_prompt"), [("shared_seed", 9), ("block", 90)])
+def test_models_with_caches(acceptance: Any, longest_prompt: int, how: str) -> None:
     """Slots that were used before hold another's keys and values: none of them may leak."""
     whims = random.Random(5)
-    config = EFTConfig(acceptance=acceptance, draft_tokens=3)
-    models = tiny_trio("llama")
-    work = random_work(60, models.vocab_size, whims)
+    config = EFTConfig(acceptance=acceptance, draft_tokens=3, draft_temperature=1.5)
+    models = tiny_trio("llama", context=256)
+    work = random_work(60, models.vocab_size, whims, longest_prompt)
     decoder = EFTDecoder(models, config)
     run_as(decoder, how)
     wanted = alone(decoder, work, [7])
-    assert run_through(SlotBatch(decoder, 5, 40, (7,)), work, whims) == wanted
+    assert run_through(SlotBatch(decoder, 5, longest_prompt + 31, (7,)), work, whims) == wanted
 
 
 def test_greedy_sequences_draft_among_sampled_ones_that_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,6 +136,21 @@ def test_greedy_sequences_draft_among_sampled_ones_that_do_not(monkeypatch: pyte
     )
     assert run_through(SlotBatch(decoder, 4, 40, (7,)), work, whims) == wanted
     assert set(drafted) == {0, 1}
+    # From its first round on.
+    batch = SlotBatch(decoder, 4, 40)
+    for temperature in (1.0, 0.0):
+        batch.join([5, 6], SlotOptions(8, 0, temperature))
+    drafted.clear()
+    batch.step()
+    assert drafted == [1]
+
+
+def test_drafts_of_few_tokens_are_as_short_in_slots_as_alone() -> None:
+    """By the block rule what is drafted beyond the limit would change what is drawn before it."""
+    decoder = EFTDecoder(table_runners(random_tables(9, 6)), EFTConfig(draft_tokens=5))
+    work = [(torch.tensor([1, 2]), SlotOptions(2, seed)) for seed in range(100)]
+    wanted = alone(decoder, work, [])
+    assert run_through(SlotBatch(decoder, 16, 40), work, random.Random(7)) == wanted
 
 
 def test_bad_input_of_slots() -> None:
@@ -159,9 +174,22 @@ def test_bad_input_of_slots() -> None:
         with pytest.raises(ValueError, match=next(iter(options))):
             SlotOptions(**{"max_new_tokens": 1, "seed": 0, **options})
     assert batch.free == 1
-    batch.join([1, 2], SlotOptions(3, 0))
+    # What fits exactly is taken.
+    batch.join([1, 2], SlotOptions(10, 0))
     with pytest.raises(ValueError, match="all 1 slots are taken"):
         batch.join(prompt, SlotOptions(3, 0))
+
+
+def test_the_smallest_context_bounds_slots_and_scores() -> None:
+    runners = table_runners(random_tables(1, 5))
+    runners.large.max_context, runners.base.max_context = 30, 9
+    decoder = EFTDecoder(runners, EFTConfig(draft_tokens=2))
+    with pytest.raises(ValueError, match=r"max_length must lie in 2\.\.9, got 12"):
+        SlotBatch(decoder, 1, 12)
+    with pytest.raises(ValueError, match="10 tokens exceed the context of 9 tokens"):
+        decoder.score(torch.ones(1, 10, dtype=torch.int64))
+    SlotBatch(decoder, 1, 9)
+    decoder.score(torch.ones(1, 9, dtype=torch.int64))
 
 
 def test_other_calls_between_steps_are_seen() -> None:

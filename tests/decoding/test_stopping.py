@@ -103,9 +103,12 @@ def first_end(row: list[int], strings: list[str], divisor: int, ends: list[int])
     return len(row)
 
 
-def test_statistics_trace_and_streams_end_with_the_sequence() -> None:
+@pytest.mark.parametrize(("lagging", "drafted"), [(False, 5), (True, 2)])
+def test_statistics_trace_and_streams_end_with_the_sequence(lagging: bool, drafted: int) -> None:
     pieces: dict[int, list[int]] = {0: [], 1: [], 2: []}
-    decoder = EFTDecoder(RUNNERS, EFTConfig(draft_tokens=5))
+    decoder = EFTDecoder(RUNNERS, EFTConfig(draft_tokens=drafted))
+    # On a GPU a round follows before the host has read that a sequence has ended.
+    decoder.lagging = lagging
     output = decoder.generate(
         PROMPTS,
         MASK,
@@ -128,8 +131,10 @@ def test_statistics_trace_and_streams_end_with_the_sequence() -> None:
         row = output.sequences[index, 4:].tolist()
         assert pieces[index] == row[:length]
         assert set(row[length:]) <= {PAD}
-        assert output.trace.target[index, :length].isfinite().all()
-        assert output.trace.target[index, length:].isnan().all()
+        trace = output.trace
+        for log_probs in (trace.target, trace.large, trace.base, *trace.tuned):
+            assert log_probs[index, :length].isfinite().all()
+            assert log_probs[index, length:].isnan().all()
     assert output.trace.table()["token"] == [token for row in pieces.values() for token in row]
 
 
@@ -151,6 +156,26 @@ def test_criteria_see_scores_where_they_are_asked_for() -> None:
     assert isinstance(output, EFTOutput)
     assert torch.equal(output.sequences, wanted.sequences)
     assert output.sequences.shape[1] < 4 + NEW
+    assert output.scores is not None and wanted.scores is not None
+    # Rows that end earlier than others have zeros there, whatever was drafted beyond.
+    assert any((row == 0).all() for row in output.scores[-1])
+    for own, others in zip(output.scores, wanted.scores, strict=True):
+        torch.testing.assert_close(own, others)
+
+
+def test_criteria_see_padding_behind_sequences_that_have_ended() -> None:
+    seen: list[Tensor] = []
+
+    def end_first_row_at_two(ids: Any, scores: Any, **kwargs: Any) -> Any:
+        seen.append(ids[0, 6:].clone())
+        return torch.tensor([ids.shape[1] == 6, False, False])
+
+    _, decoder = decoders("block", 5)
+    decoder.generate(
+        PROMPTS, MASK, max_new_tokens=NEW, pad_token_id=PAD, stopping_criteria=[end_first_row_at_two]
+    )
+    assert max(map(len, seen)) == NEW - 2
+    assert all((tokens == PAD).all() for tokens in seen)
 
 
 def test_time_ends_every_sequence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,7 @@ from transformers import (
 )
 
 CONTEXT = 64
-"""Positions of every model."""
+"""Positions of every model that is not made for others."""
 
 WINDOW = 7
 """Sliding window of the models that have one: shorter than the sequences in the tests."""
@@ -79,6 +79,11 @@ _FAMILIES: dict[str, tuple[type[PreTrainedModel], Any, dict[str, Any]]] = {
                 "original_max_position_embeddings": 16,
             },
         },
+    ),
+    "llama-dynamic-rope": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        {**_GROUPED, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0}},
     ),
     "falcon-multi-query": (FalconForCausalLM, FalconConfig, _FALCON),
     "falcon-new-decoder": (
@@ -127,15 +132,16 @@ _FAMILIES: dict[str, tuple[type[PreTrainedModel], Any, dict[str, Any]]] = {
 FAMILIES = tuple(_FAMILIES)
 
 
-def tiny_model(name: str, seed: int = 0, vocab_size: int = 101) -> PreTrainedModel:
-    """A model of family `name` in float32 with random weights fixed by `seed`.
+def tiny_model(name: str, seed: int = 0, vocab_size: int = 101, context: int = CONTEXT) -> PreTrainedModel:
+    """A model of family `name` in float32 with random weights fixed by `seed`, for `context` positions.
 
     The weights are larger than a fresh model's, so that its distributions are far from uniform.
     """
     model_class, config_class, settings = _FAMILIES[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = model_class(config_class(vocab_size=vocab_size, **settings)).eval()
+        sizes = {**settings, "vocab_size": vocab_size, "max_position_embeddings": context}
+        model = model_class(config_class(**sizes)).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() > 1:

@@ -297,7 +297,10 @@ def test_fused_layers_read_shared_weights_once(rows: int, monkeypatch: pytest.Mo
     for runner, wanted in zip(runners, stores, strict=True):
         for stored, before in zip(runner.cache.storage(), wanted, strict=True):
             torch.testing.assert_close(stored, before, atol=1e-5, rtol=1e-5)
-    # One with an adapter on its head, of another base, or without fused layers runs alone.
+    # One with a cache of another size, an adapter on its head, of another base, or without fused layers runs
+    # alone.
+    runners[1].reserve(2, 100)
+    assert runners[0].forward_together(runners[1:], block, 9) is None
     _, others = adapters_of_one_base(["k_proj", "lm_head"], attention="triton")
     assert others[0].forward_together(others[1:], block, 9) is None
     assert runners[0].forward_together([others[2]], block, 9) is None

@@ -11,6 +11,7 @@ import torch
 
 from speculative_eft.decoding import EFTConfig, EFTDecoder, EFTOutput
 from speculative_eft.models import costs as costs_module
+from speculative_eft.models import eft_models
 from speculative_eft.models.costs import StepCosts, kept_step_costs
 
 from ..decoding.test_generate import ragged_prompts, tiny_trio
@@ -46,6 +47,18 @@ def test_the_models_own_costs_are_rounded(monkeypatch: pytest.MonkeyPatch, tmp_p
     # Those of drafts by eight bits where the decoder drafts so; by its own weights they are others.
     kept = models.step_costs(pair=False, batch=1, quantised=bool(decoder.runners.drafters))
     assert (output.stats.cost_ratio, output.stats.row_cost) == (kept.cost_ratio, kept.row_cost)
+
+
+def test_costs_are_kept_for_each_batch_and_each_kind_of_draft(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    kinds = [(False, 1), (False, 2), (True, 1)]
+    costs = dict(zip(kinds, (StepCosts(0.25, 0.0), StepCosts(0.5, 0.0), StepCosts(1.0, 0.0)), strict=True))
+    for pair, batch in kinds:
+        monkeypatch.setattr(eft_models, "measure_step_costs", lambda *_, kind=(pair, batch): costs[kind])
+        # Other models of the same kind, so that only what was written can tell.
+        assert tiny_trio("llama").step_costs(pair, batch) == costs[pair, batch]
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,13 @@ def test_a_call_that_does_not_fit_names_what_does(free: Callable[[int], None]) -
         owner.generate(prompts, **options)
 
 
+def test_what_a_sequence_takes_beside_its_caches() -> None:
+    config = EFTConfig(draft_tokens=DRAFTED, draft_weights="own")
+    # Of three models in 16 bits at least the logits of three drafted tokens and the next, and in float32 64
+    # log-ratios and the corrections of as many tokens.
+    assert EFTDecoder(tiny_trio("llama"), config).bytes_beside_caches == (2 * 3 * 4 + 4 * (64 + 4)) * 101
+
+
 def test_scores_of_what_does_not_fit_are_refused(free: Callable[[int], None]) -> None:
     scorer = EFTDecoder(tiny_trio("llama"))
     free(10_000)

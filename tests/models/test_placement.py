@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from speculative_eft.decoding import EFTConfig, EFTDecoder, NaiveEFTDecoder
 from speculative_eft.models import EFTModels, IncompatibleModelsError, ModelRunner
 from speculative_eft.models.llama import LlamaBody
+from speculative_eft.models.placement import home_device
 
 from ..decoding.test_generate import perturbed, ragged_prompts
 from .families import tiny_model
@@ -106,6 +108,17 @@ def test_device_map_auto(tmp_path: Path) -> None:
         output,
         EFTDecoder(EFTModels.from_pretrained(*names)).generate(torch.tensor([[5, 6]]), max_new_tokens=4),
     )
+
+
+def test_a_models_home_is_where_its_embedding_runs() -> None:
+    """Whatever its first parameter's place is; accelerate's hook says so where it moves the embedding."""
+    embedding = SimpleNamespace(weight=SimpleNamespace(device=torch.device("cuda:1")))
+    model: Any = SimpleNamespace(get_input_embeddings=lambda: embedding, device=torch.device("cuda:0"))
+    assert home_device(model) == torch.device("cuda:1")
+    embedding._hf_hook = SimpleNamespace(execution_device="cuda:2")
+    assert home_device(model) == torch.device("cuda:2")
+    del embedding._hf_hook, embedding.weight
+    assert home_device(model) == torch.device("cuda:0")
 
 
 def test_weights_that_are_nowhere_are_refused() -> None:

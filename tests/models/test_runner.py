@@ -26,7 +26,7 @@ from transformers import (
 
 from speculative_eft.models import ModelRunner
 from speculative_eft.models.configs import logit_scale
-from tests.models.families import FAMILIES, tiny_model
+from tests.models.families import CONTEXT, FAMILIES, tiny_model
 from tests.sync_guard import no_host_sync
 
 VOCABULARY = 101
@@ -125,6 +125,28 @@ def test_full_slots_and_padding_reach_nobody(family: str) -> None:
     torch.testing.assert_close(beyond[1], expected, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("family", ["llama", "llama-dynamic-rope", "gpt2"])
+def test_tokens_beyond_the_end_reach_nobody(family: str) -> None:
+    """Neither what a full slot holds, nor by the length of the batch its neighbours."""
+    model, tokens = tiny_model(family), random_tokens(2, CONTEXT)
+    runner = ModelRunner(model)
+    runner.reserve(2, CONTEXT)
+    runner.prefill(tokens, torch.tensor([CONTEXT, 5]))
+    before = [tensor[0, :, :CONTEXT].clone() for tensor in runner.cache.storage()]
+    logits = runner.forward(tokens[:, 5:8], CONTEXT + 3)
+    for tensor, held in zip(runner.cache.storage(), before, strict=True):
+        assert torch.equal(tensor[0, :, :CONTEXT], held)
+    expected = plain_logits(model, tokens[1:, :8])[0, 5:]
+    torch.testing.assert_close(logits[1], expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_context_ends_where_positions_do(family: str) -> None:
+    """Or before, where the rotation would change by the length of a batch; alibi has no end."""
+    limits = {"falcon-alibi": None, "phi3-longrope": 32}
+    assert ModelRunner(tiny_model(family)).max_context == limits.get(family, CONTEXT)
+
+
 @pytest.mark.parametrize("family", ["llama", "falcon-alibi", "gemma2", "gpt2"])
 def test_the_cache_stays_where_it_is(family: str) -> None:
     runner = ModelRunner(tiny_model(family))
@@ -164,6 +186,24 @@ def test_prompts_may_be_empty() -> None:
     runner.reserve(2, 6)
     runner.prefill(tokens[:, :0], torch.tensor([0, 0]))
     torch.testing.assert_close(runner.forward(tokens, 6), plain_logits(model, tokens), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.usefixtures("each_backend")
+@pytest.mark.parametrize("family", ["llama", "gemma2", "falcon-alibi", "gpt2"])
+def test_prefill_may_go_on_from_what_the_cache_holds(family: str) -> None:
+    """Beyond 64 positions, the least that a pass looks at."""
+    model, tokens = tiny_model(family, context=256), random_tokens(2, 122)
+    begins, lengths = torch.tensor([70, 3]), torch.tensor([119, 50])
+    runner = ModelRunner(model)
+    runner.reserve(2, 122)
+    runner.prefill(tokens[:, :70], begins)
+    new = torch.stack([row[begin : begin + 49] for row, begin in zip(tokens, begins.tolist(), strict=True)])
+    runner.prefill(new, lengths, chunk=20, begins=begins)
+    assert torch.equal(runner.lengths, lengths)
+    block = torch.stack((tokens[0, 119:122], tokens[1, 50:53]))
+    expected = plain_logits(model, tokens)
+    expected = torch.stack((expected[0, 119:122], expected[1, 50:53]))
+    torch.testing.assert_close(runner.forward(block, 122), expected, rtol=0, atol=TOLERANCE)
 
 
 def test_prefill_leaves_the_output_head_alone() -> None:

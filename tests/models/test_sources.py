@@ -15,7 +15,7 @@ import pytest
 from huggingface_hub import HfApi
 
 from speculative_eft.models import IncompatibleModelsError, find_sources
-from speculative_eft.models.sources import token_differences
+from speculative_eft.models.sources import VOCABULARY_PADDING, token_differences
 
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 10}
 
@@ -127,6 +127,21 @@ def test_tokenizers_must_agree(tmp_path: Path) -> None:
         "small_base has another tokenizer than large_base (id 8 is 'j', not 'i'); "
         "the models must share one tokenizer."
     )
+
+
+def test_a_special_token_is_no_ordinary_one_of_another_name(tmp_path: Path) -> None:
+    good = write_model(tmp_path / "good")
+    special = write_model(tmp_path / "special", added=[{"id": 9, "content": "<end>", "special": True}])
+    assert "(id 9 is '<end>', not 'j')" in refusal(good, special, good)
+    assert "(id 9 is 'j', not '<end>')" in refusal(special, special, good)
+
+
+def test_sizes_may_differ_by_all_of_padding(tmp_path: Path) -> None:
+    good = write_model(tmp_path / "good")
+    padded = write_model(tmp_path / "padded", {**LLAMA, "vocab_size": 10 + VOCABULARY_PADDING})
+    assert len(find_sources(padded, good, good)) == 3
+    beyond = write_model(tmp_path / "beyond", {**LLAMA, "vocab_size": 11 + VOCABULARY_PADDING})
+    assert "sizes differ by more than padding" in refusal(beyond, good, good)
 
 
 def test_tokenizers_may_differ_where_it_does_no_harm(tmp_path: Path) -> None:
