@@ -30,7 +30,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):
         # What is measured of tests' models is not kept for those of users.
-        os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="speculative-eft-tests-")
+        folder = tempfile.TemporaryDirectory(prefix="speculative-eft-tests-")
+        config.add_cleanup(folder.cleanup)
+        os.environ["XDG_CACHE_HOME"] = folder.name
     if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda needs a GPU that torch can use")
 
