@@ -187,6 +187,21 @@ class SlotBatch:
         self._joined += 1
         self._options[sequence] = options
         row = self._running.join(sequence, length, length + options.max_new_tokens)
+        try:
+            first = self._fill(row, prompt, options)
+        except BaseException:
+            # By a GPU without memory for the prompt, say: the others go on.
+            self._running.end([sequence])
+            self._leave([sequence])
+            raise
+        self._go_on()
+        self._first_lens[sequence] = first
+        self._drafted = max(self._drafted, first)
+        return sequence
+
+    def _fill(self, row: int, prompt: Tensor, options: SlotOptions) -> int:
+        """Start a sequence in `row`; its first draft length."""
+        length = prompt.numel()
         for runner in self.decoder.runners.every:
             runner.fill_slot(row, prompt[None, :-1])
         ids = {"dtype": torch.int64, "device": self._device}
@@ -204,10 +219,18 @@ class SlotBatch:
         if one.offered_lens is not None:
             one.offered_lens.copy_(one.draft_lens)
         put(self._running.state, row, one)
+        return int(one.draft_lens)
+
+    def _leave(self, sequences: Sequence[int]) -> None:
+        """Free the slots of sequences that have ended."""
+        for index in sequences:
+            del self._options[index]
+        self._running.compact()
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Let the rounds to come be of the sequences that are there now."""
         self._running.plan_anew(self._plan(self._running.order[: self._running.rows]))
-        self._first_lens[sequence] = int(one.draft_lens)
-        self._drafted = max(self._drafted, self._first_lens[sequence])
-        return sequence
 
     @torch.inference_mode()
     def step(self) -> dict[int, SlotProgress]:
@@ -234,9 +257,6 @@ class SlotBatch:
             self._first_lens.pop(index, None)
         self._drafted = max(0, *(row[1] for row in report.values()), *self._first_lens.values())
         ended = [index for index, own in progress.items() if own.ended]
-        for index in ended:
-            del self._options[index]
         if ended:
-            self._running.compact()
-            self._running.plan_anew(self._plan(self._running.order[: self._running.rows]))
+            self._leave(ended)
         return progress

@@ -228,6 +228,31 @@ def test_rows_of_graphs_are_few_and_slots_are_free_once_sequences_end() -> None:
         assert {rows for rows, *_ in graphs.keys} <= {1, 2, 4, slots}
 
 
+@HOW
+def test_a_join_that_fails_leaves_its_slot(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = tiny_trio("llama")
+    decoder = EFTDecoder(models, EFTConfig(draft_tokens=2))
+    run_as(decoder, how)
+    wanted = decoder.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=9, seed=[1])[0, 3:].tolist()
+    batch = SlotBatch(decoder, 3, 40)
+    first = batch.join([5, 6, 7], SlotOptions(9, 1, temperature=0.0))
+    tokens = batch.step().get(first, SlotProgress([], False)).tokens
+
+    def fails(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("no more")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder.runners.base, "fill_slot", fails)
+        for _ in range(4):
+            with pytest.raises(torch.OutOfMemoryError):
+                batch.join([8, 9], SlotOptions(9, 1))
+            assert batch.free == 2
+            tokens += batch.step().get(first, SlotProgress([], False)).tokens
+    while batch.free < 3:
+        tokens += batch.step().get(first, SlotProgress([], False)).tokens
+    assert tokens == wanted
+
+
 def test_a_filter_that_comes_and_goes_begins_no_graphs_anew() -> None:
     """Graphs are of the filters in use: in slots those that were used once stay."""
     models = tiny_trio("llama")
