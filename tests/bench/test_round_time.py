@@ -26,7 +26,8 @@ def test_the_parts_of_a_round(batch: int, tmp_path: Path) -> None:
     for time in times:
         assert set(PASSES) < set(time.milliseconds)
         assert all(time.milliseconds[part] > 0 for part in PASSES)
-        assert 0 < time.outside.median < 1
+        # Below 0 where the steps that are made once more meet a busier machine than the round did.
+        assert time.outside.median < 1
     # The passes that are made once more change nothing.
     gains = []
     for seed, prompt in enumerate(prompts, 1):
