@@ -54,7 +54,7 @@ class AdapterSwitch:
 
     def __init__(self, model: nn.Module, adapters: Sequence[str]) -> None:
         self._adapters = list(adapters)
-        layers = [module for module in model.modules() if is_adapter_layer(module)]
+        layers = adapter_layers(model)
         # peft's own switches also change which weights require gradients; writing past nn.Module's
         # attribute machinery costs a tenth.
         self._layers = list(map(vars, layers))
@@ -85,6 +85,11 @@ class AdapterSwitch:
 def is_adapter_layer(module: nn.Module) -> bool:
     """Whether peft put `module` in the place of one of the model's own."""
     return hasattr(module, "_disable_adapters")
+
+
+def adapter_layers(model: nn.Module) -> list[nn.Module]:
+    """The modules of `model` that `is_adapter_layer`, in its order."""
+    return list(filter(is_adapter_layer, model.modules()))
 
 
 def refuse_merged(layers: Iterable[Any]) -> None:
@@ -139,7 +144,7 @@ def parameters_with(model: nn.Module, adapters: Sequence[str] | None) -> list[nn
     parameters = list(model.parameters())
     if adapters is None:
         return parameters
-    layers: list[Any] = [module for module in model.modules() if is_adapter_layer(module)]
+    layers: list[Any] = adapter_layers(model)
     others = {
         id(parameter)
         for module in layers
@@ -164,7 +169,7 @@ def chosen_adapters(argument: str, model: PeftModel, adapter: str | None) -> tup
     merged into the weights or all switched off.
     """
     known = list(model.peft_config)
-    layers = [module for module in model.modules() if is_adapter_layer(module)]
+    layers = adapter_layers(model)
     if any(getattr(layer, "merged_adapters", ()) for layer in layers):
         raise IncompatibleModelsError(
             f"{argument} has adapters merged into its weights; call its unmerge_adapter(), or give what its "

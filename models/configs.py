@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -26,10 +27,14 @@ def declared(config: PreTrainedConfig, name: str) -> Any:
     A key that stands in a config.json by chance is kept by transformers and read by no model. Some classes
     have another name for a setting: GPT-2 reads `n_positions` for `max_position_embeddings`.
     """
-    kind = type(config)
+    kind: Any = type(config)
+    return getattr(config, name, None) if _knows(kind, name) else None
+
+
+@cache
+def _knows(kind: Any, name: str) -> bool:
     own = kind.attribute_map.get(name, name)
-    known = hasattr(kind, own) or own in inspect.signature(kind.__init__).parameters
-    return getattr(config, name, None) if known else None
+    return hasattr(kind, own) or own in inspect.signature(kind.__init__).parameters
 
 
 def longest_window(config: PreTrainedConfig) -> int:

@@ -25,7 +25,7 @@ from speculative_eft.kernels import (
     rotated_attention,
 )
 
-from .adapters import LowRank, is_adapter_layer, is_low_rank, low_ranks
+from .adapters import LowRank, adapter_layers, is_low_rank, low_ranks
 from .attention import Attention, attend, attend_ragged, attention_for, ragged_bias, visible_lengths
 from .bodies import Block
 from .configs import changes_with_length, layer_windows
@@ -139,7 +139,7 @@ class LlamaBody:
         projections = [module for name, module in decoder.named_modules() if name.endswith("_proj")]
         return (
             all(type(module) is nn.Linear or is_low_rank(module, adapters) for module in projections)
-            and all(module in projections for module in decoder.modules() if is_adapter_layer(module))
+            and all(layer in projections for layer in adapter_layers(decoder))
             and all(map(is_plain, decoder.modules()))
             and all(map(is_ordinary, decoder.parameters()))
         )

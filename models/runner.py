@@ -19,7 +19,7 @@ from speculative_eft.kernels import (
     projections,
 )
 
-from .adapters import AdapterSwitch, is_adapter_layer, is_low_rank, refuse_merged
+from .adapters import AdapterSwitch, adapter_layers, is_adapter_layer, is_low_rank, refuse_merged
 from .attention import Attention, attention_for, choose_attention
 from .bodies import Block, Body, FalconAlibiBody, TransformersBody
 from .configs import TESTED_FAMILIES, declared, logit_scale, longest_window, position_limit, text_config
@@ -95,7 +95,7 @@ class ModelRunner:
         self._head_is_fused = (
             self.attention == "triton" and type(self._head) is nn.Linear and is_plain(self._head)
         )
-        self._adapter_layers = [] if adapters is None else list(filter(is_adapter_layer, model.modules()))
+        self._adapter_layers = [] if adapters is None else adapter_layers(model)
         # Read one by one, weights need no switch; a captured graph keeps what was on at its capture.
         self._adapted: Callable[[], AbstractContextManager[None]] = nullcontext
         if adapters is not None and (not isinstance(self._body, LlamaBody) or is_adapter_layer(self._head)):
@@ -132,7 +132,7 @@ class ModelRunner:
     def addresses(self) -> list[float]:
         """Where its weights are, and the factors of its adapters, which a captured pass knows."""
         tensors = chain(self.model.parameters(), self.model.buffers())
-        layers = filter(is_adapter_layer, self.model.modules())
+        layers = adapter_layers(self.model)
         factors = chain.from_iterable(getattr(layer, "scaling", {}).values() for layer in layers)
         return [*(tensor.data_ptr() for tensor in tensors), *factors]
 
