@@ -2,7 +2,7 @@
 
 A step of a small model is a few hundred kilobytes to a few tens of megabytes of weights, read in less time
 than torch needs to dispatch its operations. Here one call runs the whole network, its products are made for
-few rows, and two parallel regions follow each other within two microseconds. Where LoRA adapters share their
+few rows, and its threads stay together for a whole pass. Where LoRA adapters share their
 base, one call also runs several networks, of which each row gets what its own adapters add.
 
 Importing this module needs Numba, the extra `[cpu]`.
@@ -43,7 +43,8 @@ from speculative_eft.kernels.cpu.jit import (
     record,
     use_threads,
 )
-from speculative_eft.kernels.cpu.products import dot_products, quantised_products
+from speculative_eft.kernels.cpu.products import ask_for, dot_products, quantised_products
+from speculative_eft.kernels.cpu.team import claim, finish, meetings, wait
 
 from .adapters import is_low_rank
 from .llama import Linear, LlamaBody, is_ordinary, is_plain, linear_of
@@ -328,6 +329,13 @@ def _add_low_rank(inputs: Any, part: Any, size: int, first: int, last: int, out:
                 target[n] += factor * row[n]
 
 
+@compiled(f"void({TABLE}, int64, int64, int64, int64, int64)")
+def _ask_for_product(table: Any, matrix: int, size: int, width: int, share: int, threads: int) -> None:
+    """Ask for what `_product` of inputs of this `width` will read first."""
+    row_bytes = width if table[matrix + 2] != 0 else 4 * width
+    ask_for(table[matrix], row_bytes, share * size // threads, (share + 1) * size // threads)
+
+
 @compiled(f"void({MATRIX}, {TABLE}, int64, int64, {MATRIX}, int64, int64, int64, boolean, {TABLES}, {TABLE})")
 def _product(
     inputs: Any,
@@ -550,7 +558,9 @@ def _share(stage: int, threads: int, share: int, buffers: Any, layer: Any) -> No
     if stage in (_PROJECT, _PROJECT_KEPT):
         inputs = _normalised(hidden, table[_ATTENTION_NORM], eps)
         key_size = layer.kv_heads * layer.rotation.shape[1] // 2
-        query_size = projected.shape[1] - 2 * key_size
+        query_size, width = projected.shape[1] - 2 * key_size, inputs.shape[1]
+        for matrix in (_KEY, _VALUE):
+            _ask_for_product(table, matrix, key_size, width, share, threads)
         if stage == _PROJECT:
             _product(
                 inputs, table, _QUERY, query_size, projected, 0, share, threads, False, low_ranks, starts
@@ -569,6 +579,7 @@ def _share(stage: int, threads: int, share: int, buffers: Any, layer: Any) -> No
     elif stage == _GATE_UP:
         inputs, up = _normalised(hidden, table[_MLP_NORM], eps), buffers.up
         rows, inner = gated.shape
+        _ask_for_product(table, _UP, inner, inputs.shape[1], share, threads)
         _product(inputs, table, _GATE, inner, gated, 0, share, threads, False, low_ranks, starts)
         _product(inputs, table, _UP, inner, up, 0, share, threads, False, low_ranks, starts)
         first, last = share * inner // threads, (share + 1) * inner // threads
@@ -585,10 +596,66 @@ def _share(stage: int, threads: int, share: int, buffers: Any, layer: Any) -> No
         )
 
 
-@in_parallel("void(int64, int64, int64, _Buffers, _Layer)")
-def _together(stage: int, threads: int, shares: int, buffers: Any, layer: Any) -> None:
-    for share in prange(shares):
-        _share(stage, threads, np.int64(share), buffers, layer)
+@compiled("UniTuple(int64, 2)(int64, int64, boolean)")
+def _place(step: int, layers: int, reads_out: bool) -> Any:
+    """The layer and the stage of a step of a pass."""
+    layer, stage = step // _READ_OUT, step % _READ_OUT
+    if layer == layers:
+        return 0, _READ_OUT
+    if layer == layers - 1 and not reads_out:
+        return layer, stage + _PROJECT_KEPT
+    return layer, stage
+
+
+@compiled(f"void(int64, {TABLE}, {TABLE}, _Buffers, int64, int64)")
+def _ask_for_stage(stage: int, table: Any, ends: Any, buffers: Any, share: int, threads: int) -> None:
+    """Ask for the first weights of a stage, or of the one after where it reads none."""
+    width, joined, inner = buffers.hidden.shape[1], buffers.mixed.shape[1], buffers.gated.shape[1]
+    if stage == _PROJECT:
+        _ask_for_product(table, _QUERY, joined, width, share, threads)
+    elif stage == _PROJECT_KEPT:
+        _ask_for_product(table, _KEY, (buffers.projected.shape[1] - joined) // 2, width, share, threads)
+    elif stage in (_ATTEND, _JOIN):
+        _ask_for_product(table, _OUTPUT, width, joined, share, threads)
+    elif stage == _GATE_UP:
+        _ask_for_product(table, _GATE, inner, width, share, threads)
+    elif stage == _CLOSE:
+        _ask_for_product(table, _DOWN, width, inner, share, threads)
+    elif stage == _READ_OUT:
+        _ask_for_product(ends, _HEAD, buffers.logits.shape[1], width, share, threads)
+
+
+@compiled(f"void(int64, int64, {TABLE}, {TABLE}, NetworkArrays, _Buffers, {TABLES})")
+def _pass_through(
+    thread: int, threads: int, starts: Any, lengths: Any, network: Any, buffers: Any, all_meetings: Any
+) -> None:
+    """What one thread does of a pass."""
+    layers, kv_heads = network.weights.shape[0], network.sizes[1]
+    # Without room for logits none are made.
+    steps, reads_out = all_meetings.shape[0], buffers.logits.shape[0] > 0
+    for step in range(steps):
+        layer, stage = _place(step, layers, reads_out)
+        own = _Layer(
+            network.weights[layer], network.ends, network.eps, starts, lengths, network.windows[layer],
+            network.rotation, network.stores[layer], kv_heads, network.low_ranks[layer],
+        )  # fmt: skip
+        shares = (starts.shape[0] - 1) * kv_heads if stage in (_ATTEND, _KEEP) else threads
+        meeting = all_meetings[step]
+        share = claim(meeting, thread, threads, shares)
+        while share >= 0:
+            _share(stage, threads, share, buffers, own)
+            finish(meeting)
+            share = claim(meeting, thread, threads, shares)
+        if step + 1 < steps:
+            layer, stage = _place(step + 1, layers, reads_out)
+            _ask_for_stage(stage, network.weights[layer], network.ends, buffers, thread, threads)
+        wait(meeting, shares)
+
+
+@in_parallel(f"void(int64, {TABLE}, {TABLE}, NetworkArrays, _Buffers, {TABLES})")
+def _together(threads: int, starts: Any, lengths: Any, network: Any, buffers: Any, all_meetings: Any) -> None:
+    for thread in prange(threads):
+        _pass_through(np.int64(thread), threads, starts, lengths, network, buffers, all_meetings)
 
 
 @entry(f"void({TABLES}, {TABLE}, {TABLE}, NetworkArrays, {MATRIX}, int64)")
@@ -623,20 +690,8 @@ def _forward(
     is_ragged = rows < logits.shape[0] and batch > 1
     packed = np.empty((rows, logits.shape[1]), FLOAT) if is_ragged else logits[:rows]
     buffers = _Buffers(hidden, projected, mixed, gated, up, packed)
-    # Without room for logits none are made.
-    reads_out = logits.shape[0] > 0
-    for step in range(_READ_OUT * layers + 1 if reads_out else _READ_OUT * (layers - 1) + 2):
-        layer, stage = step // _READ_OUT, step % _READ_OUT
-        if layer == layers:
-            layer, stage = 0, _READ_OUT
-        elif layer == layers - 1 and not reads_out:
-            stage += _PROJECT_KEPT
-        own = _Layer(
-            network.weights[layer], network.ends, network.eps, starts, lengths, network.windows[layer],
-            network.rotation, network.stores[layer], kv_heads, network.low_ranks[layer],
-        )  # fmt: skip
-        shares = batch * kv_heads if stage in (_ATTEND, _KEEP) else threads
-        _together(stage, threads, shares, buffers, own)
+    steps = _READ_OUT * layers + 1 if logits.shape[0] > 0 else _READ_OUT * (layers - 1) + 2
+    _together(threads, starts, lengths, network, buffers, meetings(steps, threads))
     for sequence in range(batch if is_ragged else 0):
         for step in range(counts[sequence]):
             row, out = packed[starts[sequence] + step], logits[sequence * length + step]

@@ -13,7 +13,7 @@ from numba.extending import intrinsic
 
 from .jit import FLOAT, LARGEST_FLOAT, MATRIX, array_at, bytes_at, compiled, largest, stay_a_function
 
-__all__ = ["dot_products", "quantised_products"]
+__all__ = ["ask_for", "dot_products", "quantised_products"]
 
 _FEATURES = binding.get_host_cpu_features()
 _LANES = 16 if _FEATURES.get("avx512f") else 8 if _FEATURES.get("avx2") else 4
@@ -29,6 +29,8 @@ _STREAMS = 4
 _AHEAD = 4096
 """Bytes before which weights are asked for. Left to itself a processor foresees no further than a page, and
 waits at each for memory while no sum is added to."""
+_ASKED = 2048
+"""Bytes that each stream asks for before it begins: more come too late, or push out what is still read."""
 
 
 def _prefetched(builder: Any, address: Any) -> None:
@@ -36,6 +38,15 @@ def _prefetched(builder: Any, address: Any) -> None:
     byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
     prefetch = _function(builder, "llvm.prefetch.p0", ir.VoidType(), byte, flag, flag, flag)
     builder.call(prefetch, [builder.inttoptr(address, byte), flag(0), flag(2), flag(1)])
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _ask_for_line(typing_context: Any, address: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _prefetched(builder, *arguments)
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
 
 
 def _function(builder: Any, name: str, result: Any, *parameters: Any) -> Any:
@@ -253,6 +264,16 @@ def _integer_sums(
 
 
 _sums_1, _sums_2, _sums_3, _sums_4, _sums_5, _sums_6 = map(_sums, range(1, 7))
+
+
+@compiled("void(int64, int64, int64, int64)")
+def ask_for(weights: int, row_bytes: int, first: int, last: int) -> None:
+    """Ask for what products with rows first..last-1 of the matrix at `weights` will read first."""
+    stay_a_function()
+    step = (last - first) // _STREAMS * row_bytes
+    for at in range(0, min(step, _ASKED), 4 * _LINE):
+        for stream in range(_STREAMS):
+            _ask_for_line(weights + first * row_bytes + stream * step + at)
 
 
 @compiled(f"void({MATRIX}, {MATRIX}, int64, int64, {MATRIX}, int64, boolean)")
