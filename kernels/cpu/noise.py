@@ -84,9 +84,10 @@ def _uniforms(size: int, seed: int, counter: int, row: int, stream: int) -> Any:
 
 @compiled(f"boolean({VECTOR}, float32)")
 def _any_reaches(bounds: Any, least: Any) -> Any:
+    # By index: what is iterated over counts as scattered.
     count = np.int32(0)
-    for bound in bounds:
-        count = np.int32(count + np.int32(bound >= least))
+    for k in range(bounds.shape[0]):
+        count = np.int32(count + np.int32(bounds[k] >= least))
     return count > 0
 
 

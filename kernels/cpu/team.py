@@ -25,7 +25,7 @@ _LINE = 8
 _LOOKS = 300_000
 """How often a thread looks whether a stage has ended before it gives its core to others that wait for one.
 
-That takes a fraction of a millisecond. Beside other programs, giving it away at once costs more than it saves.
+That takes a fraction of a millisecond. Beside other programs, giving it away at once cost more than it saved.
 """
 
 _WORD = ir.IntType(64)
