@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +23,7 @@ from speculative_eft.kernels import (
     DraftLoop,
     QuantisedWeight,
 )
+from speculative_eft.kernels.cpu.arguments import arguments_at, bound_call
 from speculative_eft.kernels.cpu.draft_loop import DRAWS, begin_arguments, begin_draft, draw, draw_arguments
 from speculative_eft.kernels.cpu.jit import (
     CUBE,
@@ -164,10 +164,10 @@ class CompiledLlama:
         rows = logits.view(-1, self.vocab_size)
         if counts is None:
             counts = torch.full((tokens.shape[0],), tokens.shape[1])
-        return partial(
-            _forward, tokens.numpy(), counts.numpy(), cache.lengths.numpy(), self._network, rows.numpy(),
-            use_threads(),
+        arguments = (
+            tokens.numpy(), counts.numpy(), cache.lengths.numpy(), self._network, rows.numpy(), use_threads(),
         )  # fmt: skip
+        return bound_call(_forward_at, _FORWARD, arguments)
 
     def shares_weights(self, other: CompiledLlama) -> bool:
         """Whether `other` is this network but for what adapters add, with as much room for a sequence."""
@@ -193,22 +193,18 @@ class CompiledLlama:
         room = torch.empty(len(members) * tokens.numel(), members[0].vocab_size)
         lengths = [cache.lengths for _, cache in networks]
         places = np.array([_addresses(*both) for both in zip(lengths, logits, strict=True)])
-        return partial(
-            _call_with, (lengths, logits), _forward_together, tokens.numpy(), counts.numpy(), places,
-            _network(members), room.numpy(), use_threads(),
+        arguments = (
+            tokens.numpy(), counts.numpy(), places, _network(members), room.numpy(), use_threads(),
         )  # fmt: skip
+        return bound_call(_forward_together, _FORWARD_TOGETHER, arguments, (lengths, logits))
 
     def bind_draft(self, draft: DraftLoop, logits: Tensor, cache: SlotCache) -> Callable[[], None]:
         """`Runner.bind_draft` over `cache`."""
-        return partial(
-            _draft, *begin_arguments(draft), cache.lengths.numpy(), self._network, logits.numpy(),
-            use_threads(), *draw_arguments(draft, [None, logits, None]),
+        arguments = (
+            *begin_arguments(draft), cache.lengths.numpy(), self._network, logits.numpy(), use_threads(),
+            *draw_arguments(draft, [None, logits, None]),
         )  # fmt: skip
-
-
-def _call_with(kept: object, function: Callable[..., None], *arguments: Any) -> None:
-    """Call `function`, which is told addresses of what is `kept`."""
-    function(*arguments)
+        return bound_call(_draft, _DRAFT, arguments)
 
 
 def _addresses(*weights: Tensor | None) -> list[int]:
@@ -658,7 +654,11 @@ def _together(threads: int, starts: Any, lengths: Any, network: Any, buffers: An
         _pass_through(np.int64(thread), threads, starts, lengths, network, buffers, all_meetings)
 
 
-@entry(f"void({TABLES}, {TABLE}, {TABLE}, NetworkArrays, {MATRIX}, int64)")
+_FORWARD = f"{TABLES}, {TABLE}, {TABLE}, NetworkArrays, {MATRIX}, int64"
+_forward_arguments = arguments_at(_FORWARD)
+
+
+@compiled(f"void({_FORWARD})")
 def _forward(
     tokens: Any,
     counts: Any,
@@ -699,16 +699,20 @@ def _forward(
                 out[k] = row[k]
 
 
-@entry(f"void({TABLES}, {TABLE}, {TABLES}, NetworkArrays, {MATRIX}, int64)")
-def _forward_together(
-    tokens: Any,
-    counts: Any,
-    places: Any,
-    network: Any,
-    room: Any,
-    threads: int,
-) -> None:
+@entry("void(int64)")
+def _forward_at(address: int) -> None:
+    tokens, counts, lengths, network, logits, threads = _forward_arguments(address)
+    _forward(tokens, counts, lengths, network, logits, threads)
+
+
+_FORWARD_TOGETHER = f"{TABLES}, {TABLE}, {TABLES}, NetworkArrays, {MATRIX}, int64"
+_forward_together_arguments = arguments_at(_FORWARD_TOGETHER)
+
+
+@entry("void(int64)")
+def _forward_together(address: int) -> None:
     """`_forward` of several networks, for each of which `places` says where lengths and logits are."""
+    tokens, counts, places, network, room, threads = _forward_together_arguments(address)
     batch, length = tokens.shape
     networks = places.shape[0]
     all_tokens = np.empty((networks * batch, length), np.int64)
@@ -729,22 +733,16 @@ def _forward_together(
                 target[k] = own[k]
 
 
-@entry(f"void({TABLE}, {TABLE}, {FLAGS}, {TABLES}, {TABLE}, {TABLE}, NetworkArrays, {CUBE}, int64, {DRAWS})")
-def _draft(
-    last_token: Any,
-    draft_lens: Any,
-    done: Any,
-    block: Any,
-    counts: Any,
-    lengths: Any,
-    network: Any,
-    logits: Any,
-    threads: int,
-    draws: Any,
-    sampling: Any,
-    memory: Any,
-    early: Any,
-) -> None:
+_DRAFT = f"{TABLE}, {TABLE}, {FLAGS}, {TABLES}, {TABLE}, {TABLE}, NetworkArrays, {CUBE}, int64, {DRAWS}"
+_draft_arguments = arguments_at(_DRAFT)
+
+
+@entry("void(int64)")
+def _draft(address: int) -> None:
+    (
+        last_token, draft_lens, done, block, counts, lengths, network, logits, threads, draws, sampling,
+        memory, early,
+    ) = _draft_arguments(address)  # fmt: skip
     drafted, batch = block.shape[1] - 1, block.shape[0]
     drawn, takes_part = np.empty(batch, np.int64), np.empty(batch, np.int64)
     longest = begin_draft(last_token, draft_lens, done, block, counts, drawn, takes_part)

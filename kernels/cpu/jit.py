@@ -18,7 +18,7 @@ __all__ = [
     "CUBE", "FLAGS", "FLOAT", "LARGEST_FLOAT", "MATRIX", "TABLE", "TABLES", "VECTOR", "WORDS", "argmax",
     "array_at", "arrays", "bits_of_float", "bytes_at", "compiled", "entry", "exp", "in_parallel",
     "integers_at", "largest", "log", "logits_table", "record", "stay_a_function", "strictly_compiled",
-    "use_threads",
+    "type_of", "use_threads",
 ]  # fmt: skip
 
 FLOAT = np.float32
@@ -51,7 +51,8 @@ _RECORDS: dict[str, Any] = {}
 """Numba's types of records, by their names in strings of types."""
 
 
-def _type_of(text: str) -> Any:
+def type_of(text: str) -> Any:
+    """The type of Numba's that a string stands for."""
     return eval(text, {**vars(types), **_RECORDS})
 
 
@@ -62,7 +63,7 @@ def record(*types_: str) -> Callable[[type[Record]], type[Record]]:
     """
 
     def register(named_tuple: type[Record]) -> type[Record]:
-        _RECORDS[named_tuple.__name__] = types.BaseTuple.from_types(list(map(_type_of, types_)), named_tuple)
+        _RECORDS[named_tuple.__name__] = types.BaseTuple.from_types(list(map(type_of, types_)), named_tuple)
         return named_tuple
 
     return register
@@ -77,7 +78,7 @@ def _decorator(types_: str, **options: Any) -> Callable[[Function], Function]:
         kept = dispatcher._cache._cache_file
         kept._source_stamp = (kept._source_stamp, _SOURCES)
         # With types given, it is compiled once, and not again for every constant it is called with.
-        dispatcher.compile(_type_of(types_))
+        dispatcher.compile(type_of(types_))
         dispatcher.disable_compile()
         compiled_function: Function = dispatcher
         return compiled_function

@@ -7,7 +7,6 @@ have left the processor's caches. What stays from round to round is therefore fo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from numba import prange
 from torch import Tensor
 
 from ..verify import AcceptanceRule, Verdict
+from .arguments import arguments_at, bound_call
 from .commit import commit_rows, rule_arrays, state_arrays
 from .early_stop import early_stop_arrays, learn_rows
 from .filters import conservative_arrays, sampling_arrays
@@ -83,8 +83,8 @@ def bind_round_end(
     )
     report = torch.zeros(batch, rows + 2, dtype=torch.int64)
     _rows, table = logits_table(logits)
-    call = partial(
-        _end_round, submitted_arrays(table, coefficients, block, counts, state.noise, rule),
+    arguments = (
+        submitted_arrays(table, coefficients, block, counts, state.noise, rule),
         conservative_arrays(coefficients), sampling_arrays(sampling),
         sampling_arrays(draft_sampling), LawRoom(*(law.numpy() for law in laws)),
         VerdictArrays(*arrays(verdict, *VerdictArrays._fields)),
@@ -94,7 +94,7 @@ def bind_round_end(
         np.array([(lengths.data_ptr(), stepped) for lengths, stepped in caches]), report.numpy(),
         _shares(batch),
     )  # fmt: skip
-    return verdict, report, call
+    return verdict, report, bound_call(_end_round, _ARGUMENTS, arguments, (logits, caches))
 
 
 def _shares(batch: int) -> int:
@@ -127,28 +127,19 @@ def _verify_and_remember(
                 remember_sequence(memory, pair, submitted.block, verdict.accepted_lens, done, sequence)
 
 
-@entry(
-    f"void({VERIFICATION}, boolean, MemoryArrays, boolean, EarlyStopArrays, StateArrays, {TABLE}, "
-    f"RuleArrays, {TABLES}, {TABLES}, int64)"
+_ARGUMENTS = (
+    f"{VERIFICATION}, boolean, MemoryArrays, boolean, EarlyStopArrays, StateArrays, {TABLE}, RuleArrays, "
+    f"{TABLES}, {TABLES}, int64"
 )
-def _end_round(
-    submitted: Any,
-    conservative: Any,
-    sampling: Any,
-    draft_sampling: Any,
-    room: Any,
-    verdict: Any,
-    remembers: bool,
-    memory: Any,
-    learns: bool,
-    early: Any,
-    state: Any,
-    eos_token_ids: Any,
-    rule: Any,
-    caches: Any,
-    report: Any,
-    shares: int,
-) -> None:
+_arguments = arguments_at(_ARGUMENTS)
+
+
+@entry("void(int64)")
+def _end_round(address: int) -> None:
+    (
+        submitted, conservative, sampling, draft_sampling, room, verdict, remembers, memory, learns, early,
+        state, eos_token_ids, rule, caches, report, shares,
+    ) = _arguments(address)  # fmt: skip
     counts, block = submitted.counts, submitted.block
     for sequence in range(counts.shape[0]):
         state.draft_lens[sequence] = max(counts[sequence] - 1, 0)
