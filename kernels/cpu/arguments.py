@@ -75,23 +75,33 @@ def _read(context: Any, builder: Any, kind: Any, following: Callable[[], Any]) -
     return word
 
 
+@cache
+def _parts(kind: Any) -> list[tuple[Any, Any]]:
+    """What stands in no tuple, in order: its type, and NumPy's if it is an array."""
+    if isinstance(kind, types.BaseTuple):
+        return [part for own in kind.types for part in _parts(own)]
+    return [(kind, numpy_support.as_dtype(kind.dtype) if isinstance(kind, types.Array) else None)]
+
+
+def _values(value: Any) -> list[Any]:
+    """The values of `_parts`."""
+    return [part for own in value for part in _values(own)] if isinstance(value, tuple) else [value]
+
+
 def _words(value: Any, kind: Any) -> Iterator[int]:
     """What `_read` reads."""
-    if isinstance(kind, types.BaseTuple):
-        for part, own in zip(value, kind.types, strict=True):
-            yield from _words(part, own)
-    elif isinstance(kind, types.Array):
-        dtype = numpy_support.as_dtype(kind.dtype)
-        if value.dtype != dtype or value.ndim != kind.ndim or not value.flags.c_contiguous:
-            raise TypeError(f"this is no {kind}: {value.dtype} {list(value.shape)}")
-        yield value.ctypes.data
-        yield from value.shape
-    elif kind in (types.float32, types.float64):
-        yield from struct.unpack("q", struct.pack("d", value))
-    elif kind in (types.boolean, types.int64):
-        yield int(value)
-    else:
-        raise TypeError(f"no argument can be a {kind}")
+    for part, (own, dtype) in zip(_values(value), _parts(kind), strict=True):
+        if dtype is not None:
+            if part.dtype != dtype or part.ndim != own.ndim or not part.flags.c_contiguous:
+                raise TypeError(f"this is no {own}: {part.dtype} {list(part.shape)}")
+            yield part.__array_interface__["data"][0]
+            yield from part.shape
+        elif own in (types.boolean, types.int64):
+            yield int(part)
+        elif own in (types.float32, types.float64):
+            yield from struct.unpack("q", struct.pack("d", part))
+        else:
+            raise TypeError(f"no argument can be a {own}")
 
 
 def bound_call(
