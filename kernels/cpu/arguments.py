@@ -8,7 +8,7 @@ of them are one row of integers.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import Any
 
@@ -44,7 +44,6 @@ def arguments_at(types_: str) -> Any:
     return read
 
 
-@cache
 def _kind(types_: str) -> Any:
     return types.Tuple(type_of(f"void({types_})").args)
 
@@ -76,11 +75,20 @@ def _read(context: Any, builder: Any, kind: Any, following: Callable[[], Any]) -
 
 
 @cache
-def _parts(kind: Any) -> list[tuple[Any, Any]]:
-    """What stands in no tuple, in order: its type, and NumPy's if it is an array."""
-    if isinstance(kind, types.BaseTuple):
-        return [part for own in kind.types for part in _parts(own)]
-    return [(kind, numpy_support.as_dtype(kind.dtype) if isinstance(kind, types.Array) else None)]
+def _parts(types_: str) -> list[tuple[Any, Any]]:
+    """Of each that stands in no record, in order: its type, and NumPy's if it is an array."""
+
+    def parts(kind: Any) -> Iterator[Any]:
+        if isinstance(kind, types.BaseTuple):
+            for own in kind.types:
+                yield from parts(own)
+        else:
+            yield kind
+
+    return [
+        (kind, numpy_support.as_dtype(kind.dtype) if isinstance(kind, types.Array) else None)
+        for kind in parts(_kind(types_))
+    ]
 
 
 def _values(value: Any) -> list[Any]:
@@ -88,9 +96,9 @@ def _values(value: Any) -> list[Any]:
     return [part for own in value for part in _values(own)] if isinstance(value, tuple) else [value]
 
 
-def _words(value: Any, kind: Any) -> Iterator[int]:
+def _words(value: Any, types_: str) -> Iterator[int]:
     """What `_read` reads."""
-    for part, (own, dtype) in zip(_values(value), _parts(kind), strict=True):
+    for part, (own, dtype) in zip(_values(value), _parts(types_), strict=True):
         if dtype is not None:
             if part.dtype != dtype or part.ndim != own.ndim or not part.flags.c_contiguous:
                 raise TypeError(f"this is no {own}: {part.dtype} {list(part.shape)}")
@@ -105,7 +113,7 @@ def _words(value: Any, kind: Any) -> Iterator[int]:
 
 
 def bound_call(
-    function: Callable[[int], None], types_: str, arguments: Sequence[Any], kept: object = None
+    function: Callable[[int], None], types_: str, arguments: tuple[Any, ...], kept: object = None
 ) -> Callable[[], None]:
     """A call of `function`, which reads its arguments by `arguments_at`, with these very ones.
 
@@ -114,7 +122,7 @@ def bound_call(
     Raises TypeError for what is not of these types: contiguous arrays, int64, booleans and floats, in
     records or not.
     """
-    row = np.array([*_words(arguments, _kind(types_))], np.int64)
+    row = np.array([*_words(arguments, types_)], np.int64)
     return partial(_call, function, row.ctypes.data, (row, arguments, kept))
 
 
