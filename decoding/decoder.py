@@ -414,12 +414,11 @@ class EFTDecoder:
     def _draft_length_rule(self, device: torch.device, greedy: bool) -> DraftLengthRule | None:
         return None if self.policy is None else self.policy.rule(device, self._ends_drafts, greedy)
 
-    def _first_draft_lens(self, batch: int, device: torch.device, greedy: bool) -> Tensor:
+    def _first_draft_len(self, greedy: bool) -> int:
         if self.config.draft_tokens != "auto":
-            return torch.full((batch,), self.config.draft_tokens, dtype=torch.int64, device=device)
-        rule, nothing = self._draft_length_rule(device, greedy), torch.zeros(batch, device=device)
-        assert rule is not None
-        return rule.draft_lens(nothing, nothing)
+            return self.config.draft_tokens
+        assert self.policy is not None
+        return self.policy.first(self._ends_drafts, greedy)
 
     def _new_memory(self, batch: int, longest_draft: int, device: torch.device) -> DraftMemory | None:
         if self.config.remembered == 0 or longest_draft == 0:
@@ -495,7 +494,7 @@ class EFTDecoder:
         return self._longest_draft_of(greedy=True)
 
     def _longest_draft_of(self, greedy: bool) -> int:
-        first = int(self._first_draft_lens(1, torch.device("cpu"), greedy))
+        first = self._first_draft_len(greedy)
         # Where nothing is drafted nothing is learnt of drafts: what begins with plain steps stays with them.
         return first if self.policy is None or first == 0 else self.policy.longest
 
@@ -518,13 +517,13 @@ class EFTDecoder:
         early_stop = self.policy.early_stop(batch, device) if self._ends_drafts and self.policy else None
         if longest_draft is None:
             longest_draft = self._longest_draft_of(greedy)
-        draft_lens = self._first_draft_lens(batch, device, greedy).clamp_(max=max_new_tokens - 1)
+        first = min(self._first_draft_len(greedy), max_new_tokens - 1)
         return new_round_state(
             last_token=last_token,
             prompt_lengths=lengths,
             seeds=seeds,
             max_new_tokens=max_new_tokens,
-            draft_lens=draft_lens,
+            draft_lens=torch.full((batch,), first, dtype=torch.int64, device=device),
             longest_draft=longest_draft,
             pad_token_id=pad_token_id,
             memory=self._new_memory(batch, longest_draft, device),
@@ -677,5 +676,5 @@ class NaiveEFTDecoder(EFTDecoder):
         )
         super().__init__(models, plain)
 
-    def _first_draft_lens(self, batch: int, device: torch.device, greedy: bool) -> Tensor:
-        return torch.zeros(batch, dtype=torch.int64, device=device)
+    def _first_draft_len(self, greedy: bool) -> int:
+        return 0

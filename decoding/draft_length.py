@@ -74,19 +74,11 @@ class DraftLengthPolicy:
         More acceptance never makes the best draft shorter, so a threshold a length says it all. A draft that
         `ends_early` by itself is either none or the longest.
         """
-        prior_tested, fading = _PRIOR_TESTED_OF_EARLY_STOPS if ends_early else _PRIOR_TESTED, _FADING
-        if self.is_batched:
-            prior_tested, fading = _PRIOR_TESTED_IN_A_BATCH, _FADING_IN_A_BATCH
-        prior_acceptance = _PRIOR_ACCEPTANCE_OF_GREEDY if greedy else _PRIOR_ACCEPTANCE
-        thresholds = _thresholds(self, prior_acceptance)
-        if ends_early:
-            thresholds = thresholds[:1].expand(self.longest).contiguous()
-        return DraftLengthRule(
-            thresholds=thresholds.to(device),
-            fading=fading,
-            prior_accepted=prior_tested * prior_acceptance,
-            prior_tested=prior_tested,
-        )
+        return _rule(self, device, ends_early, greedy)
+
+    def first(self, ends_early: bool = False, greedy: bool = False) -> int:
+        """The draft length with which sequences begin, of which nothing is known."""
+        return _first(self, ends_early, greedy)
 
     def early_stop(self, batch: int, device: torch.device) -> EarlyStop:
         """What ends drafts of `batch` new sequences where one more token is not worth its cost.
@@ -115,6 +107,29 @@ class DraftLengthPolicy:
             shared = costs - (lens + 1) * min(self.row_cost, 1.0)
             costs = torch.where(lens > 0, costs + (_WAITING - 1) * shared, costs)
         return bool((tokens_per_round(torch.tensor(acceptance), lens) / costs).argmax() > 0)
+
+
+@cache
+def _rule(policy: DraftLengthPolicy, device: torch.device, ends_early: bool, greedy: bool) -> DraftLengthRule:
+    prior_tested, fading = _PRIOR_TESTED_OF_EARLY_STOPS if ends_early else _PRIOR_TESTED, _FADING
+    if policy.is_batched:
+        prior_tested, fading = _PRIOR_TESTED_IN_A_BATCH, _FADING_IN_A_BATCH
+    prior_acceptance = _PRIOR_ACCEPTANCE_OF_GREEDY if greedy else _PRIOR_ACCEPTANCE
+    thresholds = _thresholds(policy, prior_acceptance)
+    if ends_early:
+        thresholds = thresholds[:1].expand(policy.longest).contiguous()
+    return DraftLengthRule(
+        thresholds=thresholds.to(device),
+        fading=fading,
+        prior_accepted=prior_tested * prior_acceptance,
+        prior_tested=prior_tested,
+    )
+
+
+@cache
+def _first(policy: DraftLengthPolicy, ends_early: bool, greedy: bool) -> int:
+    nothing = torch.zeros(1)
+    return int(_rule(policy, torch.device("cpu"), ends_early, greedy).draft_lens(nothing, nothing))
 
 
 @cache
