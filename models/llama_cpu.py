@@ -2,8 +2,8 @@
 
 A step of a small model is a few hundred kilobytes to a few tens of megabytes of weights, read in less time
 than torch needs to dispatch its operations. Here one call runs the whole network, its products are made for
-few rows, and its threads stay together for a whole pass. Where LoRA adapters share their
-base, one call also runs several networks, of which each row gets what its own adapters add.
+few rows, and its threads stay together for a whole pass. Where LoRA adapters share their base, one call
+also runs several networks, of which each row gets what its own adapters add.
 
 Importing this module needs Numba, the extra `[cpu]`.
 """

@@ -30,7 +30,7 @@ _AHEAD = 4096
 """Bytes before which weights are asked for. Left to itself a processor foresees no further than a page, and
 waits at each for memory while no sum is added to."""
 _ASKED = 2048
-"""Bytes that each stream asks for before it begins: more come too late, or push out what is still read."""
+"""Bytes that each stream asks for before it begins; half and twice as many did as well."""
 
 
 def _prefetched(builder: Any, address: Any) -> None:

@@ -1,8 +1,9 @@
 """Threads of one parallel loop that go through stages together.
 
-Two parallel loops follow each other within two microseconds, a small model's products take as long. Threads
-that stay in one loop meet within a fifth of one. Each takes its own shares of a stage, then those that others
-have not begun: so a stage ends too where the loop has fewer threads than it was told, or one is held up.
+Two parallel loops follow each other within two microseconds, which is what some products of a small model
+take. Threads that stay in one loop meet within a fraction of one. Each takes its own shares of a stage,
+then those that others have not begun: so a stage ends too where the loop has fewer threads than it was
+told, or one is held up.
 """
 
 from __future__ import annotations

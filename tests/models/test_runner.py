@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from transformers import (
 
 from speculative_eft.models import ModelRunner
 from speculative_eft.models.configs import logit_scale
+from tests.device import test_device
 from tests.models.families import CONTEXT, FAMILIES, tiny_model
 from tests.sync_guard import no_host_sync
 
@@ -77,6 +79,38 @@ def test_ragged_blocks_with_roll_backs_give_the_logits_of_a_full_pass(family: st
         runner.lengths.add_(torch.tensor(kept))
         lengths = [length + right for length, right in zip(lengths, kept, strict=True)]
     assert compared == 4 * LENGTH - int(prompts.sum())
+
+
+@pytest.fixture
+def several_threads() -> Iterator[int]:
+    numba = pytest.importorskip("numba", reason="the extra [cpu] is not installed")
+    threads = min(2, numba.config.NUMBA_NUM_THREADS)
+    if threads < 2 or test_device().type != "cpu":
+        pytest.skip("one core, or none that runs models")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    yield threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_threads_that_share_a_pass_give_its_logits(family: str, several_threads: int) -> None:
+    model = tiny_model(family)
+    tokens = random_tokens(3, LENGTH)
+    expected = plain_logits(model, tokens)
+    runner = ModelRunner(model)
+    assert runner.is_compiled
+    first: Tensor | None = None
+    # Threads that did not wait for each other would show only now and then.
+    for _ in range(100):
+        runner.reserve(3, LENGTH)
+        runner.prefill(tokens[:, :13], torch.full((3,), 13))
+        logits = runner.forward(tokens[:, 13:20], 20)
+        runner.lengths.add_(7)
+        logits = torch.cat((logits, runner.forward(tokens[:, 20:21], 21)), 1)
+        torch.testing.assert_close(logits, expected[:, 13:21], rtol=0, atol=TOLERANCE)
+        first = logits if first is None else first
+        assert torch.equal(logits, first)
 
 
 @pytest.mark.parametrize(
