@@ -41,6 +41,7 @@ from speculative_eft.kernels.cpu.jit import (
     integers_at,
     largest,
     record,
+    stay_a_function,
     use_threads,
 )
 from speculative_eft.kernels.cpu.products import ask_for, dot_products, quantised_products
@@ -549,6 +550,7 @@ class _Layer(NamedTuple):
 @compiled("void(int64, int64, int64, _Buffers, _Layer)")
 def _share(stage: int, threads: int, share: int, buffers: Any, layer: Any) -> None:
     """What one thread does of one stage."""
+    stay_a_function()
     table, eps, low_ranks, starts = layer.table, layer.eps, layer.low_ranks, layer.starts
     hidden, projected, mixed, gated = buffers.hidden, buffers.projected, buffers.mixed, buffers.gated
     if stage in (_PROJECT, _PROJECT_KEPT):
@@ -625,10 +627,10 @@ def _ask_for_stage(stage: int, table: Any, ends: Any, buffers: Any, share: int, 
 def _pass_through(
     thread: int, threads: int, starts: Any, lengths: Any, network: Any, buffers: Any, all_meetings: Any
 ) -> None:
-    """What one thread does of a pass."""
-    layers, kv_heads = network.weights.shape[0], network.sizes[1]
-    # Without room for logits none are made.
-    steps, reads_out = all_meetings.shape[0], buffers.logits.shape[0] > 0
+    """What one thread does of a pass, which has logits where its last meeting is for reading out."""
+    stay_a_function()
+    layers, kv_heads, steps = network.weights.shape[0], network.sizes[1], all_meetings.shape[0]
+    reads_out = steps > _READ_OUT * layers
     for step in range(steps):
         layer, stage = _place(step, layers, reads_out)
         own = _Layer(
@@ -690,6 +692,7 @@ def _forward(
     is_ragged = rows < logits.shape[0] and batch > 1
     packed = np.empty((rows, logits.shape[1]), FLOAT) if is_ragged else logits[:rows]
     buffers = _Buffers(hidden, projected, mixed, gated, up, packed)
+    # Without room for logits none are made.
     steps = _READ_OUT * layers + 1 if logits.shape[0] > 0 else _READ_OUT * (layers - 1) + 2
     _together(threads, starts, lengths, network, buffers, meetings(steps, threads))
     for sequence in range(batch if is_ragged else 0):
