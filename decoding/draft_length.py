@@ -76,7 +76,7 @@ class DraftLengthPolicy:
         """
         return _rule(self, device, ends_early, greedy)
 
-    def first(self, ends_early: bool = False, greedy: bool = False) -> int:
+    def first(self, ends_early: bool, greedy: bool) -> int:
         """The draft length with which sequences begin, of which nothing is known."""
         return _first(self, ends_early, greedy)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterator
 from functools import cache, partial
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ def arguments_at(types_: str) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             word = ir.IntType(64)
             row = builder.inttoptr(arguments[0], word.as_pointer())
-            places = iter(range(2**31))
+            places = count()
 
             def following() -> Any:
                 return builder.load(builder.gep(row, [word(next(places))]))

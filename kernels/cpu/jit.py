@@ -16,9 +16,9 @@ from torch import Tensor
 
 __all__ = [
     "CUBE", "FLAGS", "FLOAT", "LARGEST_FLOAT", "MATRIX", "TABLE", "TABLES", "VECTOR", "WORDS", "argmax",
-    "array_at", "arrays", "bits_of_float", "bytes_at", "compiled", "entry", "exp", "in_parallel",
-    "integers_at", "largest", "log", "logits_table", "record", "stay_a_function", "strictly_compiled",
-    "type_of", "use_threads",
+    "array_at", "arrays", "bits_of_float", "bytes_at", "compiled", "entry", "exp", "external",
+    "in_parallel", "integers_at", "largest", "log", "logits_table", "record", "stay_a_function",
+    "strictly_compiled", "type_of", "use_threads",
 ]  # fmt: skip
 
 FLOAT = np.float32
@@ -172,6 +172,12 @@ def _pointer_to(kind: Any) -> Any:
 _float_pointer, _integer_pointer, _byte_pointer = map(_pointer_to, (types.float32, types.int64, types.int8))
 
 
+def external(builder: Any, name: str, result: Any, *parameters: Any) -> Any:
+    """The function of this name, of LLVM or of the C library, as the module under construction knows it."""
+    known = builder.module.globals.get(name)
+    return known or ir.Function(builder.module, ir.FunctionType(result, parameters), name)
+
+
 @intrinsic  # type: ignore[untyped-decorator]
 def _float_of_bits(typing_context: Any, bits: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -223,9 +229,8 @@ def _larger(typing_context: Any, left: Any, right: Any) -> Any:
     """The larger of two floats that are numbers; Numba's own `max` is not taken in vectors."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        name, real = "llvm.maxnum.f32", ir.FloatType()
-        known = builder.module.globals.get(name)
-        function = known or ir.Function(builder.module, ir.FunctionType(real, [real, real]), name)
+        real = ir.FloatType()
+        function = external(builder, "llvm.maxnum.f32", real, real, real)
         return builder.call(function, arguments, fastmath=("nnan", "nsz", "reassoc"))
 
     return types.float32(types.float32, types.float32), codegen

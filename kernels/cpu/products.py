@@ -11,7 +11,17 @@ from llvmlite import binding, ir
 from numba import types
 from numba.extending import intrinsic
 
-from .jit import FLOAT, LARGEST_FLOAT, MATRIX, array_at, bytes_at, compiled, largest, stay_a_function
+from .jit import (
+    FLOAT,
+    LARGEST_FLOAT,
+    MATRIX,
+    array_at,
+    bytes_at,
+    compiled,
+    external,
+    largest,
+    stay_a_function,
+)
 
 __all__ = ["ask_for", "dot_products", "quantised_products"]
 
@@ -36,7 +46,7 @@ _ASKED = 2048
 def _prefetched(builder: Any, address: Any) -> None:
     """Ask for the line at `address`, to be read, in the second of the caches: the first has room for few."""
     byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
-    prefetch = _function(builder, "llvm.prefetch.p0", ir.VoidType(), byte, flag, flag, flag)
+    prefetch = external(builder, "llvm.prefetch.p0", ir.VoidType(), byte, flag, flag, flag)
     builder.call(prefetch, [builder.inttoptr(address, byte), flag(0), flag(2), flag(1)])
 
 
@@ -47,11 +57,6 @@ def _ask_for_line(typing_context: Any, address: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64), codegen
-
-
-def _function(builder: Any, name: str, result: Any, *parameters: Any) -> Any:
-    known = builder.module.globals.get(name)
-    return known or ir.Function(builder.module, ir.FunctionType(result, parameters), name)
 
 
 def _constant(value: int) -> Any:
@@ -123,7 +128,7 @@ def _sums(rows: int) -> Callable[..., None]:
         inputs, input_step, weights, weight_step, size, *aheads, out, out_row, out_step, add = arguments
         real = ir.FloatType()
         vector = ir.VectorType(real, _LANES)
-        fused = _function(builder, f"llvm.fmuladd.v{_LANES}f32", vector, vector, vector, vector)
+        fused = external(builder, f"llvm.fmuladd.v{_LANES}f32", vector, vector, vector, vector)
         rows_at = [builder.add(inputs, builder.mul(_constant(r), input_step)) for r in range(rows)]
         weights_at = [builder.add(weights, builder.mul(_constant(c), weight_step)) for c in range(_STREAMS)]
 

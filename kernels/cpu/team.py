@@ -16,7 +16,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from .jit import TABLE, TABLES, compiled
+from .jit import TABLE, TABLES, compiled, external
 
 __all__ = ["claim", "finish", "meetings", "wait"]
 
@@ -61,9 +61,7 @@ def _let_others_run(typing_context: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         # Of POSIX: elsewhere a thread that waits goes on looking.
         if sys.platform != "win32":
-            name = "sched_yield"
-            known = builder.module.globals.get(name)
-            builder.call(known or ir.Function(builder.module, ir.FunctionType(ir.IntType(32), []), name), [])
+            builder.call(external(builder, "sched_yield", ir.IntType(32)), [])
         return context.get_dummy_value()
 
     return types.void(), codegen
