@@ -10,6 +10,7 @@ Importing this module needs Numba, the extra `[cpu]`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -25,6 +26,14 @@ from speculative_eft.kernels import (
 )
 from speculative_eft.kernels.cpu.arguments import arguments_at, bound_call
 from speculative_eft.kernels.cpu.draft_loop import DRAWS, begin_arguments, begin_draft, draw, draw_arguments
+from speculative_eft.kernels.cpu.elements import (
+    ELEMENTS,
+    FLOAT32,
+    element_bytes,
+    floats_at,
+    put_floats,
+    read_floats,
+)
 from speculative_eft.kernels.cpu.jit import (
     CUBE,
     FLAGS,
@@ -42,23 +51,30 @@ from speculative_eft.kernels.cpu.jit import (
     largest,
     record,
     stay_a_function,
+    strictly_compiled,
     use_threads,
 )
-from speculative_eft.kernels.cpu.products import ask_for, dot_products, quantised_products
+from speculative_eft.kernels.cpu.products import (
+    MULTIPLIES_PAIRS,
+    ask_for,
+    dot_products,
+    quantised_products,
+)
 from speculative_eft.kernels.cpu.team import claim, finish, meetings, wait
 
-from .adapters import is_low_rank
+from .adapters import is_low_rank, parameters_with
 from .llama import Linear, LlamaBody, is_ordinary, is_plain, linear_of
 from .slot_cache import SlotCache
 
 
-@record(TABLE, "float64", TABLE, TABLE, TABLES, TABLES, MATRIX, "int64[:, :, ::1]")
+@record(TABLE, "int64", "float64", TABLE, TABLE, TABLES, TABLES, MATRIX, "int64[:, :, ::1]")
 class NetworkArrays(NamedTuple):
     """What passes of a network read.
 
     Attributes:
-        sizes: int64 [6]: heads, those of keys and values, a head's width, and the widths of the network, of
-            its inner layers and of its vocabulary.
+        sizes: int64 [5]: heads, those of keys and values, a head's width, and the widths of the network and
+            of its inner layers.
+        element: what its weights and its caches hold, but for weights of eight bits.
         eps: of the norms.
         windows: int64 [layers], positions that a layer attends to; 0 for all.
         ends: int64, addresses of what stands before and after the layers.
@@ -68,6 +84,7 @@ class NetworkArrays(NamedTuple):
     """
 
     sizes: Any
+    element: int
     eps: float
     windows: Any
     ends: Any
@@ -81,22 +98,25 @@ class CompiledLlama:
     """Runs the blocks of few rows for a `LlamaBody`, from its weights and its cache as they are.
 
     Weights are read where the model has them: nothing is copied, and what is done to them in place is seen.
-    Half of what adapters add is copied by `prepare`, which sees what was done to it before.
-    """
+    Half of what adapters add is copied by `prepare`, which sees what was done to it before; all of it, if it
+    is not of float32.
 
-    most_rows = 256
-    """Rows of all sequences beyond which torch's matrix products are as fast."""
+    Arithmetic is in float32 whatever the model's dtype, but that inputs of a product with weights of bfloat16
+    may be rounded to it (`kernels.cpu.products`). Caches are of the model's dtype, logits of float32.
+    """
 
     @staticmethod
     def fits(body: LlamaBody, head: Any) -> bool:
-        """Whether `body` with output layer `head` is a float32 model on a CPU that these functions know."""
+        """Whether `body` with output layer `head` is a model on a CPU that these functions know."""
         if type(head) is not nn.Linear and not (body.adapters and is_low_rank(head, body.adapters)):
             return False
         parameters = [*body.decoder.parameters(), *head.parameters()]
+        own = [*parameters_with(body.decoder, ()), *parameters_with(head, ())]
         return (
             is_plain(head)
             and all(map(is_ordinary, head.parameters()))
-            and all(p.dtype == torch.float32 and p.device.type == "cpu" for p in parameters)
+            and len({p.dtype for p in own}) == 1
+            and all(p.dtype in ELEMENTS and p.device.type == "cpu" for p in parameters)
             and all(p.is_contiguous() for p in parameters)
             and body.decoder.config.hidden_act == "silu"
             and body.dim % 2 == 0
@@ -107,14 +127,19 @@ class CompiledLlama:
         self.body = body
         self.head = head
         self.vocab_size = linear_of(head, body.adapters).weight.shape[0]
+        self._dtype = body.decoder.embed_tokens.weight.dtype
+        # Of all sequences: beyond them torch's matrix products are as fast, where it has fast ones.
+        is_fast = self._dtype == torch.float32 or (self._dtype == torch.bfloat16 and MULTIPLIES_PAIRS)
+        self.most_rows = 256 if is_fast else sys.maxsize
         config = body.decoder.config
-        widths = (config.hidden_size, config.intermediate_size, self.vocab_size)
+        widths = (config.hidden_size, config.intermediate_size)
         self._sizes = np.array([body.heads, body.kv_heads, body.dim, *widths])
         windows = [body.windows[kind] for kind in body.kinds]
         self._windows = np.array([0 if window is None else window for window in windows])
         self._weights = np.zeros((len(windows), _WEIGHTS), dtype=np.int64)
         self._ends = np.zeros(_ENDS, dtype=np.int64)
         self._stores: np.ndarray[Any, Any] = np.zeros((len(windows), 2), dtype=np.int64)
+        self._rotations = torch.empty(0)
         self._added: list[list[_LowRankRows]] = []
         self._network: NetworkArrays
 
@@ -140,11 +165,12 @@ class CompiledLlama:
         """Go on with `cache`, of as many positions as the one that was prepared for."""
         body = self.body
         for index, row in enumerate(self._stores):
-            row[:] = _addresses(*cache.layer_storage(index, body.kv_heads, body.dim, torch.float32))
+            row[:] = _addresses(*cache.layer_storage(index, body.kv_heads, body.dim, self._dtype))
+        self._rotations = body.rotations.float()
         self._network = _network([self])
 
     def __call__(self, tokens: Tensor, cache: SlotCache) -> Tensor:
-        """Logits [batch, q, vocab_size] of int64 `tokens` [batch, q], which stand at `cache.lengths`."""
+        """float32 logits [batch, q, vocab_size] of int64 `tokens` [batch, q], behind `cache.lengths`."""
         logits = torch.empty(*tokens.shape, self.vocab_size)
         self.bind(tokens.contiguous(), cache, logits)()
         return logits
@@ -225,7 +251,7 @@ class _LowRankRows:
 
     Attributes:
         matrix: the layer's column in the tables of addresses.
-        down: float32 [rank, in], as the model has it.
+        down: float32 [rank, in], as the model has it if that is of float32.
         up: float32 [rank, out], or with the bias as another row; scaled.
     """
 
@@ -238,10 +264,11 @@ def _low_ranks(linears: dict[int, Linear]) -> list[_LowRankRows]:
     return [
         _LowRankRows(
             matrix,
-            part.down,
+            part.down.detach().float(),
             # Its columns lie together: sums over a rank are too short to be taken in vectors.
             torch.vstack([part.up.detach().T, *([] if part.bias is None else [part.bias.detach()[None]])])
-            * part.scaling,
+            .float()
+            .mul(part.scaling),
         )
         for matrix, linear in linears.items()
         for part in linear.low_ranks
@@ -262,8 +289,8 @@ def _network(members: Sequence[CompiledLlama]) -> NetworkArrays:
         # A row without a matrix stands for none.
         table[: len(rows)] = np.array(rows, dtype=np.int64).reshape(-1, _LOW_RANK)
     return NetworkArrays(
-        first._sizes, first.body.eps, first._windows, first._ends, first._weights,
-        np.hstack([member._stores for member in members]), first.body.rotations.numpy(), low_ranks,
+        first._sizes, ELEMENTS[first._dtype], first.body.eps, first._windows, first._ends, first._weights,
+        np.hstack([member._stores for member in members]), first._rotations.numpy(), low_ranks,
     )  # fmt: skip
 
 
@@ -281,16 +308,48 @@ _MATRIX_COLUMN, _NETWORK_INDEX, _NETWORKS, _RANK, _UP_ROWS, _DOWN_AT, _UP_AT = r
 _LOW_RANK = 7
 
 
+_VALUES_AT_ONCE = 64
+"""Rows of values that are read, and widened where they are of 16 bits, for all queries at a time."""
+
 # What the threads do between two meetings: every stage of a layer, then the last one. Without logits the last
 # layer ends with its keys and values.
 _PROJECT, _ATTEND, _JOIN, _GATE_UP, _CLOSE, _READ_OUT, _PROJECT_KEPT, _KEEP = range(8)
 
 
-@compiled(f"{MATRIX}({MATRIX}, int64, float64)")
-def _normalised(hidden: Any, address: int, eps: float) -> Any:
+@record(*[MATRIX] * 6)
+class _Buffers(NamedTuple):
+    """What the stages of a pass hand on, a row a token."""
+
+    hidden: Any
+    projected: Any
+    mixed: Any
+    gated: Any
+    up: Any
+    logits: Any
+
+
+@record(TABLE, TABLE, "int64", "float64", TABLE, TABLE, "int64", MATRIX, TABLE, "int64", TABLES)
+class _Layer(NamedTuple):
+    """What the stages of one layer read: parts of `NetworkArrays`, and where each sequence's rows stand."""
+
+    table: Any
+    ends: Any
+    element: int
+    eps: float
+    starts: Any
+    lengths: Any
+    window: int
+    rotation: Any
+    stores: Any
+    kv_heads: int
+    low_ranks: Any
+
+
+@compiled(f"{MATRIX}({MATRIX}, int64, int64, float64)")
+def _normalised(hidden: Any, address: int, element: int, eps: float) -> Any:
     """RMS norm of the rows of `hidden`, times the weight at `address`, in new memory."""
     rows, width = hidden.shape
-    weight = array_at(address, (width,))
+    weight = floats_at(address, element, width)
     out = np.empty((rows, width), FLOAT)
     for r in range(rows):
         total = FLOAT(0)
@@ -305,11 +364,11 @@ def _normalised(hidden: Any, address: int, eps: float) -> Any:
 @compiled(f"void({MATRIX}, {TABLE}, int64, int64, int64, {MATRIX}, int64)")
 def _add_low_rank(inputs: Any, part: Any, size: int, first: int, last: int, out: Any, column: int) -> None:
     """Add what an adapter adds to the outputs `first` to `last - 1` of `size` of a linear layer."""
-    rows, width = inputs.shape
+    rows = inputs.shape[0]
     rank, count = part[_RANK], part[_UP_ROWS]
     # All threads make these same sums: they are few, and a meeting takes longer. A bias is times 1.
     narrow = np.ones((rows, count), FLOAT)
-    dot_products(inputs, array_at(part[_DOWN_AT], (rank, width)), 0, rank, narrow, 0, False)
+    dot_products(inputs, part[_DOWN_AT], FLOAT32, 0, rank, narrow, 0, False)
     up = array_at(part[_UP_AT], (count, size))
     for r in range(rows):
         target, factors = out[r, column + first : column + last], narrow[r]
@@ -326,14 +385,16 @@ def _add_low_rank(inputs: Any, part: Any, size: int, first: int, last: int, out:
                 target[n] += factor * row[n]
 
 
-@compiled(f"void({TABLE}, int64, int64, int64, int64, int64)")
-def _ask_for_product(table: Any, matrix: int, size: int, width: int, share: int, threads: int) -> None:
+@compiled(f"void({TABLE}, int64, int64, int64, int64, int64, int64)")
+def _ask_for_product(
+    table: Any, element: int, matrix: int, size: int, width: int, share: int, threads: int
+) -> None:
     """Ask for what `_product` of inputs of this `width` will read first."""
-    row_bytes = width if table[matrix + 2] != 0 else 4 * width
+    row_bytes = width if table[matrix + 2] != 0 else element_bytes(element) * width
     ask_for(table[matrix], row_bytes, share * size // threads, (share + 1) * size // threads)
 
 
-@compiled(f"void({MATRIX}, {TABLE}, int64, int64, {MATRIX}, int64, int64, int64, boolean, {TABLES}, {TABLE})")
+@compiled(f"void({MATRIX}, {TABLE}, int64, int64, {MATRIX}, int64, int64, int64, boolean, _Layer)")
 def _product(
     inputs: Any,
     table: Any,
@@ -344,13 +405,13 @@ def _product(
     share: int,
     threads: int,
     add: bool,
-    low_ranks: Any,
-    starts: Any,
+    layer: Any,
 ) -> None:
     """One thread's share of the `size` outputs of a linear layer, put in `out` from `column` on."""
     first, last = share * size // threads, (share + 1) * size // threads
+    low_ranks, starts = layer.low_ranks, layer.starts
     if table[matrix + 1] != 0:
-        bias = array_at(table[matrix + 1], (size,))
+        bias = floats_at(table[matrix + 1], layer.element, size)
         for r in range(inputs.shape[0]):
             for n in range(first, last):
                 out[r, column + n] = bias[n] + (out[r, column + n] if add else FLOAT(0))
@@ -358,7 +419,7 @@ def _product(
     if table[matrix + 2] != 0:
         quantised_products(inputs, table[matrix], table[matrix + 2], first, last, out, column, add)
     else:
-        dot_products(inputs, array_at(table[matrix], (size, inputs.shape[1])), first, last, out, column, add)
+        dot_products(inputs, table[matrix], layer.element, first, last, out, column, add)
     for index in range(low_ranks.shape[0]):
         part = low_ranks[index]
         if part[_MATRIX_COLUMN] == matrix:
@@ -369,21 +430,20 @@ def _product(
                 _add_low_rank(inputs[begin:end], part, size, first, last, out[begin:end], column)
 
 
-@compiled(f"void({VECTOR}, int64, int64, float64, {VECTOR}, {MATRIX}, int64)")
-def _rotate(row: Any, at: int, norm: int, eps: float, turn: Any, out: Any, index: int) -> None:
+@compiled(f"void({VECTOR}, int64, {VECTOR}, float64, {VECTOR}, {VECTOR})")
+def _rotate(row: Any, at: int, weight: Any, eps: float, turn: Any, out: Any) -> None:
     """Put the head that begins at `row[at]`, normalised if there is a weight for it, and turned, in `out`."""
-    dim = out.shape[1]
+    dim = out.shape[0]
     half = dim // 2
     # Views, since an index that is a sum might be negative, and a loop that must look is not vectorised.
     first, second = row[at : at + half], row[at + half : at + dim]
-    turned_first, turned_second = out[index, :half], out[index, half:]
+    turned_first, turned_second = out[:half], out[half:]
     scale = FLOAT(1)
-    if norm != 0:
+    if weight.shape[0] > 0:
         total = FLOAT(0)
         for k in range(half):
             total += first[k] * first[k] + second[k] * second[k]
         scale /= np.sqrt(total / FLOAT(dim) + FLOAT(eps))
-        weight = array_at(norm, (dim,))
         for k in range(half):
             first[k] *= scale * weight[k]
             second[k] *= scale * weight[half + k]
@@ -396,43 +456,47 @@ def _rotate(row: Any, at: int, norm: int, eps: float, turn: Any, out: Any, index
         turned_second[k] = right * cos_second[k] + left * sin_second[k]
 
 
-@compiled(f"void({MATRIX}, {MATRIX}, int64, int64, {MATRIX})")
-def _weighted_sums(weights: Any, all_values: Any, first: int, last: int, out: Any) -> None:
-    """out[r] = sum of weights[r, n] * all_values[n] for n in first..last-1."""
+@strictly_compiled(f"void({MATRIX}, int64, int64, int64, int64, {MATRIX})")
+def _weighted_sums(weights: Any, values_at: int, element: int, first: int, last: int, out: Any) -> None:
+    """out[r] = sum of weights[r, n] times row n of the values at this address, for n in first..last-1.
+
+    Added up in that order, so that a row's sums do not depend on who stands beside it.
+    """
     rows, dim = out.shape
-    values = all_values[first:last]
-    count = values.shape[0]
-    for row in range(0, rows // 3 * 3, 3):
-        row_0, row_1, row_2 = (
-            weights[row, first:last], weights[row + 1, first:last], weights[row + 2, first:last],
-        )  # fmt: skip
-        out_0, out_1, out_2 = out[row], out[row + 1], out[row + 2]
+    for row in range(rows):
         for k in range(dim):
-            out_0[k] = out_1[k] = out_2[k] = FLOAT(0)
-        for n in range(0, count // 4 * 4, 4):
-            a_0, a_1, a_2, a_3 = row_0[n], row_0[n + 1], row_0[n + 2], row_0[n + 3]
-            b_0, b_1, b_2, b_3 = row_1[n], row_1[n + 1], row_1[n + 2], row_1[n + 3]
-            c_0, c_1, c_2, c_3 = row_2[n], row_2[n + 1], row_2[n + 2], row_2[n + 3]
-            value_0, value_1, value_2, value_3 = values[n], values[n + 1], values[n + 2], values[n + 3]
-            for k in range(dim):
-                v_0, v_1, v_2, v_3 = value_0[k], value_1[k], value_2[k], value_3[k]
-                out_0[k] += a_0 * v_0 + a_1 * v_1 + a_2 * v_2 + a_3 * v_3
-                out_1[k] += b_0 * v_0 + b_1 * v_1 + b_2 * v_2 + b_3 * v_3
-                out_2[k] += c_0 * v_0 + c_1 * v_1 + c_2 * v_2 + c_3 * v_3
-        for n in range(count // 4 * 4, count):
-            value = values[n]
-            for k in range(dim):
-                out_0[k] += row_0[n] * value[k]
-                out_1[k] += row_1[n] * value[k]
-                out_2[k] += row_2[n] * value[k]
-    for row in range(rows // 3 * 3, rows):
-        out_0 = out[row]
-        for k in range(dim):
-            out_0[k] = FLOAT(0)
-        for n in range(count):
-            weight, value = weights[row, first + n], values[n]
-            for k in range(dim):
-                out_0[k] += weight * value[k]
+            out[row, k] = FLOAT(0)
+    for begin in range(first, last, _VALUES_AT_ONCE):
+        end = min(begin + _VALUES_AT_ONCE, last)
+        count, address = end - begin, values_at + element_bytes(element) * dim * begin
+        values = floats_at(address, element, count * dim).reshape((count, dim))
+        for row in range(0, rows // 3 * 3, 3):
+            row_0, row_1, row_2 = (
+                weights[row, begin:end], weights[row + 1, begin:end], weights[row + 2, begin:end],
+            )  # fmt: skip
+            out_0, out_1, out_2 = out[row], out[row + 1], out[row + 2]
+            for n in range(0, count // 4 * 4, 4):
+                a_0, a_1, a_2, a_3 = row_0[n], row_0[n + 1], row_0[n + 2], row_0[n + 3]
+                b_0, b_1, b_2, b_3 = row_1[n], row_1[n + 1], row_1[n + 2], row_1[n + 3]
+                c_0, c_1, c_2, c_3 = row_2[n], row_2[n + 1], row_2[n + 2], row_2[n + 3]
+                value_0, value_1, value_2, value_3 = values[n], values[n + 1], values[n + 2], values[n + 3]
+                for k in range(dim):
+                    v_0, v_1, v_2, v_3 = value_0[k], value_1[k], value_2[k], value_3[k]
+                    out_0[k] = out_0[k] + a_0 * v_0 + a_1 * v_1 + a_2 * v_2 + a_3 * v_3
+                    out_1[k] = out_1[k] + b_0 * v_0 + b_1 * v_1 + b_2 * v_2 + b_3 * v_3
+                    out_2[k] = out_2[k] + c_0 * v_0 + c_1 * v_1 + c_2 * v_2 + c_3 * v_3
+            for n in range(count // 4 * 4, count):
+                value = values[n]
+                for k in range(dim):
+                    out_0[k] += row_0[n] * value[k]
+                    out_1[k] += row_1[n] * value[k]
+                    out_2[k] += row_2[n] * value[k]
+        for row in range(rows // 3 * 3, rows):
+            out_0 = out[row]
+            for n in range(count):
+                weight, value = weights[row, begin + n], values[n]
+                for k in range(dim):
+                    out_0[k] += weight * value[k]
 
 
 @compiled(f"void({VECTOR}, int64, int64, int64, float32)")
@@ -453,14 +517,15 @@ def _softmax(scores: Any, first: int, begin: int, end: int, scale: float) -> Non
 
 
 @compiled(
-    f"void({MATRIX}, {TABLE}, {TABLE}, {TABLE}, float64, int64, {MATRIX}, {TABLE}, int64, {MATRIX}, int64, "
-    "boolean)"
+    f"void({MATRIX}, {TABLE}, {TABLE}, {TABLE}, int64, float64, int64, {MATRIX}, {TABLE}, int64, {MATRIX}, "
+    "int64, boolean)"
 )
 def _attend(
     projected: Any,
     starts: Any,
     lengths: Any,
     table: Any,
+    element: int,
     eps: float,
     window: int,
     rotation: Any,
@@ -480,38 +545,43 @@ def _attend(
         return
     # Each network has its own sequences, after those of the one before, and its own storage.
     shares = (starts.shape[0] - 1) // (stores.shape[0] // 2) * kv_heads
-    at, offset = share // shares * 2, share % shares * capacity * dim * 4
-    keys = array_at(stores[at] + offset, (capacity, dim))
-    values = array_at(stores[at + 1] + offset, (capacity, dim))
-    queries = np.empty((length * groups, dim), FLOAT)
+    row_bytes = element_bytes(element) * dim
+    at, offset = share // shares * 2, share % shares * capacity * row_bytes
+    keys, values = stores[at] + offset, stores[at + 1] + offset
+    # Of models without these norms there is nothing at 0.
+    query_norm = floats_at(table[_QUERY_NORM], element, dim if table[_QUERY_NORM] != 0 else 0)
+    key_norm = floats_at(table[_KEY_NORM], element, dim if table[_KEY_NORM] != 0 else 0)
+    queries, key = np.empty((length * groups, dim), FLOAT), np.empty(dim, FLOAT)
     last = capacity - 1
     start = lengths[sequence]
     for step in range(length):
         position = min(start + step, last)
         turn = rotation[position]
         row = projected[own + step]
-        _rotate(row, (heads + kv_head) * dim, table[_KEY_NORM], eps, turn, keys, position)
+        _rotate(row, (heads + kv_head) * dim, key_norm, eps, turn, key)
+        put_floats(key, keys + position * row_bytes, element)
         value_at = (heads + kv_heads + kv_head) * dim
-        value, stored = row[value_at : value_at + dim], values[position]
-        for k in range(dim):
-            stored[k] = value[k]
+        put_floats(row[value_at : value_at + dim], values + position * row_bytes, element)
         for group in range(groups if attends else 0):
             query_at = (kv_head * groups + group) * dim
-            _rotate(row, query_at, table[_QUERY_NORM], eps, turn, queries, step * groups + group)
+            _rotate(row, query_at, query_norm, eps, turn, queries[step * groups + group])
     if not attends:
         return
 
     rows, span = length * groups, min(start + length, capacity)
-    first = 0 if window == 0 else max(0, start - window + 1)
-    scores = np.empty((rows, span), FLOAT)
-    dot_products(queries, keys, first, span, scores, 0, False)
+    first = 0 if window == 0 else max(0, start - window + 1) // 4 * 4
+    # By fours, as capacities are: those left over are added up in another order, and which they are must not
+    # depend on the length of a block.
+    columns = (span + 3) // 4 * 4
+    scores = np.empty((rows, columns), FLOAT)
+    dot_products(queries, keys, element, first, columns, scores, 0, False)
     scale = FLOAT(1) / np.sqrt(FLOAT(dim))
     for index in range(rows):
         end = min(start + index // groups, last) + 1
         begin = first if window == 0 else max(0, end - window)
         _softmax(scores[index], first, begin, end, scale)
     sums = np.empty((rows, dim), FLOAT)
-    _weighted_sums(scores, values, first, span, sums)
+    _weighted_sums(scores, values, element, first, span, sums)
     for index in range(rows):
         at = (kv_head * groups + index % groups) * dim
         out = mixed[own + index // groups, at : at + dim]
@@ -519,79 +589,45 @@ def _attend(
             out[k] = sums[index, k]
 
 
-@record(*[MATRIX] * 6)
-class _Buffers(NamedTuple):
-    """What the stages of a pass hand on, a row a token."""
-
-    hidden: Any
-    projected: Any
-    mixed: Any
-    gated: Any
-    up: Any
-    logits: Any
-
-
-@record(TABLE, TABLE, "float64", TABLE, TABLE, "int64", MATRIX, TABLE, "int64", TABLES)
-class _Layer(NamedTuple):
-    """What the stages of one layer read: parts of `NetworkArrays`, and where each sequence's rows stand."""
-
-    table: Any
-    ends: Any
-    eps: float
-    starts: Any
-    lengths: Any
-    window: int
-    rotation: Any
-    stores: Any
-    kv_heads: int
-    low_ranks: Any
-
-
 @compiled("void(int64, int64, int64, _Buffers, _Layer)")
 def _share(stage: int, threads: int, share: int, buffers: Any, layer: Any) -> None:
     """What one thread does of one stage."""
     stay_a_function()
-    table, eps, low_ranks, starts = layer.table, layer.eps, layer.low_ranks, layer.starts
+    table, element, eps = layer.table, layer.element, layer.eps
     hidden, projected, mixed, gated = buffers.hidden, buffers.projected, buffers.mixed, buffers.gated
     if stage in (_PROJECT, _PROJECT_KEPT):
-        inputs = _normalised(hidden, table[_ATTENTION_NORM], eps)
+        inputs = _normalised(hidden, table[_ATTENTION_NORM], element, eps)
         key_size = layer.kv_heads * layer.rotation.shape[1] // 2
         query_size, width = projected.shape[1] - 2 * key_size, inputs.shape[1]
         for matrix in (_KEY, _VALUE):
-            _ask_for_product(table, matrix, key_size, width, share, threads)
+            _ask_for_product(table, element, matrix, key_size, width, share, threads)
         if stage == _PROJECT:
-            _product(
-                inputs, table, _QUERY, query_size, projected, 0, share, threads, False, low_ranks, starts
-            )
+            _product(inputs, table, _QUERY, query_size, projected, 0, share, threads, False, layer)
         for matrix, column in ((_KEY, query_size), (_VALUE, query_size + key_size)):
-            _product(
-                inputs, table, matrix, key_size, projected, column, share, threads, False, low_ranks, starts
-            )
+            _product(inputs, table, matrix, key_size, projected, column, share, threads, False, layer)
     elif stage in (_ATTEND, _KEEP):
         _attend(
-            projected, starts, layer.lengths, table, eps, layer.window, layer.rotation, layer.stores,
-            layer.kv_heads, mixed, share, stage == _ATTEND,
+            projected, layer.starts, layer.lengths, table, element, eps, layer.window, layer.rotation,
+            layer.stores, layer.kv_heads, mixed, share, stage == _ATTEND,
         )  # fmt: skip
     elif stage == _JOIN:
-        _product(mixed, table, _OUTPUT, hidden.shape[1], hidden, 0, share, threads, True, low_ranks, starts)
+        _product(mixed, table, _OUTPUT, hidden.shape[1], hidden, 0, share, threads, True, layer)
     elif stage == _GATE_UP:
-        inputs, up = _normalised(hidden, table[_MLP_NORM], eps), buffers.up
+        inputs, up = _normalised(hidden, table[_MLP_NORM], element, eps), buffers.up
         rows, inner = gated.shape
-        _ask_for_product(table, _UP, inner, inputs.shape[1], share, threads)
-        _product(inputs, table, _GATE, inner, gated, 0, share, threads, False, low_ranks, starts)
-        _product(inputs, table, _UP, inner, up, 0, share, threads, False, low_ranks, starts)
+        _ask_for_product(table, element, _UP, inner, inputs.shape[1], share, threads)
+        _product(inputs, table, _GATE, inner, gated, 0, share, threads, False, layer)
+        _product(inputs, table, _UP, inner, up, 0, share, threads, False, layer)
         first, last = share * inner // threads, (share + 1) * inner // threads
         for row in range(rows):
             gate, factor = gated[row, first:last], up[row, first:last]
             for k in range(gate.shape[0]):
                 gate[k] = gate[k] / (FLOAT(1) + exp(-gate[k])) * factor[k]
     elif stage == _CLOSE:
-        _product(gated, table, _DOWN, hidden.shape[1], hidden, 0, share, threads, True, low_ranks, starts)
+        _product(gated, table, _DOWN, hidden.shape[1], hidden, 0, share, threads, True, layer)
     else:
-        inputs, logits = _normalised(hidden, layer.ends[_FINAL_NORM], eps), buffers.logits
-        _product(
-            inputs, layer.ends, _HEAD, logits.shape[1], logits, 0, share, threads, False, low_ranks, starts
-        )
+        inputs, logits = _normalised(hidden, layer.ends[_FINAL_NORM], element, eps), buffers.logits
+        _product(inputs, layer.ends, _HEAD, logits.shape[1], logits, 0, share, threads, False, layer)
 
 
 @compiled("UniTuple(int64, 2)(int64, int64, boolean)")
@@ -605,22 +641,25 @@ def _place(step: int, layers: int, reads_out: bool) -> Any:
     return layer, stage
 
 
-@compiled(f"void(int64, {TABLE}, {TABLE}, _Buffers, int64, int64)")
-def _ask_for_stage(stage: int, table: Any, ends: Any, buffers: Any, share: int, threads: int) -> None:
+@compiled(f"void(int64, {TABLE}, {TABLE}, int64, _Buffers, int64, int64)")
+def _ask_for_stage(
+    stage: int, table: Any, ends: Any, element: int, buffers: Any, share: int, threads: int
+) -> None:
     """Ask for the first weights of a stage, or of the one after where it reads none."""
     width, joined, inner = buffers.hidden.shape[1], buffers.mixed.shape[1], buffers.gated.shape[1]
     if stage == _PROJECT:
-        _ask_for_product(table, _QUERY, joined, width, share, threads)
+        _ask_for_product(table, element, _QUERY, joined, width, share, threads)
     elif stage == _PROJECT_KEPT:
-        _ask_for_product(table, _KEY, (buffers.projected.shape[1] - joined) // 2, width, share, threads)
+        key_size = (buffers.projected.shape[1] - joined) // 2
+        _ask_for_product(table, element, _KEY, key_size, width, share, threads)
     elif stage in (_ATTEND, _JOIN):
-        _ask_for_product(table, _OUTPUT, width, joined, share, threads)
+        _ask_for_product(table, element, _OUTPUT, width, joined, share, threads)
     elif stage == _GATE_UP:
-        _ask_for_product(table, _GATE, inner, width, share, threads)
+        _ask_for_product(table, element, _GATE, inner, width, share, threads)
     elif stage == _CLOSE:
-        _ask_for_product(table, _DOWN, width, inner, share, threads)
+        _ask_for_product(table, element, _DOWN, width, inner, share, threads)
     elif stage == _READ_OUT:
-        _ask_for_product(ends, _HEAD, buffers.logits.shape[1], width, share, threads)
+        _ask_for_product(ends, element, _HEAD, buffers.logits.shape[1], width, share, threads)
 
 
 @compiled(f"void(int64, int64, {TABLE}, {TABLE}, NetworkArrays, _Buffers, {TABLES})")
@@ -634,8 +673,9 @@ def _pass_through(
     for step in range(steps):
         layer, stage = _place(step, layers, reads_out)
         own = _Layer(
-            network.weights[layer], network.ends, network.eps, starts, lengths, network.windows[layer],
-            network.rotation, network.stores[layer], kv_heads, network.low_ranks[layer],
+            network.weights[layer], network.ends, network.element, network.eps, starts, lengths,
+            network.windows[layer], network.rotation, network.stores[layer], kv_heads,
+            network.low_ranks[layer],
         )  # fmt: skip
         shares = (starts.shape[0] - 1) * kv_heads if stage in (_ATTEND, _KEEP) else threads
         meeting = all_meetings[step]
@@ -646,7 +686,9 @@ def _pass_through(
             share = claim(meeting, thread, threads, shares)
         if step + 1 < steps:
             layer, stage = _place(step + 1, layers, reads_out)
-            _ask_for_stage(stage, network.weights[layer], network.ends, buffers, thread, threads)
+            _ask_for_stage(
+                stage, network.weights[layer], network.ends, network.element, buffers, thread, threads
+            )
         wait(meeting, shares)
 
 
@@ -670,19 +712,18 @@ def _forward(
     threads: int,
 ) -> None:
     """Run the first `counts` of each sequence's tokens; their logits stand where those of all would."""
-    heads, kv_heads, dim, width, inner, vocabulary = network.sizes
+    heads, kv_heads, dim, width, inner = network.sizes
     batch, length = tokens.shape
     starts = np.zeros(batch + 1, np.int64)
     for sequence in range(batch):
         starts[sequence + 1] = starts[sequence] + counts[sequence]
     rows = starts[batch]
-    embedding = array_at(network.ends[_EMBEDDING], (vocabulary, width))
+    row_bytes = element_bytes(network.element) * width
     hidden = np.empty((rows, width), FLOAT)
     for sequence in range(batch):
         for step in range(counts[sequence]):
-            token = tokens[sequence, step]
-            for k in range(width):
-                hidden[starts[sequence] + step, k] = embedding[token, k]
+            address = network.ends[_EMBEDDING] + tokens[sequence, step] * row_bytes
+            read_floats(address, network.element, hidden[starts[sequence] + step])
     projected = np.empty((rows, (heads + 2 * kv_heads) * dim), FLOAT)
     mixed = np.empty((rows, heads * dim), FLOAT)
     gated = np.empty((rows, inner), FLOAT)

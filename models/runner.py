@@ -195,10 +195,11 @@ class ModelRunner:
             self._compiled.use_storage(cache)
 
     def forward(self, tokens: Tensor, span: int) -> Tensor:
-        """Run int64 `tokens` [batch, q] and return their logits [batch, q, vocab_size] in the model's dtype.
+        """Run int64 `tokens` [batch, q] and return their logits [batch, q, vocab_size].
 
-        Token `j` of sequence `b` stands at `lengths[b] + j`; its keys and values are written there and it
-        sees everything up to there. `lengths` stay as they are. `span` is a host integer, at least
+        They are of the model's dtype, or of float32 where the pass runs compiled for a CPU. Token `j`
+        of sequence `b` stands at `lengths[b] + j`; its keys and values are written there and it sees
+        everything up to there. `lengths` stay as they are. `span` is a host integer, at least
         `max(lengths) + q`. The logits need no gradient.
         """
         compiled = self._compiled_for(tokens.numel())

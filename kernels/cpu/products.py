@@ -1,16 +1,22 @@
-"""Products of a few rows with a matrix, of floats or of bytes, which take the time that reading it takes."""
+"""Products of a few rows with a matrix, of floats or of bytes, which take the time that reading it takes.
+
+Matrices of bfloat16 are multiplied by rows that are rounded to it where a processor multiplies such pairs at
+twice the speed of float32, and by rows as they are where it does not. Matrices of float16 are always widened.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from .elements import BFLOAT16, ELEMENTS, FEATURES, FLOAT32, element_bytes, floats_at, put_floats, widened
 from .jit import (
     FLOAT,
     LARGEST_FLOAT,
@@ -23,15 +29,17 @@ from .jit import (
     stay_a_function,
 )
 
-__all__ = ["ask_for", "dot_products", "quantised_products"]
+__all__ = ["MULTIPLIES_PAIRS", "ask_for", "dot_products", "quantised_products"]
 
-_FEATURES = binding.get_host_cpu_features()
-_LANES = 16 if _FEATURES.get("avx512f") else 8 if _FEATURES.get("avx2") else 4
+_LANES = 16 if FEATURES.get("avx512f") else 8 if FEATURES.get("avx2") else 4
 _MOST_ROWS = 3 if _LANES == 8 else 6
 """Rows of a tile whose sums, with the weights, fit in the registers: AVX2 has half as many as the others."""
 
 _LINE, _LINE_OF_BYTES = 16, 64
 """Floats and bytes that a processor reads together."""
+
+MULTIPLIES_PAIRS = bool(FEATURES.get("avx512bf16"))
+"""Whether a processor adds up products of bfloat16 two at a time, in float32 (vdpbf16ps)."""
 
 _LARGEST_BYTE, _LARGEST_WORD, _LARGEST_SUM = 2**7 - 1, 2**15 - 1, 2**31 - 1
 
@@ -67,6 +75,15 @@ def _load(builder: Any, address: Any, kind: Any, align: int) -> Any:
     return builder.load(builder.inttoptr(address, kind.as_pointer()), align=align)
 
 
+def _as_it_is(module: Any) -> Any:
+    """What tells LLVM not to unroll a loop: the sums and the numbers of two lines do not fit in registers."""
+    never = module.add_metadata([ir.MetaDataString(module, "llvm.loop.unroll.disable")])
+    loop = module.add_metadata([never])
+    # Of a loop's metadata the first is itself.
+    loop.operands = (loop, never)
+    return loop
+
+
 def _in_lines(
     builder: Any, size: Any, line: int, zero: Any, count: int, step: Callable[[Any, list[Any]], list[Any]]
 ) -> list[Any]:
@@ -89,7 +106,8 @@ def _in_lines(
     for phi, value in zip(running, values, strict=True):
         phi.add_incoming(zero, before)
         phi.add_incoming(value, loop)
-    builder.cbranch(builder.icmp_signed("<", following, whole_lines), loop, after)
+    again = builder.cbranch(builder.icmp_signed("<", following, whole_lines), loop, after)
+    again.set_metadata("llvm.loop", _as_it_is(builder.module))
 
     builder.position_at_end(after)
     added = [builder.phi(zero.type) for _ in range(count)]
@@ -97,6 +115,61 @@ def _in_lines(
         phi.add_incoming(zero, before)
         phi.add_incoming(value, loop)
     return added
+
+
+class _BrainFloat(ir.Type):  # type: ignore[misc]
+    """LLVM's bfloat, which llvmlite does not know."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BrainFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BrainFloat)
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """How what lies in one line of weights is multiplied by inputs and added to sums.
+
+    Attributes:
+        line: numbers in a line of weights.
+        at_once: how many of them one operation takes.
+        input_bytes, weight_bytes: of one number.
+        read_inputs, read_weights: give a vector of `at_once` numbers from an address.
+        add: gives a sum, a vector, after a vector of inputs and one of weights.
+    """
+
+    line: int
+    at_once: int
+    input_bytes: int
+    weight_bytes: int
+    read_inputs: Callable[[Any], Any]
+    read_weights: Callable[[Any], Any]
+    add: Callable[[Any, Any, Any], Any]
+
+
+def _terms(builder: Any, element: int) -> _Terms:
+    sums = ir.VectorType(ir.FloatType(), _LANES)
+    if element == BFLOAT16 and MULTIPLIES_PAIRS:
+        pairs = ir.VectorType(_BrainFloat(), 2 * _LANES)
+        dot = external(builder, f"llvm.x86.avx512bf16.dpbf16ps.{32 * _LANES}", sums, sums, pairs, pairs)
+        read = partial(_load, builder, kind=pairs, align=2)
+        return _Terms(
+            2 * _LINE, 2 * _LANES, 2, 2, read, read, lambda sum_, x, w: builder.call(dot, [sum_, x, w])
+        )
+    fused = external(builder, f"llvm.fmuladd.v{_LANES}f32", sums, sums, sums, sums)
+    read = partial(_load, builder, kind=sums, align=4)
+
+    def add(sum_: Any, x: Any, w: Any) -> Any:
+        return builder.call(fused, [x, w, sum_])
+
+    if element == FLOAT32:
+        return _Terms(_LINE, _LANES, 4, 4, read, read, add)
+    words = partial(_load, builder, kind=ir.VectorType(ir.IntType(16), _LANES), align=2)
+    return _Terms(_LINE, _LANES, 4, 2, read, lambda at: widened(builder, words(at), element), add)
 
 
 def _sums(rows: int) -> Callable[..., None]:
@@ -110,6 +183,7 @@ def _sums(rows: int) -> Callable[..., None]:
     @intrinsic  # type: ignore[untyped-decorator]
     def sums(
         typing_context: Any,
+        element: Any,
         inputs: Any,
         input_step: Any,
         weights: Any,
@@ -122,44 +196,64 @@ def _sums(rows: int) -> Callable[..., None]:
         out_step: Any,
         add: Any,
     ) -> Any:
-        return types.void(*[types.int64] * 10, types.boolean), codegen
+        return types.void(*[types.int64] * 11, types.boolean), codegen
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        inputs, input_step, weights, weight_step, size, *aheads, out, out_row, out_step, add = arguments
-        real = ir.FloatType()
-        vector = ir.VectorType(real, _LANES)
-        fused = external(builder, f"llvm.fmuladd.v{_LANES}f32", vector, vector, vector, vector)
+        for element in ELEMENTS.values():
+            with builder.if_then(builder.icmp_signed("==", arguments[0], _constant(element))):
+                sums_of(builder, _terms(builder, element), *arguments[1:])
+        return context.get_dummy_value()
+
+    def sums_of(
+        builder: Any,
+        terms: _Terms,
+        inputs: Any,
+        input_step: Any,
+        weights: Any,
+        weight_step: Any,
+        size: Any,
+        ahead: Any,
+        ahead_of_others: Any,
+        out: Any,
+        out_row: Any,
+        out_step: Any,
+        add: Any,
+    ) -> None:
         rows_at = [builder.add(inputs, builder.mul(_constant(r), input_step)) for r in range(rows)]
         weights_at = [builder.add(weights, builder.mul(_constant(c), weight_step)) for c in range(_STREAMS)]
 
         def step(k: Any, values: list[Any]) -> list[Any]:
-            offset = builder.mul(k, _constant(4))
+            offset = builder.mul(k, _constant(terms.weight_bytes))
             for c, address in enumerate(weights_at):
-                _prefetched(builder, builder.add(builder.add(address, offset), aheads[c // 2]))
-            for part in range(_LINE // _LANES):
-                at = builder.add(offset, _constant(4 * _LANES * part))
+                distance = (ahead, ahead_of_others)[c // 2]
+                _prefetched(builder, builder.add(builder.add(address, offset), distance))
+            for part in range(0, terms.line, terms.at_once):
+                at = builder.add(k, _constant(part))
                 of_rows, of_weights = (
-                    [partial(_load, builder, builder.add(address, at), vector, 4) for address in addresses]
-                    for addresses in (rows_at, weights_at)
+                    [partial(read, builder.add(address, builder.mul(at, _constant(size)))) for address in own]
+                    for own, read, size in (
+                        (rows_at, terms.read_inputs, terms.input_bytes),
+                        (weights_at, terms.read_weights, terms.weight_bytes),
+                    )
                 )
                 # The fewer stay in registers while the others pass, or there are too few for the sums.
-                streamed, held = (of_weights, of_rows) if rows <= _STREAMS else (of_rows, of_weights)
+                by_weights = rows <= _STREAMS
+                streamed, held = (of_weights, of_rows) if by_weights else (of_rows, of_weights)
                 kept = [read() for read in held]
                 for s, read in enumerate(streamed):
                     passing = read()
                     for h, other in enumerate(kept):
-                        r, c = (h, s) if rows <= _STREAMS else (s, h)
+                        r, c, x, w = (h, s, other, passing) if by_weights else (s, h, passing, other)
                         place = r * _STREAMS + c
-                        values[place] = builder.call(fused, [other, passing, values[place]])
+                        values[place] = terms.add(values[place], x, w)
             return values
 
-        zeros = ir.Constant(vector, [0.0] * _LANES)
-        values = _in_lines(builder, size, _LINE, zeros, rows * _STREAMS, step)
+        zeros = ir.Constant(ir.VectorType(ir.FloatType(), _LANES), [0.0] * _LANES)
+        values = _in_lines(builder, size, terms.line, zeros, rows * _STREAMS, step)
         for r in range(rows):
             totals = _sums_of_four(builder, values[r * _STREAMS : (r + 1) * _STREAMS], builder.fadd)
             results = [builder.extract_element(totals, ir.IntType(32)(c)) for c in range(_STREAMS)]
             _put(builder, results, builder.add(out, builder.mul(_constant(r), out_row)), out_step, add)
-        return context.get_dummy_value()
 
     adds: Callable[..., None] = sums
     return adds
@@ -281,45 +375,55 @@ def ask_for(weights: int, row_bytes: int, first: int, last: int) -> None:
             _ask_for_line(weights + first * row_bytes + stream * step + at)
 
 
-@compiled(f"void({MATRIX}, {MATRIX}, int64, int64, {MATRIX}, int64, boolean)")
-def dot_products(inputs: Any, weights: Any, first: int, last: int, out: Any, column: int, add: bool) -> None:
+@compiled(f"void({MATRIX}, int64, int64, int64, int64, {MATRIX}, int64, boolean)")
+def dot_products(
+    inputs: Any, weights: int, element: int, first: int, last: int, out: Any, column: int, add: bool
+) -> None:
     """out[r, column + n] = inputs[r] . weights[n] for n in first..last-1, added to what is there if `add`.
 
-    float32 `inputs` [rows, size], `weights` [.., size], `out` [rows, ..], all contiguous. For few rows the
-    time goes into reading the weights: they are read once, as four streams.
+    Contiguous float32 `inputs` [rows, size], `out` [rows, ..], and from the address `weights` on a contiguous
+    matrix [.., size] of this `element`. For few rows the time goes into reading the weights: they are read
+    once, as four streams.
     """
     stay_a_function()
     rows, size = inputs.shape
     quarter = (last - first) // _STREAMS
-    row_bytes, out_bytes = 4 * size, 4 * out.shape[1]
+    row_bytes, out_bytes = element_bytes(element) * size, 4 * out.shape[1]
     tiles = (rows + _MOST_ROWS - 1) // _MOST_ROWS
+    is_rounded = MULTIPLIES_PAIRS and element == BFLOAT16
+    rounded = np.empty((rows, size) if is_rounded else (0, 0), np.uint16)
+    for r in range(rows if is_rounded else 0):
+        put_floats(inputs[r], rounded.ctypes.data + 2 * size * r, element)
+    inputs_at = rounded.ctypes.data if is_rounded else inputs.ctypes.data
+    x_step = 2 * size if is_rounded else 4 * size
     for n in range(first, first + quarter):
         r = 0
-        at, step = weights.ctypes.data + n * row_bytes, quarter * row_bytes
+        at, step = weights + n * row_bytes, quarter * row_bytes
         for tile in range(tiles):
             taken = (rows - r + tiles - tile - 1) // (tiles - tile)
             # The first tile asks for half of the streams and the next for the others, or memory would rest.
             ahead, others = _AHEAD * (tile == 0), _AHEAD * (tile == min(tiles - 1, 1))
-            x = inputs.ctypes.data + r * row_bytes
+            x = inputs_at + r * x_step
             y = out.ctypes.data + r * out_bytes + 4 * (column + n)
             if taken == 1:
-                _sums_1(x, row_bytes, at, step, size, ahead, others, y, out_bytes, 4 * quarter, add)
+                _sums_1(element, x, x_step, at, step, size, ahead, others, y, out_bytes, 4 * quarter, add)
             elif taken == 2:
-                _sums_2(x, row_bytes, at, step, size, ahead, others, y, out_bytes, 4 * quarter, add)
+                _sums_2(element, x, x_step, at, step, size, ahead, others, y, out_bytes, 4 * quarter, add)
             elif taken == 3:
-                _sums_3(x, row_bytes, at, step, size, ahead, others, y, out_bytes, 4 * quarter, add)
+                _sums_3(element, x, x_step, at, step, size, ahead, others, y, out_bytes, 4 * quarter, add)
             elif taken == 4:
-                _sums_4(x, row_bytes, at, step, size, ahead, others, y, out_bytes, 4 * quarter, add)
+                _sums_4(element, x, x_step, at, step, size, ahead, others, y, out_bytes, 4 * quarter, add)
             elif taken == 5:
-                _sums_5(x, row_bytes, at, step, size, ahead, others, y, out_bytes, 4 * quarter, add)
+                _sums_5(element, x, x_step, at, step, size, ahead, others, y, out_bytes, 4 * quarter, add)
             else:
-                _sums_6(x, row_bytes, at, step, size, ahead, others, y, out_bytes, 4 * quarter, add)
+                _sums_6(element, x, x_step, at, step, size, ahead, others, y, out_bytes, 4 * quarter, add)
             r += taken
+    line = 2 * _LINE if is_rounded else _LINE
     for n in range(first, last):
-        w = weights[n]
         # What follows the last whole line of a row; of the last few rows all.
-        begin = size // _LINE * _LINE if n < first + _STREAMS * quarter else 0
+        begin = size // line * line if n < first + _STREAMS * quarter else 0
         if begin < size:
+            w = floats_at(weights + n * row_bytes, element, size)
             for r in range(rows):
                 x_row = inputs[r]
                 total = FLOAT(0)

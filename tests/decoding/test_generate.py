@@ -65,6 +65,23 @@ def test_greedy_and_shared_seed_equal_naive(family: str) -> None:
             assert torch.equal(output, wanted), f"{drafted} drafted tokens, {options}"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_compiled_models_of_16_bits_equal_naive(family: str, dtype: torch.dtype) -> None:
+    pytest.importorskip("numba", reason="the extra [cpu] is not installed")
+    models, prompts, seeds = tiny_trio(family), ragged_prompts(), list(range(8))
+    for model in (models.large_base, *models.small_tuned, models.small_base):
+        model.to(device="cpu", dtype=dtype)  # type: ignore[call-arg]
+    models = EFTModels(models.large_base, models.small_tuned, models.small_base)
+    assert all(runner.is_compiled for runner in models.runners().every)  # type: ignore[attr-defined]
+    for options in ({}, {"do_sample": True, "top_k": 0}):
+        wanted = NaiveEFTDecoder(models).generate(**prompts, seed=seeds, max_new_tokens=20, **options)
+        for drafted, draft in ((1, "tuned"), (4, "pair"), (8, "auto")):
+            config = EFTConfig(acceptance="shared_seed", draft_tokens=drafted, draft=draft)
+            output = EFTDecoder(models, config).generate(**prompts, seed=seeds, max_new_tokens=20, **options)
+            assert torch.equal(output, wanted), f"{drafted} drafted tokens, {options}"
+
+
 @pytest.mark.parametrize("acceptance", ["block", "token"])
 @pytest.mark.parametrize("draft", ["tuned", "pair"])
 def test_greedy_equals_naive_by_every_rule_and_draft(acceptance: Any, draft: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ LENGTH = 4
 COPIES = 6_000
 
 
-def enumerate_law(models: EFTModels, prompt: list[int], alpha: float, beta: float) -> np.ndarray:
+def enumerate_law(models: EFTModels, prompt: list[int], config: EFTConfig) -> np.ndarray:
     """Probabilities of all continuations of LENGTH tokens, from full forwards in float64."""
     paths = torch.tensor(list(itertools.product(range(VOCAB), repeat=LENGTH)))
     rows = torch.cat([torch.tensor(prompt).expand(len(paths), -1), paths], dim=1)
@@ -33,8 +34,39 @@ def enumerate_law(models: EFTModels, prompt: list[int], alpha: float, beta: floa
             model(rows).logits[:, len(prompt) - 1 : -1].double().log_softmax(-1)
             for model in (models.large_base, *models.small_tuned, models.small_base)
         )
-    target = (base + alpha * (tuned - base) + beta * (large - base)).log_softmax(-1)
+    target = (base + config.alpha * (tuned - base) + config.beta * (large - base)).log_softmax(-1)
     return target.gather(-1, paths[..., None])[..., 0].sum(1).exp().cpu().numpy()
+
+
+def tiny_trio(family: str, dtype: torch.dtype = torch.float32) -> EFTModels:
+    large, tuned, base = (
+        perturbed(tiny_model(family, 0, VOCAB), 1, 0.05),
+        perturbed(tiny_model(family, 0, VOCAB), 2, 0.05),
+        tiny_model(family, 0, VOCAB),
+    )
+    return EFTModels(*(torch.nn.Module.to(model, test_device(), dtype) for model in (large, tuned, base)))
+
+
+def compare_joint_law(models: EFTModels, exact: EFTModels, config: EFTConfig, record: Record) -> None:
+    """What `models` sample against the law of `exact`, the same ones, for two prompts in one batch."""
+    prompts = ([2, 3], [4, 2, 2, 3, 4])
+    ids = torch.tensor([[0, 0, 0, *prompts[0]], list(prompts[1])]).repeat_interleave(COPIES, 0)
+    mask = torch.tensor([[0, 0, 0, 1, 1], [1] * 5]).repeat_interleave(COPIES, 0)
+    output = EFTDecoder(models, config).generate(
+        ids, mask, seed=4, do_sample=True, top_k=0, eos_token_id=[], max_new_tokens=LENGTH + 2
+    )
+    assert isinstance(output, torch.Tensor)
+    tokens = output[:, 5 : 5 + LENGTH].cpu().numpy()
+    assert_exact(
+        [
+            chi_square(
+                count_windows(tokens[index * COPIES : (index + 1) * COPIES], VOCAB),
+                enumerate_law(exact, prompt, config),
+            )
+            for index, prompt in enumerate(prompts)
+        ],
+        record,
+    )
 
 
 RULES: tuple[AcceptanceRule, ...] = ("block", "token", "shared_seed")
@@ -62,27 +94,23 @@ def test_joint_law(
     is_its_turn = RULES.index(rule) == TRIOS.index((family, alpha, beta, drafting))
     if not (is_bound or is_its_turn or request.config.getoption("--every-law")):
         pytest.skip("a rule a trio, as table models meet all of them, or all with --every-law")
-    models = EFTModels(
-        large_base=perturbed(tiny_model(family, 0, VOCAB), 1, 0.05).to(test_device()),
-        small_tuned=perturbed(tiny_model(family, 0, VOCAB), 2, 0.05).to(test_device()),
-        small_base=tiny_model(family, 0, VOCAB).to(test_device()),
-    )
-    prompts = ([2, 3], [4, 2, 2, 3, 4])
-    ids = torch.tensor([[0, 0, 0, *prompts[0]], list(prompts[1])]).repeat_interleave(COPIES, 0)
-    mask = torch.tensor([[0, 0, 0, 1, 1], [1] * 5]).repeat_interleave(COPIES, 0)
-    decoder = EFTDecoder(models, EFTConfig(alpha, beta, acceptance=rule, **drafting))
-    output = decoder.generate(
-        ids, mask, seed=4, do_sample=True, top_k=0, eos_token_id=[], max_new_tokens=LENGTH + 2
-    )
-    assert isinstance(output, torch.Tensor)
-    tokens = output[:, 5 : 5 + LENGTH].cpu().numpy()
-    assert_exact(
-        [
-            chi_square(
-                count_windows(tokens[index * COPIES : (index + 1) * COPIES], VOCAB),
-                enumerate_law(models, prompt, alpha, beta),
-            )
-            for index, prompt in enumerate(prompts)
-        ],
-        record_chi_square,
-    )
+    models = tiny_trio(family)
+    compare_joint_law(models, models, EFTConfig(alpha, beta, acceptance=rule, **drafting), record_chi_square)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rule", RULES)
+def test_joint_law_of_compiled_models_of_16_bits(
+    rule: AcceptanceRule, dtype: torch.dtype, record_chi_square: Record
+) -> None:
+    pytest.importorskip("numba", reason="the extra [cpu] is not installed")
+    if test_device().type != "cpu":
+        pytest.skip("compiled passes are a CPU's")
+    models, exact = tiny_trio("llama", dtype), tiny_trio("llama", dtype)
+    for model in (exact.large_base, *exact.small_tuned, exact.small_base):
+        model.float()
+    for runner in models.runners().every:
+        # All rows of this batch, which are more than it would take.
+        runner._compiled.most_rows = sys.maxsize  # type: ignore[attr-defined]
+    config = EFTConfig(beta=1.2, acceptance=rule, draft_tokens=3)
+    compare_joint_law(models, exact, config, record_chi_square)

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
 numba = pytest.importorskip("numba", reason="the extra [cpu] is not installed")
 
@@ -17,12 +19,21 @@ def dot_products() -> Callable[..., None]:
     from speculative_eft.kernels.cpu.products import dot_products as products
 
     # What compiled functions call has no entry from Python.
-    @numba.njit(f"void({MATRIX}, {MATRIX}, int64, int64, {MATRIX}, int64, boolean)")  # type: ignore[untyped-decorator]
-    def call(inputs: Any, weights: Any, first: int, last: int, out: Any, column: int, add: bool) -> None:
-        products(inputs, weights, first, last, out, column, add)
+    @numba.njit(f"void({MATRIX}, int64, int64, int64, int64, {MATRIX}, int64, boolean)")  # type: ignore[untyped-decorator]
+    def call(
+        inputs: Any, weights: int, element: int, first: int, last: int, out: Any, column: int, add: bool
+    ) -> None:
+        products(inputs, weights, element, first, last, out, column, add)
 
-    entry: Callable[..., None] = call
+    def entry(inputs: Any, weights: Tensor, first: int, last: int, out: Any, column: int, add: bool) -> None:
+        from speculative_eft.kernels.cpu.elements import ELEMENTS
+
+        call(inputs, weights.data_ptr(), ELEMENTS[weights.dtype], first, last, out, column, add)
+
     return entry
+
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
 
 def random(*shape: int) -> Any:
@@ -33,13 +44,32 @@ def random(*shape: int) -> Any:
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 9, 13])
 @pytest.mark.parametrize(("first", "last"), [(0, 64), (3, 70), (5, 7), (4, 4)])
 @pytest.mark.parametrize("add", [False, True])
-def test_sums(rows: int, size: int, first: int, last: int, add: bool, dot_products: Any) -> None:
-    inputs, weights, out = random(rows, size), random(80, size), random(rows, 100)
+@DTYPES
+def test_sums(
+    rows: int, size: int, first: int, last: int, add: bool, dtype: torch.dtype, dot_products: Any
+) -> None:
+    from speculative_eft.kernels.cpu.products import MULTIPLIES_PAIRS
+
+    weights = torch.from_numpy(random(80, size)).to(dtype)
+    inputs, out = random(rows, size), random(rows, 100)
+    if dtype == torch.bfloat16 and MULTIPLIES_PAIRS:
+        # What they are rounded to there, so that all that remains are sums of float32.
+        inputs = torch.from_numpy(inputs).to(dtype).float().numpy()
     expected = out.copy()
     own = expected[:, 10 + first : 10 + last]
-    own[:] = inputs.astype(np.float64) @ weights[first:last].T.astype(np.float64) + (own if add else 0)
+    own[:] = inputs.astype(np.float64) @ weights[first:last].T.double().numpy() + (own if add else 0)
     dot_products(inputs, weights, first, last, out, 10, add)
     np.testing.assert_allclose(out, expected, atol=1e-5)
+
+
+def test_rows_are_rounded_for_products_of_pairs_alone(dot_products: Any) -> None:
+    from speculative_eft.kernels.cpu.products import MULTIPLIES_PAIRS
+
+    inputs, out = random(5, 64), np.zeros((5, 64), np.float32)
+    weights = torch.from_numpy(random(64, 64)).to(torch.bfloat16)
+    dot_products(inputs, weights, 0, 64, out, 0, False)
+    error = np.abs(out - inputs.astype(np.float64) @ weights.T.double().numpy()).max()
+    assert 1e-3 < error < 0.1 if MULTIPLIES_PAIRS else error < 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +138,9 @@ def test_a_row_of_bytes_has_the_same_sums_beside_any_others(quantised_products: 
 
 
 @pytest.mark.parametrize("size", [64, 100])
-def test_a_row_has_the_same_sums_beside_any_others(size: int, dot_products: Any) -> None:
-    inputs, weights = random(11, size), random(64, size)
+@DTYPES
+def test_a_row_has_the_same_sums_beside_any_others(size: int, dtype: torch.dtype, dot_products: Any) -> None:
+    inputs, weights = random(11, size), torch.from_numpy(random(64, size)).to(dtype)
     together, alone = np.zeros((11, 64), np.float32), np.zeros((1, 64), np.float32)
     dot_products(inputs, weights, 0, 64, together, 0, False)
     for row in range(11):

@@ -157,6 +157,29 @@ def test_sums_of_a_wider_adapter_round_as_in_peft() -> None:
         assert torch.equal(runners.base._body.layers[0].up(inputs), layer.base_layer(inputs))
 
 
+@pytest.mark.parametrize("narrow", [False, True])
+def test_compiled_models_of_16_bits_add_what_adapters_of_any_width_add(narrow: bool) -> None:
+    pytest.importorskip("numba", reason="the extra [cpu] is not installed")
+    base = tiny_model("qwen3", 1).to(torch.bfloat16)
+    settings = {"target_modules": ["q_proj", "up_proj", "lm_head"], "lora_bias": True}
+    tuned = with_adapter(base, 2, **settings)
+    if narrow:
+        tuned.to(torch.bfloat16)
+    runners: Any = EFTModels(tiny_model("llama"), tuned, base).runners()
+    both = [runners.tuned[0], runners.base]
+    assert all(runner.is_compiled for runner in both)
+    exact = copy.deepcopy(tuned).float()
+    for step in range(2):
+        mine, plain = (logits_of(runner, step == 0) for runner in both)
+        adapted = own_logits(exact, step)
+        with exact.disable_adapter():
+            unadapted = own_logits(exact, step)
+        scale = adapted.abs().mean()
+        assert (adapted - unadapted).abs().mean() > 0.05 * scale
+        for found, wanted in ((mine, adapted), (plain, unadapted)):
+            assert (found - wanted).square().mean().sqrt() < 0.015 * scale
+
+
 @pytest.mark.parametrize("config", [
     EFTConfig(draft_tokens=3), EFTConfig(draft_tokens=2, acceptance="shared_seed", draft="pair", alpha=0.5)
 ])  # fmt: skip

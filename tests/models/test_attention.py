@@ -91,7 +91,7 @@ def test_half_precision_is_as_close_as_the_model_itself(family: str, chosen: str
     runner.reserve(2, 12)
     runner.prefill(tokens[:, :5], torch.tensor([5, 5]))
     logits = runner.forward(tokens[:, 5:], 12)
-    assert logits.dtype == torch.bfloat16
+    assert logits.dtype == (torch.float32 if runner.is_compiled else torch.bfloat16)
     error = (logits.float() - exact[:, 5:]).abs().mean()
     plain_error = (plain_logits(model, tokens)[:, 5:].float() - exact[:, 5:]).abs().mean()
     assert error < 1.5 * plain_error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from collections.abc import Iterator
@@ -49,13 +50,8 @@ def plain_logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
         return torch.cat([model(row[None], use_cache=False).logits for row in tokens])
 
 
-@pytest.mark.usefixtures("each_backend")
-@pytest.mark.parametrize("family", FAMILIES)
-def test_ragged_blocks_with_roll_backs_give_the_logits_of_a_full_pass(family: str) -> None:
-    model = tiny_model(family)
-    tokens = random_tokens(4, LENGTH)
-    expected = plain_logits(model, tokens)
-    runner = ModelRunner(model)
+def compare_ragged_blocks(runner: ModelRunner, tokens: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Blocks of random lengths, of which random parts stay, have logits `expected` [4, LENGTH, vocab]."""
     runner.reserve(4, LENGTH)
     prompts = torch.tensor([9, 0, 13, 2])
     runner.prefill(tokens[:, :13], prompts, chunk=5)
@@ -73,12 +69,54 @@ def test_ragged_blocks_with_roll_backs_give_the_logits_of_a_full_pass(family: st
         logits = runner.forward(fed, max(lengths) + block)
         for row, (length, right) in enumerate(zip(lengths, kept, strict=True)):
             torch.testing.assert_close(
-                logits[row, :right], expected[row, length : length + right], rtol=0, atol=TOLERANCE
+                logits[row, :right], expected[row, length : length + right], rtol=0, atol=tolerance
             )
             compared += right
         runner.lengths.add_(torch.tensor(kept))
         lengths = [length + right for length, right in zip(lengths, kept, strict=True)]
     assert compared == 4 * LENGTH - int(prompts.sum())
+
+
+@pytest.mark.usefixtures("each_backend")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ragged_blocks_with_roll_backs_give_the_logits_of_a_full_pass(family: str) -> None:
+    model, tokens = tiny_model(family), random_tokens(4, LENGTH)
+    compare_ragged_blocks(ModelRunner(model), tokens, plain_logits(model, tokens), TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_compiled_passes_of_16_bits_are_closer_than_the_models_own(family: str, dtype: torch.dtype) -> None:
+    pytest.importorskip("numba", reason="the extra [cpu] is not installed")
+    model, tokens = tiny_model(family).cpu().to(dtype), random_tokens(4, LENGTH)
+    # Without any rounding but that of the weights.
+    exact = plain_logits(copy.deepcopy(model).float(), tokens)
+    own_error = plain_logits(model, tokens).float() - exact
+    runner = ModelRunner(model)
+    assert runner.is_compiled
+    runner.reserve(4, LENGTH)
+    logits = runner.forward(tokens, LENGTH)
+    assert logits.dtype == torch.float32
+    assert (logits - exact).square().mean() < 0.9 * own_error.square().mean()
+    assert {stored.dtype for stored in runner.cache.storage()} == {dtype}
+    # Between blocks all that may change are the last bits that a cache holds.
+    compare_ragged_blocks(runner, tokens, logits, TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_compiled_rows_do_not_depend_on_those_beside_them(dtype: torch.dtype) -> None:
+    pytest.importorskip("numba", reason="the extra [cpu] is not installed")
+    runner, tokens = ModelRunner(tiny_model("qwen3").cpu().to(dtype)), random_tokens(3, LENGTH)
+    runner.reserve(3, LENGTH)
+    together = runner.forward(tokens, LENGTH)
+    for row in tokens:
+        runner.reserve(1, LENGTH)
+        alone = []
+        for step in range(LENGTH):
+            alone.append(runner.forward(row[None, step : step + 1], LENGTH))
+            runner.lengths.add_(1)
+        index = int((tokens == row).all(dim=1).nonzero())
+        assert torch.equal(torch.cat(alone, 1)[0], together[index])
 
 
 @pytest.fixture
