@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
-__all__ = ["on_device", "test_device"]
+__all__ = ["on_device", "skip_unless_compiled", "test_device"]
 
 _TESTS = str(Path(__file__).parent)
 _device = torch.device("cpu")
@@ -25,6 +26,17 @@ def test_device() -> torch.device:
 
 # pytest looks for tests of this name.
 test_device.__test__ = False  # type: ignore[attr-defined]
+
+
+def skip_unless_compiled(dtype: torch.dtype) -> None:
+    """Skip a test of models whose passes are compiled for a CPU where there are none of this `dtype`."""
+    pytest.importorskip("numba", reason="the extra [cpu] is not installed")
+    if _device.type != "cpu":
+        pytest.skip("compiled passes are a CPU's")
+    from speculative_eft.kernels.cpu.elements import ELEMENTS
+
+    if dtype not in ELEMENTS:
+        pytest.skip(f"this processor has no instruction for {dtype}")
 
 
 class _Placed(TorchFunctionMode):

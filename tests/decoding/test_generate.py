@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from speculative_eft.decoding import EFTConfig, EFTDecoder, EFTOutput, NaiveEFTDecoder
 from speculative_eft.models import EFTModels
 
+from ..device import skip_unless_compiled
 from ..exactness.sampling import table_runners
 from ..models.families import CONTEXT, FAMILIES, tiny_model
 from ..table_models import random_tables
@@ -68,10 +69,10 @@ def test_greedy_and_shared_seed_equal_naive(family: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_compiled_models_of_16_bits_equal_naive(family: str, dtype: torch.dtype) -> None:
-    pytest.importorskip("numba", reason="the extra [cpu] is not installed")
+    skip_unless_compiled(dtype)
     models, prompts, seeds = tiny_trio(family), ragged_prompts(), list(range(8))
     for model in (models.large_base, *models.small_tuned, models.small_base):
-        model.to(device="cpu", dtype=dtype)  # type: ignore[call-arg]
+        model.to(dtype)  # type: ignore[call-arg]
     models = EFTModels(models.large_base, models.small_tuned, models.small_base)
     assert all(runner.is_compiled for runner in models.runners().every)  # type: ignore[attr-defined]
     for options in ({}, {"do_sample": True, "top_k": 0}):

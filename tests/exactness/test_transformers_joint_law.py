@@ -15,7 +15,7 @@ from speculative_eft.kernels import AcceptanceRule
 from speculative_eft.models import EFTModels
 
 from ..decoding.test_generate import perturbed
-from ..device import test_device
+from ..device import skip_unless_compiled, test_device
 from ..models.families import tiny_model
 from .laws import chi_square
 from .sampling import Record, assert_exact, count_windows
@@ -103,9 +103,7 @@ def test_joint_law(
 def test_joint_law_of_compiled_models_of_16_bits(
     rule: AcceptanceRule, dtype: torch.dtype, record_chi_square: Record
 ) -> None:
-    pytest.importorskip("numba", reason="the extra [cpu] is not installed")
-    if test_device().type != "cpu":
-        pytest.skip("compiled passes are a CPU's")
+    skip_unless_compiled(dtype)
     models, exact = tiny_trio("llama", dtype), tiny_trio("llama", dtype)
     for model in (exact.large_base, *exact.small_tuned, exact.small_base):
         model.float()

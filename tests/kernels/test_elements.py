@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from ..device import skip_unless_compiled
+
 numba = pytest.importorskip("numba", reason="the extra [cpu] is not installed")
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -43,6 +45,7 @@ def numbers(dtype: torch.dtype) -> Tensor:
 
 @DTYPES
 def test_numbers_are_read_as_they_are(dtype: torch.dtype, calls: Any) -> None:
+    skip_unless_compiled(dtype)
     from speculative_eft.kernels.cpu.elements import ELEMENTS
 
     read, _, at = calls
@@ -56,6 +59,7 @@ def test_numbers_are_read_as_they_are(dtype: torch.dtype, calls: Any) -> None:
 
 @DTYPES
 def test_numbers_are_rounded_to_the_nearest(dtype: torch.dtype, calls: Any) -> None:
+    skip_unless_compiled(dtype)
     from speculative_eft.kernels.cpu.elements import ELEMENTS
 
     _, put, _ = calls
@@ -75,12 +79,13 @@ def test_numbers_are_rounded_to_the_nearest(dtype: torch.dtype, calls: Any) -> N
     torch.testing.assert_close(out, wide.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
-def test_no_number_stays_none(calls: Any) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_no_number_stays_none(dtype: torch.dtype, calls: Any) -> None:
+    skip_unless_compiled(dtype)
     from speculative_eft.kernels.cpu.elements import ELEMENTS
 
     _, put, _ = calls
     bits = torch.tensor([0x7FFFFFFF, 0x7F800001, -1, -0x7FFFFF], dtype=torch.int32)
-    for dtype in (torch.bfloat16, torch.float16):
-        out = torch.zeros(4, dtype=dtype)
-        put(bits.view(torch.float32).numpy(), out.data_ptr(), ELEMENTS[dtype])
-        assert out.isnan().all()
+    out = torch.zeros(4, dtype=dtype)
+    put(bits.view(torch.float32).numpy(), out.data_ptr(), ELEMENTS[dtype])
+    assert out.isnan().all()

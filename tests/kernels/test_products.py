@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from ..device import skip_unless_compiled
+
 numba = pytest.importorskip("numba", reason="the extra [cpu] is not installed")
 
 
@@ -28,6 +30,7 @@ def dot_products() -> Callable[..., None]:
     def entry(inputs: Any, weights: Tensor, first: int, last: int, out: Any, column: int, add: bool) -> None:
         from speculative_eft.kernels.cpu.elements import ELEMENTS
 
+        skip_unless_compiled(weights.dtype)
         call(inputs, weights.data_ptr(), ELEMENTS[weights.dtype], first, last, out, column, add)
 
     return entry

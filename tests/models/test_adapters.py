@@ -23,6 +23,7 @@ from speculative_eft.models import EFTModels, IncompatibleModelsError, ModelRunn
 from speculative_eft.models import adapters as adapters_module
 from speculative_eft.models.llama import LlamaBody
 
+from ..device import skip_unless_compiled
 from .families import tiny_model
 from .test_eft_models import save
 
@@ -159,7 +160,7 @@ def test_sums_of_a_wider_adapter_round_as_in_peft() -> None:
 
 @pytest.mark.parametrize("narrow", [False, True])
 def test_compiled_models_of_16_bits_add_what_adapters_of_any_width_add(narrow: bool) -> None:
-    pytest.importorskip("numba", reason="the extra [cpu] is not installed")
+    skip_unless_compiled(torch.bfloat16)
     base = tiny_model("qwen3", 1).to(torch.bfloat16)
     settings = {"target_modules": ["q_proj", "up_proj", "lm_head"], "lora_bias": True}
     tuned = with_adapter(base, 2, **settings)

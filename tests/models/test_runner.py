@@ -28,7 +28,7 @@ from transformers import (
 
 from speculative_eft.models import ModelRunner
 from speculative_eft.models.configs import logit_scale
-from tests.device import test_device
+from tests.device import skip_unless_compiled, test_device
 from tests.models.families import CONTEXT, FAMILIES, tiny_model
 from tests.sync_guard import no_host_sync
 
@@ -87,8 +87,8 @@ def test_ragged_blocks_with_roll_backs_give_the_logits_of_a_full_pass(family: st
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_compiled_passes_of_16_bits_are_closer_than_the_models_own(family: str, dtype: torch.dtype) -> None:
-    pytest.importorskip("numba", reason="the extra [cpu] is not installed")
-    model, tokens = tiny_model(family).cpu().to(dtype), random_tokens(4, LENGTH)
+    skip_unless_compiled(dtype)
+    model, tokens = tiny_model(family).to(dtype), random_tokens(4, LENGTH)
     # Without any rounding but that of the weights.
     exact = plain_logits(copy.deepcopy(model).float(), tokens)
     own_error = plain_logits(model, tokens).float() - exact
@@ -105,8 +105,8 @@ def test_compiled_passes_of_16_bits_are_closer_than_the_models_own(family: str, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_compiled_rows_do_not_depend_on_those_beside_them(dtype: torch.dtype) -> None:
-    pytest.importorskip("numba", reason="the extra [cpu] is not installed")
-    runner, tokens = ModelRunner(tiny_model("qwen3").cpu().to(dtype)), random_tokens(3, LENGTH)
+    skip_unless_compiled(dtype)
+    runner, tokens = ModelRunner(tiny_model("qwen3").to(dtype)), random_tokens(3, LENGTH)
     runner.reserve(3, LENGTH)
     together = runner.forward(tokens, LENGTH)
     for row in tokens:
