@@ -222,9 +222,12 @@ def build_decoders(
         "beta": setting.beta,
         "conservative_top_p": setting.conservative_top_p,
     }
+    # As decoders do that are given models.
+    quantised = setting.batch == 1 and models.drafts_faster_quantised(pair=False)
     if simulated_acceptance is not None:
         # Random logits have nothing to remember, and bare runners do not know their sizes.
-        costs = StepCosts(sum(sizes[1:-1]) / sizes[0], 0.0)
+        bytes_a_weight = models.large_base.dtype.itemsize
+        costs = StepCosts(sum(sizes[1:-1]) / sizes[0] / (bytes_a_weight if quantised else 1), 0.0)
         shared |= {"remembered": 0, "cost_ratio": costs.cost_ratio}
     else:
         costs = models.step_costs(pair=False, batch=setting.batch)
@@ -239,7 +242,9 @@ def build_decoders(
         own = models.with_own_caches() if own_caches else models
         subject: EFTModels | EFTRunners = own
         if simulated_acceptance is not None:
-            subject = forced_runners(own.runners(), simulated_acceptance)
+            is_speculative = name.removesuffix(AGAIN) in speculative
+            drafters = own.quantised_drafters(pair=False) if quantised and is_speculative else []
+            subject = forced_runners(own.runners(), simulated_acceptance, drafters)
         if name == NAIVE:
             return NaiveEFTDecoder(subject, EFTConfig(**shared))
         if name in (LARGE, TUNED):

@@ -54,11 +54,12 @@ def random_models(large: str, tuned: list[str], base: str, dtype: str, device: s
     return EFTModels(build(large), [build(name) for name in tuned], build(base))
 
 
-def forced_runners(runners: EFTRunners, acceptance: float) -> EFTRunners:
+def forced_runners(runners: EFTRunners, acceptance: float, drafters: Sequence[Runner] = ()) -> EFTRunners:
     """The same networks with logits for which a drafted token is accepted with chance `acceptance`.
 
     The small models always expect one token. So does the large model at a share `acceptance` of the
-    positions, drawn once; at the others it expects another token, against any draft.
+    positions, drawn once; at the others it expects another token, against any draft. `drafters` are what
+    drafts in the tuned models' place, as in `EFTRunners`.
     """
     generator = torch.Generator().manual_seed(0)
     agrees = torch.rand(_PERIOD, generator=generator) < acceptance
@@ -69,6 +70,7 @@ def forced_runners(runners: EFTRunners, acceptance: float) -> EFTRunners:
         large=_ForcedRunner(runners.large, large),
         tuned=[_ForcedRunner(runner, small) for runner in runners.tuned],
         base=_ForcedRunner(runners.base, small),
+        drafters=[_ForcedRunner(runner, small) for runner in drafters],
     )
 
 
@@ -88,7 +90,8 @@ class _ForcedRunner:
         self.vocab_size = runner.vocab_size
         self.max_context = runner.max_context
         self.device = runner.device
-        self._offsets = torch.zeros(0, 1, dtype=torch.int64, device=runner.device)
+        # Those of a small model make no difference; one that drafts for another sees no prompts.
+        self._offsets = torch.zeros(1, 1, dtype=torch.int64, device=runner.device)
 
     @property
     def lengths(self) -> Tensor:

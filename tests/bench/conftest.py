@@ -77,7 +77,7 @@ def report(tiny: TinyTrio) -> Report:
 @pytest.fixture(scope="session")
 def simulated(tiny: TinyTrio) -> Report:
     """A short benchmark of the tiny trio with an acceptance of 0.9 forced on it."""
-    plan = replace(PLAN, contexts=(None,), betas=(1.0,), conservative_top_ps=(None,), batches=(2,))
+    plan = replace(PLAN, contexts=(None,), betas=(1.0,), conservative_top_ps=(None,), batches=(1, 2))
     plan = replace(plan, lengths=(40,), rules=("block",), draft_tokens=(2, "auto"))
     made = new_report(tiny.models, plan, "speculative-eft bench", "3 of a test", 0.9)
     run_benchmark(tiny.models, tiny.prompts, made, lambda _: None, lambda: None, lambda: None)

@@ -94,6 +94,14 @@ def test_runs_that_pause_give_what_whole_ones_give(tiny: TinyTrio) -> None:
         tiny.models.large_base.generation_config = kept
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_simulations_draft_by_the_weights_that_would_draft(tiny: TinyTrio, batch: int) -> None:
+    setting = replace(PLAN.settings()[0], batch=batch)
+    decoders: dict[str, Any] = build_decoders(PLAN, setting, tiny.models, 0.9)
+    wanted = tiny.models.drafts_faster_quantised(pair=False) and batch == 1
+    assert [len(decoders[name].runners.drafters) for name in (PLAN.chosen, NAIVE)] == [wanted, 0]
+
+
 def run_alternately(
     decoders: dict[str, Decoder], batch: PromptBatch, options: dict[str, Any], pausing: bool
 ) -> dict[str, list[int]]:
