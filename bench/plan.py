@@ -226,9 +226,9 @@ def build_decoders(
     quantised = setting.batch == 1 and models.drafts_faster_quantised(pair=False)
     if simulated_acceptance is not None:
         # Random logits have nothing to remember, and bare runners do not know their sizes.
-        bytes_a_weight = models.large_base.dtype.itemsize
-        costs = StepCosts(sum(sizes[1:-1]) / sizes[0] / (bytes_a_weight if quantised else 1), 0.0)
-        shared |= {"remembered": 0, "cost_ratio": costs.cost_ratio}
+        costs = StepCosts(sum(sizes[1:-1]) / sizes[0], 0.0)
+        bytes_of_others = models.large_base.dtype.itemsize if quantised else 1
+        shared |= {"remembered": 0, "cost_ratio": costs.cost_ratio / bytes_of_others}
     else:
         costs = models.step_costs(pair=False, batch=setting.batch)
         shared |= {"expected_batch": setting.batch}

@@ -17,7 +17,7 @@ from .benchmark import Report
 from .comparison import Spread
 from .engine import ALONE, PLAIN
 from .markdown import markdown_table, with_part
-from .plan import NAIVE, TUNED
+from .plan import AGAIN, NAIVE, TUNED
 from .plots import figures, svg
 from .report import against_baselines, break_even_sentences, machine_line, main_table, spread_text
 
@@ -25,6 +25,7 @@ __all__ = ["FIGURES", "RESULT", "pages", "source_digest"]
 
 RESULT = "bench-cpu.json"
 _ROUNDS, _BODIES = "round-time-cpu.json", "compiled-bodies-cpu.json"
+_SIMULATED = "simulated-qwen2.5-3b-cpu.json"
 FIGURES = {
     "draft-length": ("bench-cpu-draft-length.svg", "Speed against the draft length, with the cost model's"),
     "phases": ("bench-cpu-phases.svg", "Milliseconds a token by phase"),
@@ -127,8 +128,36 @@ def pages(root: Path) -> dict[Path, str]:
                 "compiled bodies": _timed(bodies_machine, compiled_bodies.table(bodies)),
             },
         ),
-        cpu: _with_parts(cpu, {"round times": _timed(machine, round_time.table(times))}),
+        cpu: _with_parts(
+            cpu,
+            {
+                "simulated": _simulated(Report.load(folder / _SIMULATED)),
+                "round times": _timed(machine, round_time.table(times)),
+            },
+        ),
     }
+
+
+def _simulated(report: Report) -> str:
+    """What docs/cpu.md says of models of random weights."""
+    large, *_, base = (model["name"] for model in report.models)
+    (result,) = report.grid()
+    heads = ["decoder", "tokens/s", "times naive EFT", "over it", "tokens a round"]
+    rows = []
+    for row in result.comparison.measurements:
+        if row.name in result.comparison and "K=2" not in row.name and not row.name.endswith(AGAIN):
+            over = result.comparison.ratio(report.plan.chosen, row.name)
+            cells = [spread_text(row.tokens_per_second, 1), spread_text(row.ratio), spread_text(over)]
+            rows.append([row.name, *cells, f"{row.tokens_per_round:.2f}"])
+    return "\n".join([
+        f"{machine_line(report)}; `{report.command}`: random weights at the shapes of {large} and twice "
+        f"{base}, each drafted token accepted with a chance of {report.simulated_acceptance:g}, "
+        f"{result.setting.label}, {result.setting.new_tokens} new tokens, prompts included; "
+        f"{result.comparison.runs} runs of each in turns. The fourth column is {report.plan.chosen} over "
+        "each:",
+        "",
+        *markdown_table(heads, rows),
+    ])  # fmt: skip
 
 
 def _with_parts(path: Path, parts: Mapping[str, str]) -> str:

@@ -115,7 +115,9 @@ def _bound(runner: Runner, counts: Tensor, rows: int) -> Callable[[], object]:
 
 def _found(call: Callable[[], object] | None) -> Callable[[], object]:
     if call is None:
-        raise ValueError("the rounds of these models are not bound: that takes Numba, and float32 on a CPU")
+        raise ValueError(
+            "the rounds of these models are not bound: that takes Numba, and models like Llama on a CPU"
+        )
     return call
 
 
@@ -180,7 +182,7 @@ def load(path: Path) -> tuple[str, list[RoundTime]]:
     """The machine's line and the times of what `main` wrote."""
     saved = json.loads(path.read_text(encoding="utf-8"))
     times = [RoundTime(**row | {"outside": Spread(**row["outside"])}) for row in saved["rounds"]]
-    # No other models' rounds are timed here: see `_found`.
+    # As `EFTModels.demo` has them.
     line = environment_line(Environment(**saved["environment"]), "float32", saved["commit"])
     return f"{line}; {saved['new_tokens']} new tokens", times
 

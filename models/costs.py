@@ -33,7 +33,7 @@ _DRAFTED, _DRAFTED_BY_MANY = 4, 2
 beyond those of short ones may cost a pass more than theirs do."""
 _FEW = 4
 _LEAST_COST = 1 / 128
-_METHOD = 10
+_METHOD = 11
 """Of the measurement: what an earlier one found is not read."""
 
 Pass: TypeAlias = Callable[[], object]

@@ -10,7 +10,6 @@ Importing this module needs Numba, the extra `[cpu]`.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -54,12 +53,7 @@ from speculative_eft.kernels.cpu.jit import (
     strictly_compiled,
     use_threads,
 )
-from speculative_eft.kernels.cpu.products import (
-    MULTIPLIES_PAIRS,
-    ask_for,
-    dot_products,
-    quantised_products,
-)
+from speculative_eft.kernels.cpu.products import ask_for, dot_products, quantised_products
 from speculative_eft.kernels.cpu.team import claim, finish, meetings, wait
 
 from .adapters import is_low_rank, parameters_with
@@ -95,7 +89,7 @@ class NetworkArrays(NamedTuple):
 
 
 class CompiledLlama:
-    """Runs the blocks of few rows for a `LlamaBody`, from its weights and its cache as they are.
+    """Runs blocks of any number of rows for a `LlamaBody`, from its weights and its cache as they are.
 
     Weights are read where the model has them: nothing is copied, and what is done to them in place is seen.
     Half of what adapters add is copied by `prepare`, which sees what was done to it before; all of it, if it
@@ -111,11 +105,11 @@ class CompiledLlama:
         if type(head) is not nn.Linear and not (body.adapters and is_low_rank(head, body.adapters)):
             return False
         parameters = [*body.decoder.parameters(), *head.parameters()]
-        own = [*parameters_with(body.decoder, ()), *parameters_with(head, ())]
+        without_adapters = [*parameters_with(body.decoder, ()), *parameters_with(head, ())]
         return (
             is_plain(head)
             and all(map(is_ordinary, head.parameters()))
-            and len({p.dtype for p in own}) == 1
+            and len({p.dtype for p in without_adapters}) == 1
             and all(p.dtype in ELEMENTS and p.device.type == "cpu" for p in parameters)
             and all(p.is_contiguous() for p in parameters)
             and body.decoder.config.hidden_act == "silu"
@@ -128,9 +122,6 @@ class CompiledLlama:
         self.head = head
         self.vocab_size = linear_of(head, body.adapters).weight.shape[0]
         self._dtype = body.decoder.embed_tokens.weight.dtype
-        # Of all sequences: beyond them torch's matrix products are as fast, where it has fast ones.
-        is_fast = self._dtype == torch.float32 or (self._dtype == torch.bfloat16 and MULTIPLIES_PAIRS)
-        self.most_rows = 256 if is_fast else sys.maxsize
         config = body.decoder.config
         widths = (config.hidden_size, config.intermediate_size)
         self._sizes = np.array([body.heads, body.kv_heads, body.dim, *widths])
@@ -144,8 +135,16 @@ class CompiledLlama:
         self._network: NetworkArrays
 
     def prepare(self, cache: SlotCache) -> None:
-        """Find the weights, and the storage of `cache`, after the body has prepared for it."""
+        """Find the weights, and the storage of `cache`, after the body has prepared for it.
+
+        Raises ValueError if the model has been given another dtype.
+        """
         body = self.body
+        if body.decoder.embed_tokens.weight.dtype != self._dtype:
+            raise ValueError(
+                f"{type(body.decoder).__name__} was {self._dtype} when its runner was made, and now is "
+                f"{body.decoder.embed_tokens.weight.dtype}: make EFTModels anew"
+            )
         self._added = []
         for row, layer in zip(self._weights, body.layers, strict=True):
             norms = (layer.attention_norm, layer.query_norm, layer.key_norm, layer.mlp_norm)
@@ -159,6 +158,7 @@ class CompiledLlama:
         self._ends[:] = _addresses(decoder.embed_tokens.weight, decoder.norm.weight, *_parts(head))
         # Of the first layer are the tables with which the head runs.
         self._added[0] += _low_ranks({_HEAD: head})
+        self._rotations = body.rotations.float()
         self.use_storage(cache)
 
     def use_storage(self, cache: SlotCache) -> None:
@@ -166,7 +166,6 @@ class CompiledLlama:
         body = self.body
         for index, row in enumerate(self._stores):
             row[:] = _addresses(*cache.layer_storage(index, body.kv_heads, body.dim, self._dtype))
-        self._rotations = body.rotations.float()
         self._network = _network([self])
 
     def __call__(self, tokens: Tensor, cache: SlotCache) -> Tensor:
@@ -308,8 +307,11 @@ _MATRIX_COLUMN, _NETWORK_INDEX, _NETWORKS, _RANK, _UP_ROWS, _DOWN_AT, _UP_AT = r
 _LOW_RANK = 7
 
 
-_VALUES_AT_ONCE = 64
-"""Rows of values that are read, and widened where they are of 16 bits, for all queries at a time."""
+# Rows of values that are read, and widened where they are of 16 bits, for all queries at a time; and about as
+# many queries as have room for their scores in a core's cache.
+_VALUES_AT_ONCE, _QUERIES_AT_ONCE = 64, 96
+_LEAST_QUERIES = 32
+"""Tokens of a sequence that another thread is worth, which writes all keys and values before them anew."""
 
 # What the threads do between two meetings: every stage of a layer, then the last one. Without logits the last
 # layer ends with its keys and values.
@@ -328,7 +330,7 @@ class _Buffers(NamedTuple):
     logits: Any
 
 
-@record(TABLE, TABLE, "int64", "float64", TABLE, TABLE, "int64", MATRIX, TABLE, "int64", TABLES)
+@record(TABLE, TABLE, "int64", "float64", TABLE, TABLE, "int64", MATRIX, TABLE, "int64", TABLES, "int64")
 class _Layer(NamedTuple):
     """What the stages of one layer read: parts of `NetworkArrays`, and where each sequence's rows stand."""
 
@@ -343,6 +345,7 @@ class _Layer(NamedTuple):
     stores: Any
     kv_heads: int
     low_ranks: Any
+    pieces: int
 
 
 @compiled(f"{MATRIX}({MATRIX}, int64, int64, float64)")
@@ -430,30 +433,31 @@ def _product(
                 _add_low_rank(inputs[begin:end], part, size, first, last, out[begin:end], column)
 
 
-@compiled(f"void({VECTOR}, int64, {VECTOR}, float64, {VECTOR}, {VECTOR})")
-def _rotate(row: Any, at: int, weight: Any, eps: float, turn: Any, out: Any) -> None:
-    """Put the head that begins at `row[at]`, normalised if there is a weight for it, and turned, in `out`."""
+@compiled(f"void({VECTOR}, {VECTOR}, float64, {VECTOR}, {VECTOR})")
+def _rotate(head: Any, weight: Any, eps: float, turn: Any, out: Any) -> None:
+    """Put `head`, normalised if there is a weight for it, and turned, in `out`."""
     dim = out.shape[0]
     half = dim // 2
-    # Views, since an index that is a sum might be negative, and a loop that must look is not vectorised.
-    first, second = row[at : at + half], row[at + half : at + dim]
-    turned_first, turned_second = out[:half], out[half:]
     scale = FLOAT(1)
     if weight.shape[0] > 0:
         total = FLOAT(0)
-        for k in range(half):
-            total += first[k] * first[k] + second[k] * second[k]
+        for k in range(dim):
+            total += head[k] * head[k]
         scale /= np.sqrt(total / FLOAT(dim) + FLOAT(eps))
-        for k in range(half):
-            first[k] *= scale * weight[k]
-            second[k] *= scale * weight[half + k]
+        for k in range(dim):
+            out[k] = head[k] * scale * weight[k]
+    else:
+        for k in range(dim):
+            out[k] = head[k]
+    # Views, since an index that is a sum might be negative, and a loop that must look is not vectorised.
+    first, second = out[:half], out[half:]
     cos_first, cos_second, sin_first, sin_second = (
         turn[:half], turn[half:dim], turn[dim : dim + half], turn[dim + half :],
     )  # fmt: skip
     for k in range(half):
         left, right = first[k], second[k]
-        turned_first[k] = left * cos_first[k] + right * sin_first[k]
-        turned_second[k] = right * cos_second[k] + left * sin_second[k]
+        first[k] = left * cos_first[k] + right * sin_first[k]
+        second[k] = right * cos_second[k] + left * sin_second[k]
 
 
 @strictly_compiled(f"void({MATRIX}, int64, int64, int64, int64, {MATRIX})")
@@ -518,7 +522,7 @@ def _softmax(scores: Any, first: int, begin: int, end: int, scale: float) -> Non
 
 @compiled(
     f"void({MATRIX}, {TABLE}, {TABLE}, {TABLE}, int64, float64, int64, {MATRIX}, {TABLE}, int64, {MATRIX}, "
-    "int64, boolean)"
+    "int64, int64, boolean)"
 )
 def _attend(
     projected: Any,
@@ -532,13 +536,18 @@ def _attend(
     stores: Any,
     kv_heads: int,
     mixed: Any,
+    pieces: int,
     share: int,
     attends: bool,
 ) -> None:
-    """Write the new keys and values of one sequence's group of heads; attend to them and the past, or not."""
+    """Write the new keys and values of one sequence's group of heads; attend to them and the past, or not.
+
+    Of several `pieces`, shares of its queries, each writes all keys and values that it will read.
+    """
     capacity, dim = rotation.shape[0], rotation.shape[1] // 2
     heads = mixed.shape[1] // dim
     groups = heads // kv_heads
+    share, piece = share // pieces, share % pieces
     sequence, kv_head = share // kv_heads, share % kv_heads
     own, length = starts[sequence], starts[sequence + 1] - starts[sequence]
     if length == 0:
@@ -551,42 +560,48 @@ def _attend(
     # Of models without these norms there is nothing at 0.
     query_norm = floats_at(table[_QUERY_NORM], element, dim if table[_QUERY_NORM] != 0 else 0)
     key_norm = floats_at(table[_KEY_NORM], element, dim if table[_KEY_NORM] != 0 else 0)
-    queries, key = np.empty((length * groups, dim), FLOAT), np.empty(dim, FLOAT)
+    first_query, last_query = piece * length // pieces, (piece + 1) * length // pieces
+    queries, key = np.empty(((last_query - first_query) * groups, dim), FLOAT), np.empty(dim, FLOAT)
     last = capacity - 1
     start = lengths[sequence]
-    for step in range(length):
+    for step in range(last_query):
         position = min(start + step, last)
         turn = rotation[position]
         row = projected[own + step]
-        _rotate(row, (heads + kv_head) * dim, key_norm, eps, turn, key)
+        key_at, value_at = (heads + kv_head) * dim, (heads + kv_heads + kv_head) * dim
+        _rotate(row[key_at : key_at + dim], key_norm, eps, turn, key)
         put_floats(key, keys + position * row_bytes, element)
-        value_at = (heads + kv_heads + kv_head) * dim
         put_floats(row[value_at : value_at + dim], values + position * row_bytes, element)
-        for group in range(groups if attends else 0):
+        for group in range(groups if attends and step >= first_query else 0):
             query_at = (kv_head * groups + group) * dim
-            _rotate(row, query_at, query_norm, eps, turn, queries[step * groups + group])
+            query = queries[(step - first_query) * groups + group]
+            _rotate(row[query_at : query_at + dim], query_norm, eps, turn, query)
     if not attends:
         return
 
-    rows, span = length * groups, min(start + length, capacity)
-    first = 0 if window == 0 else max(0, start - window + 1) // 4 * 4
-    # By fours, as capacities are: those left over are added up in another order, and which they are must not
-    # depend on the length of a block.
-    columns = (span + 3) // 4 * 4
-    scores = np.empty((rows, columns), FLOAT)
-    dot_products(queries, keys, element, first, columns, scores, 0, False)
     scale = FLOAT(1) / np.sqrt(FLOAT(dim))
-    for index in range(rows):
-        end = min(start + index // groups, last) + 1
-        begin = first if window == 0 else max(0, end - window)
-        _softmax(scores[index], first, begin, end, scale)
-    sums = np.empty((rows, dim), FLOAT)
-    _weighted_sums(scores, values, element, first, span, sums)
-    for index in range(rows):
-        at = (kv_head * groups + index % groups) * dim
-        out = mixed[own + index // groups, at : at + dim]
-        for k in range(dim):
-            out[k] = sums[index, k]
+    step = max(1, _QUERIES_AT_ONCE // groups)
+    for begun in range(first_query, last_query, step):
+        ended = min(begun + step, last_query)
+        span = min(start + ended, capacity)
+        first = 0 if window == 0 else max(0, start + begun - window + 1) // 4 * 4
+        # By fours, as capacities are: those left over are added up in another order, and which they are must
+        # not depend on the length of a block.
+        columns = (span + 3) // 4 * 4
+        own_queries = queries[(begun - first_query) * groups : (ended - first_query) * groups]
+        rows = own_queries.shape[0]
+        scores, sums = np.empty((rows, columns), FLOAT), np.empty((rows, dim), FLOAT)
+        dot_products(own_queries, keys, element, first, columns, scores, 0, False)
+        for index in range(rows):
+            end = min(start + begun + index // groups, last) + 1
+            begin = first if window == 0 else max(0, end - window)
+            _softmax(scores[index], first, begin, end, scale)
+        _weighted_sums(scores, values, element, first, span, sums)
+        for index in range(rows):
+            at = (kv_head * groups + index % groups) * dim
+            out = mixed[own + begun + index // groups, at : at + dim]
+            for k in range(dim):
+                out[k] = sums[index, k]
 
 
 @compiled("void(int64, int64, int64, _Buffers, _Layer)")
@@ -608,7 +623,7 @@ def _share(stage: int, threads: int, share: int, buffers: Any, layer: Any) -> No
     elif stage in (_ATTEND, _KEEP):
         _attend(
             projected, layer.starts, layer.lengths, table, element, eps, layer.window, layer.rotation,
-            layer.stores, layer.kv_heads, mixed, share, stage == _ATTEND,
+            layer.stores, layer.kv_heads, mixed, layer.pieces, share, stage == _ATTEND,
         )  # fmt: skip
     elif stage == _JOIN:
         _product(mixed, table, _OUTPUT, hidden.shape[1], hidden, 0, share, threads, True, layer)
@@ -670,14 +685,19 @@ def _pass_through(
     stay_a_function()
     layers, kv_heads, steps = network.weights.shape[0], network.sizes[1], all_meetings.shape[0]
     reads_out = steps > _READ_OUT * layers
+    sequences = starts.shape[0] - 1
+    # Of a prompt, where there are fewer heads of keys than threads.
+    pieces = max(
+        1, min(2 * threads // (sequences * kv_heads), starts[sequences] // (sequences * _LEAST_QUERIES))
+    )
     for step in range(steps):
         layer, stage = _place(step, layers, reads_out)
         own = _Layer(
             network.weights[layer], network.ends, network.element, network.eps, starts, lengths,
             network.windows[layer], network.rotation, network.stores[layer], kv_heads,
-            network.low_ranks[layer],
+            network.low_ranks[layer], pieces if stage == _ATTEND else 1,
         )  # fmt: skip
-        shares = (starts.shape[0] - 1) * kv_heads if stage in (_ATTEND, _KEEP) else threads
+        shares = sequences * kv_heads * own.pieces if stage in (_ATTEND, _KEEP) else threads
         meeting = all_meetings[step]
         share = claim(meeting, thread, threads, shares)
         while share >= 0:

@@ -36,9 +36,6 @@ _LONGEST_COMPARED, _BEYOND_A_WINDOW = 640, 72
 """Most tokens of a sequence by which an unknown model is compared with itself, and how many of them go beyond
 its window: more than the steps in which caches grow."""
 
-_ROWS_OF_A_SEQUENCE = 8
-"""Rows above which those of one sequence are taken to be few of the most that it might have."""
-
 
 @dataclass
 class _Storage:
@@ -50,10 +47,10 @@ class _Storage:
 class ModelRunner:
     """Runs a causal language model of transformers with a `SlotCache`: a `Runner`.
 
-    One code path for every batch size and block length, but that few rows of a Llama-like model on a CPU
-    run compiled, where Numba is installed. Shapes depend on host integers only, and a pass
-    reads nothing from the device. Sequences start at position 0 and never see each other, whatever their
-    lengths and whatever padding stands behind them. The model itself is left as it was, but for `eval()`.
+    One code path for every batch size and block length; a Llama-like model on a CPU runs compiled, where
+    Numba is installed. Shapes depend on host integers only, and a pass reads nothing from the device.
+    Sequences start at position 0 and never see each other, whatever their lengths and whatever padding stands
+    behind them. The model itself is left as it was, but for `eval()`.
     """
 
     def __init__(
@@ -202,16 +199,12 @@ class ModelRunner:
         everything up to there. `lengths` stay as they are. `span` is a host integer, at least
         `max(lengths) + q`. The logits need no gradient.
         """
-        compiled = self._compiled_for(tokens.numel())
+        compiled = self._compiled
         return self._forward(tokens, span) if compiled is None else compiled(tokens, self.cache)
-
-    def _compiled_for(self, rows: int) -> CompiledLlama | None:
-        """The compiled model, where there is one and torch's products are not faster for so many rows."""
-        return self._compiled if self._compiled is not None and rows <= self._compiled.most_rows else None
 
     @property
     def is_compiled(self) -> bool:
-        """Whether passes of few rows run compiled for a CPU."""
+        """Whether passes run compiled for a CPU."""
         return self._compiled is not None
 
     @property
@@ -306,23 +299,20 @@ class ModelRunner:
 
     def bind(self, block: Tensor, counts: Tensor, logits: Tensor) -> Callable[[], None] | None:
         """`Runner.bind`: where a compiled pass can run `block`."""
-        # Blocks are ragged: what a sequence drafts at most says little of what it drafts.
-        compiled = self._compiled_for(block.shape[0] * min(block.shape[1], _ROWS_OF_A_SEQUENCE))
-        return None if compiled is None else compiled.bind(block, self.cache, logits, counts)
+        return None if self._compiled is None else self._compiled.bind(block, self.cache, logits, counts)
 
     def bind_together(
         self, others: Sequence[Runner], block: Tensor, counts: Tensor, logits: Sequence[Tensor]
     ) -> Callable[[], None] | None:
-        """`Runner.bind_together`: where the others are this model but for adapters, and rows are few."""
-        rows = (1 + len(others)) * block.numel()
-        own = self._compiled_for(rows)
+        """`Runner.bind_together`: where the others are this model but for adapters."""
+        own = self._compiled
         if own is None:
             return None
         networks = [(own, self.cache)]
         for other in others:
             if not isinstance(other, ModelRunner):
                 return None
-            compiled = other._compiled_for(rows)
+            compiled = other._compiled
             if compiled is None or not own.shares_weights(compiled):
                 return None
             networks.append((compiled, other.cache))
@@ -354,9 +344,8 @@ class ModelRunner:
             self.lengths.copy_(begins)
         for start in range(0, total, chunk):
             part = tokens[:, start : start + chunk]
-            compiled = self._compiled_for(part.numel())
-            if compiled is not None:
-                compiled.fill(part, self.cache)
+            if self._compiled is not None:
+                self._compiled.fill(part, self.cache)
             else:
                 with self._adapted():
                     self._body.fill(self._begin(part, first + start + part.shape[1]), self.cache)

@@ -9,26 +9,30 @@ from __future__ import annotations
 import platform
 from typing import Any
 
+import numba
 import numpy as np
 import torch
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
+from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
-from .jit import FLOAT, VECTOR, array_at, bits_of_float, compiled, float_of_bits, words_at
+from .jit import FLOAT, VECTOR, array_at, bits_of_float, compiled, words_at
 
 __all__ = [
     "BFLOAT16", "ELEMENTS", "FEATURES", "FLOAT16", "FLOAT32", "element_bytes", "floats_at", "put_floats",
     "read_floats", "widened",
 ]  # fmt: skip
 
-FEATURES = binding.get_host_cpu_features()
-"""Of this machine's processor, by their names in LLVM."""
+# Numba may be told to compile for less than the processor that it runs on.
+_FEATURES = get_host_cpu_features() if numba.config.CPU_FEATURES is None else numba.config.CPU_FEATURES
+FEATURES = {feature[1:] for feature in _FEATURES.split(",") if feature.startswith("+")}
+"""What the processor has that is compiled for, by its names in LLVM."""
 
 FLOAT32, BFLOAT16, FLOAT16 = range(3)
 
 # Without the instruction, of 2012, LLVM calls a function of the C compiler's for it.
-_KNOWS_HALVES = bool(FEATURES.get("f16c")) or platform.machine().lower() in ("arm64", "aarch64")
+_KNOWS_HALVES = "f16c" in FEATURES or platform.machine().lower() in ("arm64", "aarch64")
 
 ELEMENTS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16} | (
     {torch.float16: FLOAT16} if _KNOWS_HALVES else {}
@@ -50,6 +54,14 @@ def widened(builder: Any, words: Any, element: int) -> Any:
     number = like(ir.IntType(32))
     sixteen = ir.Constant(number, [16] * words.type.count if is_vector else 16)
     return builder.bitcast(builder.shl(builder.zext(words, number), sixteen), like(_REAL))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _float_of_brain(typing_context: Any, word: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return widened(builder, arguments[0], BFLOAT16)
+
+    return types.float32(types.uint16), codegen
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -88,7 +100,7 @@ def read_floats(address: int, element: int, out: Any) -> None:
     words = words_at(address, (size,))
     if element == BFLOAT16:
         for k in range(size):
-            out[k] = float_of_bits(np.int32(np.uint32(words[k]) << np.uint32(16)))
+            out[k] = _float_of_brain(words[k])
     else:
         for k in range(size):
             out[k] = _float_of_half(words[k])

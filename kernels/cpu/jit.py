@@ -17,8 +17,8 @@ from torch import Tensor
 __all__ = [
     "CUBE", "FLAGS", "FLOAT", "LARGEST_FLOAT", "MATRIX", "TABLE", "TABLES", "VECTOR", "WORDS", "argmax",
     "array_at", "arrays", "bits_of_float", "bytes_at", "compiled", "entry", "exp", "external",
-    "float_of_bits", "in_parallel", "integers_at", "largest", "log", "logits_table", "record",
-    "stay_a_function", "strictly_compiled", "type_of", "use_threads", "words_at",
+    "in_parallel", "integers_at", "largest", "log", "logits_table", "record", "stay_a_function",
+    "strictly_compiled", "type_of", "use_threads", "words_at",
 ]  # fmt: skip
 
 FLOAT = np.float32
@@ -181,9 +181,7 @@ def external(builder: Any, name: str, result: Any, *parameters: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def float_of_bits(typing_context: Any, bits: Any) -> Any:
-    """The float32 of the same bits as an int32."""
-
+def _float_of_bits(typing_context: Any, bits: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.bitcast(arguments[0], ir.FloatType())
 
@@ -281,7 +279,7 @@ def exp(x: Any) -> Any:
     series = series * rest + FLOAT(1.6666665459e-1)
     series = series * rest + FLOAT(5.0000001201e-1)
     series = series * rest * rest + rest + FLOAT(1)
-    value = series * float_of_bits((np.int32(power) + np.int32(127)) << np.int32(23))
+    value = series * _float_of_bits((np.int32(power) + np.int32(127)) << np.int32(23))
     return value if x >= FLOAT(-87) else FLOAT(0)
 
 
@@ -292,7 +290,7 @@ def log(x: Any) -> Any:
     # Numba makes 64 bits of what 32 bits are added to, of which vectors hold half as many.
     # x = mantissa * 2 ** power with mantissa in [sqrt(1/2), sqrt(2)).
     power = np.int32(np.int32(bits - np.int32(0x3F3504F3)) >> np.int32(23))
-    rest = float_of_bits(np.int32(bits - np.int32(power << np.int32(23)))) - FLOAT(1)
+    rest = _float_of_bits(np.int32(bits - np.int32(power << np.int32(23)))) - FLOAT(1)
     square = rest * rest
     series = FLOAT(7.0376836292e-2)
     for coefficient in (

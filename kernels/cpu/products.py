@@ -31,14 +31,17 @@ from .jit import (
 
 __all__ = ["MULTIPLIES_PAIRS", "ask_for", "dot_products", "quantised_products"]
 
-_LANES = 16 if FEATURES.get("avx512f") else 8 if FEATURES.get("avx2") else 4
+_LANES = 16 if "avx512f" in FEATURES else 8 if "avx2" in FEATURES else 4
 _MOST_ROWS = 3 if _LANES == 8 else 6
 """Rows of a tile whose sums, with the weights, fit in the registers: AVX2 has half as many as the others."""
+
+_ROWS_AT_ONCE = 20 * _MOST_ROWS
+"""Rows of inputs that all weights pass before the next do: so many stay in a core's caches at any width."""
 
 _LINE, _LINE_OF_BYTES = 16, 64
 """Floats and bytes that a processor reads together."""
 
-MULTIPLIES_PAIRS = bool(FEATURES.get("avx512bf16"))
+MULTIPLIES_PAIRS = "avx512bf16" in FEATURES
 """Whether a processor adds up products of bfloat16 two at a time, in float32 (vdpbf16ps)."""
 
 _LARGEST_BYTE, _LARGEST_WORD, _LARGEST_SUM = 2**7 - 1, 2**15 - 1, 2**31 - 1
@@ -75,7 +78,7 @@ def _load(builder: Any, address: Any, kind: Any, align: int) -> Any:
     return builder.load(builder.inttoptr(address, kind.as_pointer()), align=align)
 
 
-def _as_it_is(module: Any) -> Any:
+def _not_unrolled(module: Any) -> Any:
     """What tells LLVM not to unroll a loop: the sums and the numbers of two lines do not fit in registers."""
     never = module.add_metadata([ir.MetaDataString(module, "llvm.loop.unroll.disable")])
     loop = module.add_metadata([never])
@@ -107,7 +110,7 @@ def _in_lines(
         phi.add_incoming(zero, before)
         phi.add_incoming(value, loop)
     again = builder.cbranch(builder.icmp_signed("<", following, whole_lines), loop, after)
-    again.set_metadata("llvm.loop", _as_it_is(builder.module))
+    again.set_metadata("llvm.loop", _not_unrolled(builder.module))
 
     builder.position_at_end(after)
     added = [builder.phi(zero.type) for _ in range(count)]
@@ -389,45 +392,47 @@ def dot_products(
     rows, size = inputs.shape
     quarter = (last - first) // _STREAMS
     row_bytes, out_bytes = element_bytes(element) * size, 4 * out.shape[1]
-    tiles = (rows + _MOST_ROWS - 1) // _MOST_ROWS
     is_rounded = MULTIPLIES_PAIRS and element == BFLOAT16
     rounded = np.empty((rows, size) if is_rounded else (0, 0), np.uint16)
     for r in range(rows if is_rounded else 0):
         put_floats(inputs[r], rounded.ctypes.data + 2 * size * r, element)
-    inputs_at = rounded.ctypes.data if is_rounded else inputs.ctypes.data
     x_step = 2 * size if is_rounded else 4 * size
-    for n in range(first, first + quarter):
-        r = 0
-        at, step = weights + n * row_bytes, quarter * row_bytes
-        for tile in range(tiles):
-            taken = (rows - r + tiles - tile - 1) // (tiles - tile)
-            # The first tile asks for half of the streams and the next for the others, or memory would rest.
-            ahead, others = _AHEAD * (tile == 0), _AHEAD * (tile == min(tiles - 1, 1))
-            x = inputs_at + r * x_step
-            y = out.ctypes.data + r * out_bytes + 4 * (column + n)
-            if taken == 1:
-                _sums_1(element, x, x_step, at, step, size, ahead, others, y, out_bytes, 4 * quarter, add)
-            elif taken == 2:
-                _sums_2(element, x, x_step, at, step, size, ahead, others, y, out_bytes, 4 * quarter, add)
-            elif taken == 3:
-                _sums_3(element, x, x_step, at, step, size, ahead, others, y, out_bytes, 4 * quarter, add)
-            elif taken == 4:
-                _sums_4(element, x, x_step, at, step, size, ahead, others, y, out_bytes, 4 * quarter, add)
-            elif taken == 5:
-                _sums_5(element, x, x_step, at, step, size, ahead, others, y, out_bytes, 4 * quarter, add)
-            else:
-                _sums_6(element, x, x_step, at, step, size, ahead, others, y, out_bytes, 4 * quarter, add)
-            r += taken
+    for begin_row in range(0, rows, _ROWS_AT_ONCE):
+        end_row = min(begin_row + _ROWS_AT_ONCE, rows)
+        tiles = (end_row - begin_row + _MOST_ROWS - 1) // _MOST_ROWS
+        for n in range(first, first + quarter):
+            r = begin_row
+            at, step = weights + n * row_bytes, quarter * row_bytes
+            for tile in range(tiles):
+                taken = (end_row - r + tiles - tile - 1) // (tiles - tile)
+                # The first tile asks for half of the streams, the next for the others, or memory would rest.
+                ahead, others = _AHEAD * (tile == 0), _AHEAD * (tile == min(tiles - 1, 1))
+                # Here, since Numba frees an array after it is last named, whoever knows its address.
+                x = (rounded.ctypes.data if is_rounded else inputs.ctypes.data) + r * x_step
+                y = out.ctypes.data + r * out_bytes + 4 * (column + n)
+                if taken == 1:
+                    _sums_1(element, x, x_step, at, step, size, ahead, others, y, out_bytes, 4 * quarter, add)
+                elif taken == 2:
+                    _sums_2(element, x, x_step, at, step, size, ahead, others, y, out_bytes, 4 * quarter, add)
+                elif taken == 3:
+                    _sums_3(element, x, x_step, at, step, size, ahead, others, y, out_bytes, 4 * quarter, add)
+                elif taken == 4:
+                    _sums_4(element, x, x_step, at, step, size, ahead, others, y, out_bytes, 4 * quarter, add)
+                elif taken == 5:
+                    _sums_5(element, x, x_step, at, step, size, ahead, others, y, out_bytes, 4 * quarter, add)
+                else:
+                    _sums_6(element, x, x_step, at, step, size, ahead, others, y, out_bytes, 4 * quarter, add)
+                r += taken
     line = 2 * _LINE if is_rounded else _LINE
     for n in range(first, last):
         # What follows the last whole line of a row; of the last few rows all.
         begin = size // line * line if n < first + _STREAMS * quarter else 0
         if begin < size:
-            w = floats_at(weights + n * row_bytes, element, size)
+            w = floats_at(weights + n * row_bytes + begin * element_bytes(element), element, size - begin)
             for r in range(rows):
-                x_row = inputs[r]
+                x_row = inputs[r, begin:]
                 total = FLOAT(0)
-                for k in range(begin, size):
+                for k in range(x_row.shape[0]):
                     total += x_row[k] * w[k]
                 out[r, column + n] = total + (out[r, column + n] if add or begin > 0 else FLOAT(0))
 

@@ -20,6 +20,8 @@ from transformers import (
     GPTNeoForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     ModernBertDecoderConfig,
     ModernBertDecoderForCausalLM,
     MptConfig,
@@ -103,22 +105,6 @@ def test_compiled_passes_of_16_bits_are_closer_than_the_models_own(family: str, 
     compare_ragged_blocks(runner, tokens, logits, TOLERANCE)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_compiled_rows_do_not_depend_on_those_beside_them(dtype: torch.dtype) -> None:
-    skip_unless_compiled(dtype)
-    runner, tokens = ModelRunner(tiny_model("qwen3").to(dtype)), random_tokens(3, LENGTH)
-    runner.reserve(3, LENGTH)
-    together = runner.forward(tokens, LENGTH)
-    for row in tokens:
-        runner.reserve(1, LENGTH)
-        alone = []
-        for step in range(LENGTH):
-            alone.append(runner.forward(row[None, step : step + 1], LENGTH))
-            runner.lengths.add_(1)
-        index = int((tokens == row).all(dim=1).nonzero())
-        assert torch.equal(torch.cat(alone, 1)[0], together[index])
-
-
 @pytest.fixture
 def several_threads() -> Iterator[int]:
     numba = pytest.importorskip("numba", reason="the extra [cpu] is not installed")
@@ -129,6 +115,36 @@ def several_threads() -> Iterator[int]:
     torch.set_num_threads(threads)
     yield threads
     torch.set_num_threads(before)
+
+
+def with_wide_heads() -> PreTrainedModel:
+    """Heads of several lines, and of 32 numbers more: a line of 16 bits."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=96, intermediate_size=200, num_hidden_layers=2, head_dim=96,
+        num_attention_heads=3, num_key_value_heads=1,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", ["qwen3", "mistral", "wide heads"])
+def test_compiled_rows_do_not_depend_on_those_beside_them(
+    family: str, dtype: torch.dtype, several_threads: int
+) -> None:
+    skip_unless_compiled(dtype)
+    length = 150
+    model = with_wide_heads() if family == "wide heads" else tiny_model(family, context=length)
+    runner, tokens = ModelRunner(model.to(dtype)), random_tokens(2, length)
+    assert runner.is_compiled
+    runner.reserve(2, length)
+    together = runner.forward(tokens, length)
+    for row, expected in zip(tokens, together, strict=True):
+        runner.reserve(1, length)
+        # Of other lengths, and long enough for threads to share a sequence.
+        for start, end in ((0, 130), (130, 131), (131, 132), (132, 137), (137, length)):
+            assert torch.equal(runner.forward(row[None, start:end], length)[0], expected[start:end])
+            runner.lengths.add_(end - start)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
