@@ -332,7 +332,10 @@ class _Buffers(NamedTuple):
 
 @record(TABLE, TABLE, "int64", "float64", TABLE, TABLE, "int64", MATRIX, TABLE, "int64", TABLES, "int64")
 class _Layer(NamedTuple):
-    """What the stages of one layer read: parts of `NetworkArrays`, and where each sequence's rows stand."""
+    """What the stages of one layer read: parts of `NetworkArrays`, and where each sequence's rows stand.
+
+    `pieces` is by how many shares a sequence attends with each of its heads of keys.
+    """
 
     table: Any
     ends: Any

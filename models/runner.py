@@ -36,6 +36,9 @@ _LONGEST_COMPARED, _BEYOND_A_WINDOW = 640, 72
 """Most tokens of a sequence by which an unknown model is compared with itself, and how many of them go beyond
 its window: more than the steps in which caches grow."""
 
+_MOST_ROWS = 512
+"""Rows of a prompt's pass where it is compiled: each thread has inputs of its own, and more gain nothing."""
+
 
 @dataclass
 class _Storage:
@@ -328,9 +331,9 @@ class ModelRunner:
     ) -> None:
         """Fill the cache from int64 `tokens` [batch, P] and set `lengths` to `prompt_lengths`, int64 [batch].
 
-        `tokens` are padded on the right with anything; P may be 0. They run `chunk` positions at a time, and
-        the output head does not run at all. `begins`, int64 [batch], is where each row's tokens stand: what
-        the cache holds before them stays; None for the start.
+        `tokens` are padded on the right with anything; P may be 0. They run `chunk` positions at a time, or
+        fewer where more gain nothing, and the output head does not run at all. `begins`, int64 [batch], is
+        where each row's tokens stand: what the cache holds before them stays; None for the start.
         """
         total = tokens.shape[1]
         first = 0 if begins is None else int(begins.max())
@@ -342,6 +345,8 @@ class ModelRunner:
             self.lengths.zero_()
         else:
             self.lengths.copy_(begins)
+        if self._compiled is not None:
+            chunk = max(1, min(chunk, _MOST_ROWS // tokens.shape[0]))
         for start in range(0, total, chunk):
             part = tokens[:, start : start + chunk]
             if self._compiled is not None:
