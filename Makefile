@@ -40,9 +40,10 @@ demo: $(VENV)/.installed-for-demo
 	$(BIN)/speculative-eft demo
 
 # Numba, linters and types are one process at a time. Triton takes ten minutes and more for every variant and target.
+# MALLOC_PERTURB_ has glibc fill memory that is freed, so that a compiled function that still reads it fails.
 test: setup
 	$(MAKE) --jobs=2 compile lint types COMPILE_OPTIONS=--sparsely
-	$(BIN)/pytest -n $(WORKERS)
+	MALLOC_PERTURB_=128 $(BIN)/pytest -n $(WORKERS)
 
 # Kept in .benchmarks/, by machine; without an earlier run there is nothing to compare with.
 bench: setup
