@@ -222,9 +222,10 @@ def build_decoders(
         "beta": setting.beta,
         "conservative_top_p": setting.conservative_top_p,
     }
-    # As decoders do that are given models.
-    quantised = setting.batch == 1 and models.drafts_faster_quantised(pair=False)
+    quantised = False
     if simulated_acceptance is not None:
+        # As decoders do that are given models.
+        quantised = setting.batch == 1 and models.drafts_faster_quantised(pair=False)
         # Random logits have nothing to remember, and bare runners do not know their sizes.
         costs = StepCosts(sum(sizes[1:-1]) / sizes[0], 0.0)
         bytes_of_others = models.large_base.dtype.itemsize if quantised else 1

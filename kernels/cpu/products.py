@@ -204,37 +204,26 @@ def _sums(rows: int) -> Callable[..., None]:
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         for element in ELEMENTS.values():
             with builder.if_then(builder.icmp_signed("==", arguments[0], _constant(element))):
-                sums_of(builder, _terms(builder, element), *arguments[1:])
+                sums_of(builder, _terms(builder, element), arguments[1:])
         return context.get_dummy_value()
 
-    def sums_of(
-        builder: Any,
-        terms: _Terms,
-        inputs: Any,
-        input_step: Any,
-        weights: Any,
-        weight_step: Any,
-        size: Any,
-        ahead: Any,
-        ahead_of_others: Any,
-        out: Any,
-        out_row: Any,
-        out_step: Any,
-        add: Any,
-    ) -> None:
+    def sums_of(builder: Any, terms: _Terms, arguments: Sequence[Any]) -> None:
+        inputs, input_step, weights, weight_step, size, *aheads, out, out_row, out_step, add = arguments
         rows_at = [builder.add(inputs, builder.mul(_constant(r), input_step)) for r in range(rows)]
         weights_at = [builder.add(weights, builder.mul(_constant(c), weight_step)) for c in range(_STREAMS)]
 
         def step(k: Any, values: list[Any]) -> list[Any]:
             offset = builder.mul(k, _constant(terms.weight_bytes))
             for c, address in enumerate(weights_at):
-                distance = (ahead, ahead_of_others)[c // 2]
-                _prefetched(builder, builder.add(builder.add(address, offset), distance))
+                _prefetched(builder, builder.add(builder.add(address, offset), aheads[c // 2]))
             for part in range(0, terms.line, terms.at_once):
                 at = builder.add(k, _constant(part))
                 of_rows, of_weights = (
-                    [partial(read, builder.add(address, builder.mul(at, _constant(size)))) for address in own]
-                    for own, read, size in (
+                    [
+                        partial(read, builder.add(address, builder.mul(at, _constant(bytes_))))
+                        for address in own
+                    ]
+                    for own, read, bytes_ in (
                         (rows_at, terms.read_inputs, terms.input_bytes),
                         (weights_at, terms.read_weights, terms.weight_bytes),
                     )
