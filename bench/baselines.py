@@ -22,6 +22,7 @@ from speculative_eft.models import (
     EFTModels,
     EFTRunners,
     Runner,
+    StepByStep,
     StepCosts,
     captured_functions,
 )
@@ -240,7 +241,7 @@ def _nothing_to_do() -> None:
     pass
 
 
-class UniformRunner:
+class UniformRunner(StepByStep):
     """A `Runner` without a network: every token is equally likely, and nothing is computed.
 
     Args:
@@ -249,7 +250,6 @@ class UniformRunner:
     """
 
     max_context: int | None = None
-    ends_drafts = False
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self.vocab_size = vocab_size
@@ -282,15 +282,6 @@ class UniformRunner:
     def bind(self, block: Tensor, counts: Tensor, logits: Tensor) -> Callable[[], None]:
         logits.zero_()
         return _nothing_to_do
-
-    def forward_together(self, *_: Any) -> None:
-        return None
-
-    def bind_together(self, *_: Any) -> None:
-        return None
-
-    def bind_draft(self, *_: Any) -> None:
-        return None
 
     def prefill(
         self, tokens: Tensor, prompt_lengths: Tensor, chunk: int = 512, begins: Tensor | None = None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from speculative_eft.models import EFTModels, EFTRunners, Runner, check_device
+from speculative_eft.models import EFTModels, EFTRunners, Runner, StepByStep, check_device
 
 from .shapes import SHAPES, random_model
 
@@ -74,15 +74,15 @@ def forced_runners(runners: EFTRunners, acceptance: float, drafters: Sequence[Ru
     )
 
 
-class _ForcedRunner:
+class _ForcedRunner(StepByStep):
     """A `Runner` that runs another one and returns logits from a table by position.
+
+    Every pass goes through `forward`, where the logits are replaced.
 
     Args:
         runner: what runs.
         peaks: float32 [period or 1, 2], logits of the drafted token and of its replacement.
     """
-
-    ends_drafts = False
 
     def __init__(self, runner: Runner, peaks: Tensor) -> None:
         self._runner = runner
@@ -126,19 +126,6 @@ class _ForcedRunner:
         columns = torch.arange(rows, device=self.device) + self.lengths[:, None] + self._offsets[:batch]
         logits[..., :2] = self._peaks[columns % self._peaks.shape[0]]
         return logits
-
-    def bind(self, *_: object) -> None:
-        return None
-
-    def forward_together(self, *_: object) -> None:
-        return None
-
-    def bind_together(self, *_: object) -> None:
-        return None
-
-    def bind_draft(self, *_: object) -> None:
-        # Drafting goes step by step through `forward`, where the logits are replaced.
-        return None
 
     def prefill(
         self, tokens: Tensor, prompt_lengths: Tensor, chunk: int = 512, begins: Tensor | None = None

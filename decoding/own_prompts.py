@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from speculative_eft.kernels import RoundState
-from speculative_eft.models import EFTRunners, Runner
+from speculative_eft.models import EFTRunners, Runner, StepByStep
 
 from .request import Prompts
 
@@ -17,7 +17,7 @@ __all__ = ["FirstRound", "first_round_of_own_prompts"]
 
 
 @dataclass(frozen=True)
-class _LastTokenOfItsOwn:
+class _LastTokenOfItsOwn(StepByStep):
     """A tuned model's runner for one step on the last token of its own prompt, whatever token it is given."""
 
     runner: Runner
@@ -29,9 +29,6 @@ class _LastTokenOfItsOwn:
 
     def forward(self, tokens: Tensor, span: int) -> Tensor:
         return self.runner.forward(self.token[:, None], span)
-
-    def forward_together(self, *_: object) -> None:
-        return None
 
 
 @dataclass(frozen=True)

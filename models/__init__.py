@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .placement import check_device as check_device
     from .protocol import EFTRunners as EFTRunners
     from .protocol import Runner as Runner
+    from .protocol import StepByStep as StepByStep
     from .protocol import bind_passes as bind_passes
     from .protocol import forward_each as forward_each
     from .protocol import steps_together as steps_together
@@ -40,6 +41,7 @@ _HOMES = {
     "ModelRunner": "runner",
     "Runner": "protocol",
     "SlotCache": "slot_cache",
+    "StepByStep": "protocol",
     "StepCosts": "costs",
     "TrioReport": "eft_models",
     "UnavailableModelsError": "errors",

@@ -114,6 +114,28 @@ class Runner(Protocol):
         """
 
 
+class StepByStep:
+    """What a `Runner` inherits that has `forward` alone: it binds no calls and shares no passes."""
+
+    @property
+    def ends_drafts(self) -> bool:
+        return False
+
+    def forward_together(self, others: Sequence[Runner], tokens: Tensor, span: int) -> list[Tensor] | None:
+        return None
+
+    def bind(self, block: Tensor, counts: Tensor, logits: Tensor) -> Callable[[], None] | None:
+        return None
+
+    def bind_together(
+        self, others: Sequence[Runner], block: Tensor, counts: Tensor, logits: Sequence[Tensor]
+    ) -> Callable[[], None] | None:
+        return None
+
+    def bind_draft(self, draft: DraftLoop, logits: Tensor) -> Callable[[], None] | None:
+        return None
+
+
 def forward_each(runners: Sequence[Runner], tokens: Tensor, span: int) -> list[Tensor]:
     """`Runner.forward` of each, in one pass where they share weights."""
     together = runners[0].forward_together(runners[1:], tokens, span) if len(runners) > 1 else None

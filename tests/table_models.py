@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from speculative_eft.kernels import backend
+from speculative_eft.models import StepByStep
 
 from .device import test_device
 
 
-class TableRunner:
+class TableRunner(StepByStep):
     """A `Runner` whose next-token logits depend on the last two tokens, read through a real cache.
 
     Attributes:
@@ -64,22 +64,10 @@ class TableRunner:
         before = held.gather(1, columns - 1)
         return self.table[before, tokens]
 
-    def forward_together(self, *_: Any) -> None:
-        return None
-
     @property
     def ends_drafts(self) -> bool:
         # Nothing is spared here; the law is what is wanted.
         return backend(self.device) != "triton"
-
-    def bind(self, *_: Any) -> None:
-        return None
-
-    def bind_together(self, *_: Any) -> None:
-        return None
-
-    def bind_draft(self, *_: Any) -> None:
-        return None
 
     def prefill(
         self, tokens: Tensor, prompt_lengths: Tensor, chunk: int = 512, begins: Tensor | None = None
