@@ -15,7 +15,7 @@ from speculative_eft.kernels import RoundState
 from speculative_eft.models import CapturedFunctions, EFTRunners, Runner
 
 from .bound import BoundRound, Room, bind_round
-from .round import PhaseTimer, RoundPlan, TraceBuffers, draft_phase, verify_phase
+from .round import PhaseTimer, RoundPlan, TraceBuffers, draft_phase, speculative_round, verify_phase
 from .sequences import end_rows, narrowed, rearrange, refill
 
 __all__ = ["CapturedBatch", "Report", "RunningBatch"]
@@ -224,9 +224,7 @@ class RunningBatch:
     def _round(self, drafted: int, span: int, timer: PhaseTimer, first: bool) -> Tensor:
         state, plan, trace = self._parts
         if self._captured is None or first:
-            draft = draft_phase(self.runners, state, plan, drafted, span)
-            timer.mark("draft")
-            return verify_phase(self.runners, state, plan, draft, span, timer, trace)
+            return speculative_round(self.runners, state, plan, drafted, span, timer, trace)
         span = rounded_span(span)
         report: Tensor = self._captured.run(
             (self.rows, drafted, span),
