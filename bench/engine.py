@@ -26,6 +26,7 @@ from speculative_eft.decoding.running import rounded_span
 from speculative_eft.kernels import side_by_side, verify
 from speculative_eft.models import EFTModels, EFTRunners, ModelRunner, check_caches
 from speculative_eft.models.demo import held_out_prompts
+from speculative_eft.models.errors import first_line
 from speculative_eft.models.memory import free_bytes
 
 from .baselines import SingleModelDecoder
@@ -175,8 +176,7 @@ def _guarded(script: Script, labels: dict[str, Any], step: Callable[[], None]) -
         except _LeftOut as error:
             reason["left_out"] = str(error)
         except Exception as error:
-            first, *_ = str(error).splitlines() or [""]
-            reason["failed"] = f"{type(error).__name__}: {first}"
+            reason["failed"] = f"{type(error).__name__}: {first_line(error)}"
     if reason:
         script.content["rows"].append({**labels, **reason})
         script.write()

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .errors import IncompatibleModelsError
+from .errors import IncompatibleModelsError, first_line
 from .extras import install_command
 from .sources import Source, adapter_problem
 
@@ -279,9 +279,8 @@ def load_adapters(base: PreTrainedModel, sources: Sequence[Source]) -> list[tupl
             else:
                 model.load_adapter(source.location, adapter_name=name, autocast_adapter_dtype=False)
         except (OSError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
             raise IncompatibleModelsError(
-                f"{source.argument}: {source.name} cannot be loaded ({reason})."
+                f"{source.argument}: {source.name} cannot be loaded ({first_line(error)})."
             ) from error
         filled = {key.removeprefix(_PREFIX).partition(".lora_")[0] for key in adapter_shapes(source)}
         for path, module in base.named_modules():

@@ -37,7 +37,7 @@ from .attention import check_attention
 from .configs import layer_windows, text_config
 from .costs import StepCosts, kept_step_costs, measure_step_costs
 from .describe import ModelDescription, describe_model, vocabulary_rows
-from .errors import IncompatibleModelsError, UnavailableModelsError
+from .errors import IncompatibleModelsError, UnavailableModelsError, first_line
 from .memory import free_bytes, weights_do_not_fit
 from .placement import check_device, home_device, is_dispatched
 from .protocol import EFTRunners, Runner, on_device
@@ -505,10 +505,9 @@ def _describe_unloaded(source: Source, dtype: str | torch.dtype, trust_remote_co
 
 
 def _cannot_load(source: Source, error: Exception) -> IncompatibleModelsError:
-    reason = str(error).strip().splitlines()[0]
     # transformers raises an OSError for files that it does not get, a ValueError for what it cannot run.
     kind = UnavailableModelsError if isinstance(error, OSError) else IncompatibleModelsError
-    return kind(f"{source.argument}: {source.name} cannot be loaded ({reason}).")
+    return kind(f"{source.argument}: {source.name} cannot be loaded ({first_line(error)}).")
 
 
 def _load_tokenizer(sources: Iterable[Source], trust_remote_code: bool) -> PreTrainedTokenizerBase | None:

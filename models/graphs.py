@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .errors import first_line
 from .placement import is_dispatched
 from .protocol import Runner
 from .runner import ModelRunner
@@ -111,8 +112,7 @@ class CapturedFunctions:
             if isinstance(error, torch.OutOfMemoryError):
                 why = f"a graph did not fit in the {free / 2**30:.1f} GiB left"
             else:
-                first, *_ = str(error).splitlines() or [""]
-                why = f"a round could not be captured ({first})"
+                why = f"a round could not be captured ({first_line(error)})"
             _log.warning("%s; such rounds run without one", why)
             # A pool may be left in the middle of a capture, so that none goes on with it.
             self._used, self._pool = self.budget, None

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from .errors import first_line
+
 
 def home_device(model: PreTrainedModel) -> torch.device:
     """The device on which the model takes its tokens: that of its embedding when it runs."""
@@ -26,8 +28,7 @@ def check_device(device: torch.device | str | int) -> None:
         torch.empty(0, device=device)
     # Without CUDA torch fails by an assertion, for a device that is not there by an error of its run.
     except (AssertionError, RuntimeError) as error:
-        first, *_ = str(error).splitlines() or [""]
-        raise ValueError(f"device {str(device)!r} cannot be used: {first}") from error
+        raise ValueError(f"device {str(device)!r} cannot be used: {first_line(error)}") from error
 
 
 def is_dispatched(model: PreTrainedModel) -> bool:

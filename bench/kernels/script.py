@@ -18,6 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 from speculative_eft.kernels import Coefficients, NoiseKey, Sampling, backend, derive_seeds
+from speculative_eft.models.errors import first_line
 
 from ..json_files import write_json
 from .timing import Timing, copy_bandwidth, facts, launch_floor, time_operation
@@ -111,8 +112,7 @@ class Script:
                 row["left_out"] = "does not fit the memory"
             # One broken combination must not hide what all others take.
             except Exception as error:
-                first, *_ = str(error).splitlines() or [""]
-                row["failed"] = f"{type(error).__name__}: {first}"
+                row["failed"] = f"{type(error).__name__}: {first_line(error)}"
         if timing is None:
             if self.on_gpu:
                 torch.cuda.empty_cache()
