@@ -219,7 +219,7 @@ def run_benchmark(
             seed=plan.seed,
             turn_seconds=_TURN_SECONDS if pausing else None,
             device=device,
-            on_run=lambda _: on_run(),
+            on_run=on_run,
             give_way=give_way,
             max_new_tokens=setting.new_tokens,
             top_k=0,

@@ -250,7 +250,7 @@ def compare(
     seed: int = 0,
     turn_seconds: float | None = None,
     device: torch.device | None = None,
-    on_run: Callable[[str], None] | None = None,
+    on_run: Callable[[], None] = lambda: None,
     give_way: Callable[[], None] = lambda: None,
     **generation_kwargs: Any,
 ) -> Comparison:
@@ -265,7 +265,7 @@ def compare(
         turn_seconds: after which a run gives way to the others', which takes greenlet and decoders with
             caches of their own; longer for decoders that take longer than the reference. None for whole runs.
         device: where the decoders run and memory is looked at; the CPU unless given.
-        on_run: called with the decoder's name after its warm-up and its first run of each turn.
+        on_run: called after a decoder's warm-up and its first run of each turn.
         give_way: called where nobody's clock runs, for another process to have its turn.
         **generation_kwargs: options of `generate`.
 
@@ -287,8 +287,8 @@ def compare(
 
     def run(job: _Job, turn: int, done: list[_Run]) -> None:
         done.append(_run(job.decoder, batches[turn], seed + turn, job.watch, generation_kwargs))
-        if on_run is not None and len(done) == 1:
-            on_run(job.name)
+        if len(done) == 1:
+            on_run()
 
     def warm_up(job: _Job) -> None:
         if job.name in latest:

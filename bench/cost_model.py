@@ -29,6 +29,7 @@ __all__ = [
 ]
 
 _LONGEST_DRAFT = 24
+_DTYPE_BYTES = 2
 
 
 def expected_tokens(acceptance: float, drafted: float) -> float:
@@ -109,9 +110,7 @@ class Projection:
     tokens_per_second: float
 
 
-def project(
-    large: str, small: str, devices: int, bandwidth: float, acceptance: float, dtype_bytes: int = 2
-) -> Projection:
+def project(large: str, small: str, devices: int, bandwidth: float, acceptance: float) -> Projection:
     """Project speculative EFT at one sequence to `devices` machines that share the large model.
 
     Steps are taken to be bound by the reading of weights. `acceptance` is what the user has reason to
@@ -120,7 +119,7 @@ def project(
     Raises:
         ValueError: for a name that is not in `SHAPES`.
     """
-    large_bytes, small_bytes = (_parameters(name) * dtype_bytes for name in (large, small))
+    large_bytes, small_bytes = (_DTYPE_BYTES * _parameters(name) for name in (large, small))
     large_seconds = large_bytes / (bandwidth * devices)
     cost_ratio = small_bytes / bandwidth / large_seconds
     drafted = max(
@@ -132,7 +131,7 @@ def project(
         small=small,
         devices=devices,
         bandwidth=bandwidth,
-        dtype_bytes=dtype_bytes,
+        dtype_bytes=_DTYPE_BYTES,
         large_bytes=large_bytes,
         small_bytes=small_bytes,
         acceptance=acceptance,

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from speculative_eft.decoding import DraftWeights, EFTConfig, EFTDecoder, NaiveEFTDecoder
+from speculative_eft.decoding.draft_length import LONGEST_DRAFT
 from speculative_eft.decoding.round import PhaseTimer, commit_phase, draft_phase, score_by_small
 from speculative_eft.decoding.running import rounded_span
 from speculative_eft.kernels import side_by_side, verify
@@ -31,7 +32,7 @@ from speculative_eft.models.memory import free_bytes
 
 from .baselines import SingleModelDecoder
 from .comparison import Spread
-from .kernels.script import Script, run
+from .kernels.script import DTYPE, Script, run
 from .kernels.timing import time_operation
 from .plan import NAIVE
 from .shapes import (
@@ -88,7 +89,6 @@ class Sweep:
     plain_steps: Mapping[int, int]
     turns: int
     demo_tokens: int
-    dtype: torch.dtype = torch.bfloat16
 
 
 _ROUNDS, _PLAIN_STEPS = {1: 24, 4: 12, 16: 12}, {1: 3, 4: 2, 16: 2}
@@ -190,10 +190,10 @@ class _LeftOut(Exception):
 
 
 def _measure_trio(script: Script, sweep: Sweep, shape: TrioShape, batch: int) -> None:
-    needed, free = weight_bytes(shape, sweep.dtype), free_bytes(script.device)
+    needed, free = weight_bytes(shape, DTYPE), free_bytes(script.device)
     if free is not None and needed > free:
         raise _LeftOut(f"its weights of {needed / 2**30:.1f} GiB do not fit the {free / 2**30:.1f} GiB free")
-    models = random_trio(shape, sweep.dtype, script.device)
+    models = random_trio(shape, DTYPE, script.device)
     for context in sweep.contexts:
         labels = {"trio": shape.name, "context": context, "batch": batch}
         _guarded(script, labels, partial(_measure_shape, script, sweep, models, labels))
@@ -311,7 +311,7 @@ def _expected_lengths(decoder: RoundDecoder, acceptances: Sequence[float]) -> li
         return [decoder.longest_draft]
     rule = policy.rule(torch.device("cpu"))
     if not acceptances:
-        return list(range(policy.longest + 1)) if rule.thresholds[0].isfinite() else [0]
+        return list(range(LONGEST_DRAFT + 1)) if rule.thresholds[0].isfinite() else [0]
     running = torch.linspace(min(acceptances) - 0.15, min(max(acceptances) + 0.06, 1.0), 200)
     # Many tests, so that the prior weighs little.
     lengths = rule.draft_lens(1e6 * running, torch.full((200,), 1e6))

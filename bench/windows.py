@@ -7,7 +7,6 @@ of lengths, so the next window begins where the last one did, whichever decoder 
 from __future__ import annotations
 
 import dataclasses
-import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -104,10 +103,6 @@ class Window:
     @property
     def round_seconds(self) -> float:
         return self.seconds / len(self.drafted)
-
-    @property
-    def mean_drafted(self) -> float:
-        return statistics.fmean(self.drafted)
 
 
 @contextmanager

@@ -42,7 +42,7 @@ from .call import (
 )
 from .chat import Chat, PlainChat
 from .config import EFTConfig
-from .draft_length import DraftLengthPolicy
+from .draft_length import LONGEST_DRAFT, DraftLengthPolicy
 from .general import ScoreBuffers, general_round, new_score_buffers
 from .output import CACHE_FIELD, EFTOutput, a_token_each, ordinary, table_of, totals
 from .own_prompts import FirstRound, first_round_of_own_prompts
@@ -496,7 +496,7 @@ class EFTDecoder:
     def _longest_draft_of(self, greedy: bool) -> int:
         first = self._first_draft_len(greedy)
         # Where nothing is drafted nothing is learnt of drafts: what begins with plain steps stays with them.
-        return first if self.policy is None or first == 0 else self.policy.longest
+        return first if self.policy is None or first == 0 else LONGEST_DRAFT
 
     def new_state(
         self,

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from speculative_eft.kernels import DraftLengthRule, EarlyStop, new_early_stop
 
-__all__ = ["DraftLengthPolicy", "tokens_per_round"]
+__all__ = ["LONGEST_DRAFT", "DraftLengthPolicy", "tokens_per_round"]
 
-_LONGEST_DRAFT = 15  # With the last committed token 16 rows, the most that attention's kernel takes.
+LONGEST_DRAFT = 15
+"""The longest draft considered: with the last committed token 16 rows, the most attention's kernel takes."""
 _PRIOR_ACCEPTANCE, _PRIOR_ACCEPTANCE_OF_GREEDY = 0.75, 0.85
 """Greedy drafts are accepted more often than sampled ones: with T5 by .11 to .18, for each of three small
 models and two tasks (Leviathan et al., ICML 2023)."""
@@ -60,13 +61,11 @@ class DraftLengthPolicy:
         cost_ratio: one step of the models that draft over one large step.
         row_cost: what one more drafted token adds beyond that, over one large step.
         is_batched: whether several sequences are decoded together.
-        longest: the longest draft considered.
     """
 
     cost_ratio: float
     row_cost: float = 0.0
     is_batched: bool = False
-    longest: int = _LONGEST_DRAFT
 
     def rule(self, device: torch.device, ends_early: bool = False, greedy: bool = False) -> DraftLengthRule:
         """The choice as thresholds on the running acceptance of sequences, `greedy` or not, on `device`.
@@ -88,7 +87,7 @@ class DraftLengthPolicy:
         """
         return new_early_stop(
             batch,
-            self.longest,
+            LONGEST_DRAFT,
             _least_chances(self).to(device),
             _FADING,
             _PRIOR_TESTED_OF_EARLY_STOPS * _PRIOR_ACCEPTANCE,
@@ -101,7 +100,7 @@ class DraftLengthPolicy:
 
     def _pays(self, acceptance: float) -> bool:
         """Whether some draft gives more than plain steps, at this acceptance."""
-        lens = torch.arange(self.longest + 1)
+        lens = torch.arange(LONGEST_DRAFT + 1)
         costs = self._cost(lens)
         if self.is_batched:
             shared = costs - (lens + 1) * min(self.row_cost, 1.0)
@@ -117,7 +116,7 @@ def _rule(policy: DraftLengthPolicy, device: torch.device, ends_early: bool, gre
     prior_acceptance = _PRIOR_ACCEPTANCE_OF_GREEDY if greedy else _PRIOR_ACCEPTANCE
     thresholds = _thresholds(policy, prior_acceptance)
     if ends_early:
-        thresholds = thresholds[:1].expand(policy.longest).contiguous()
+        thresholds = thresholds[:1].expand(LONGEST_DRAFT).contiguous()
     return DraftLengthRule(
         thresholds=thresholds.to(device),
         fading=fading,
@@ -136,20 +135,20 @@ def _first(policy: DraftLengthPolicy, ends_early: bool, greedy: bool) -> int:
 def _least_chances(policy: DraftLengthPolicy) -> Tensor:
     """By running acceptance, the chance below which no further token is worth its cost: float32 [points]."""
     acceptance = torch.linspace(0, 1, _POINTS, dtype=torch.float64).clamp(0.01, _HIGHEST_ACCEPTANCE)
-    lens = torch.arange(policy.longest + 1)
+    lens = torch.arange(LONGEST_DRAFT + 1)
     rate = (tokens_per_round(acceptance[:, None], lens) / policy._cost(lens)).amax(dim=1)
     return (rate * (policy.cost_ratio + policy.row_cost) / acceptance).to(torch.float32)
 
 
 @cache
 def _thresholds(policy: DraftLengthPolicy, prior_acceptance: float) -> Tensor:
-    """The least acceptance at which each length from 1 on is the best: float32 [longest].
+    """The least acceptance at which each length from 1 on is the best: float32 [LONGEST_DRAFT].
 
     Infinite where drafts do not pay at the prior acceptance: where nothing is drafted nothing is learnt.
     """
-    lens = torch.arange(policy.longest + 1)
+    lens = torch.arange(LONGEST_DRAFT + 1)
     if not policy._pays(prior_acceptance):
-        return torch.full((policy.longest,), torch.inf)
+        return torch.full((LONGEST_DRAFT,), torch.inf)
     acceptance = torch.linspace(0, _HIGHEST_ACCEPTANCE, 10_000, dtype=torch.float64)
     best = (tokens_per_round(acceptance[:, None], lens) / policy._cost(lens)).argmax(dim=1)
     first = torch.searchsorted(best, lens[1:])

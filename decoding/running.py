@@ -148,9 +148,10 @@ class RunningBatch:
         self._sent: deque[_Sent] = deque()
         self._bound: dict[int, BoundRound | None] = {}
         self._room = Room(state.tested_at.shape[0])
-        self._use_rows()
         if self.rows:
             self._narrow()
+        else:
+            self._use_rows()
 
     def _use_rows(self) -> None:
         for runner in self._runners():

@@ -400,25 +400,8 @@ class TrioReport:
     checked: bool = True
     """Whether all models could be looked at; if not, the problem is why."""
 
-    @property
-    def compatible(self) -> bool:
-        """Whether no problem was found."""
-        return not self.problems
 
-    @property
-    def weight_bytes(self) -> int:
-        """Memory of all weights."""
-        return sum(model.bytes for model in self.models)
-
-    @property
-    def cache_bytes_per_token(self) -> int:
-        """Memory of the keys and values of one token of one sequence in all models."""
-        return sum(model.cache_bytes_per_token for model in self.models)
-
-
-def inspect_trio(
-    large_base: Name, small_tuned: Name | Sequence[Name], small_base: Name, trust_remote_code: bool = False
-) -> TrioReport:
+def inspect_trio(large_base: Name, small_tuned: Name | Sequence[Name], small_base: Name) -> TrioReport:
     """Tell from configurations and tokenizers alone whether models would work together and what they need.
 
     Never raises for models that do not fit: the report says what is wrong. It lists the first obstacle
@@ -428,7 +411,7 @@ def inspect_trio(
         sources = find_sources(large_base, small_tuned, small_base)
         models = []
         for source in sources:
-            model = _without_weights(source.base or source, trust_remote_code)
+            model = _without_weights(source.base or source)
             _check_model(source.argument, model)
             models.append(model)
         sizes = {source.argument: adapter_shapes(source) for source in sources if source.is_adapter}
@@ -463,7 +446,7 @@ def _row_differences(rows: Sequence[ModelDescription]) -> list[str]:
     return found
 
 
-def _without_weights(source: Source, trust_remote_code: bool) -> PreTrainedModel:
+def _without_weights(source: Source, trust_remote_code: bool = False) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(source.location, trust_remote_code=trust_remote_code)
         with torch.device("meta"):

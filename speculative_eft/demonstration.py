@@ -136,7 +136,7 @@ def _measure(
                 [PromptBatch(ids) for ids in inputs] * repeats,
                 reference=NAIVE,
                 seed=seed,
-                on_run=lambda _: progress.advance(task),
+                on_run=lambda: progress.advance(task),
                 **options,
                 **sampling_options(temperature),
             )
