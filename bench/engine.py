@@ -27,12 +27,11 @@ from speculative_eft.decoding.running import rounded_span
 from speculative_eft.kernels import side_by_side, verify
 from speculative_eft.models import EFTModels, EFTRunners, ModelRunner, check_caches
 from speculative_eft.models.demo import held_out_prompts
-from speculative_eft.models.errors import first_line
 from speculative_eft.models.memory import free_bytes
 
 from .baselines import SingleModelDecoder
 from .comparison import Spread
-from .kernels.script import DTYPE, Script, run
+from .kernels.script import DTYPE, LeftOut, Script, run
 from .kernels.timing import time_operation
 from .plan import NAIVE
 from .shapes import (
@@ -164,19 +163,8 @@ def measure(script: Script) -> None:
 
 
 def _guarded(script: Script, labels: dict[str, Any], step: Callable[[], None]) -> None:
-    """Run a step; what does not fit or fails is a row that says so, and must not hide the others."""
-    reason: dict[str, str] = {}
-    if monotonic() > script.deadline:
-        reason["left_out"] = "no time left"
-    else:
-        try:
-            step()
-        except torch.OutOfMemoryError:
-            reason["left_out"] = "does not fit the memory"
-        except _LeftOut as error:
-            reason["left_out"] = str(error)
-        except Exception as error:
-            reason["failed"] = f"{type(error).__name__}: {first_line(error)}"
+    """Run a step; what is left out or fails is a row that says so."""
+    reason = script.attempt(step)
     if reason:
         script.content["rows"].append({**labels, **reason})
         script.write()
@@ -185,14 +173,10 @@ def _guarded(script: Script, labels: dict[str, Any], step: Callable[[], None]) -
         torch.cuda.empty_cache()
 
 
-class _LeftOut(Exception):
-    """Says why something is not measured."""
-
-
 def _measure_trio(script: Script, sweep: Sweep, shape: TrioShape, batch: int) -> None:
     needed, free = weight_bytes(shape, DTYPE), free_bytes(script.device)
     if free is not None and needed > free:
-        raise _LeftOut(f"its weights of {needed / 2**30:.1f} GiB do not fit the {free / 2**30:.1f} GiB free")
+        raise LeftOut(f"its weights of {needed / 2**30:.1f} GiB do not fit the {free / 2**30:.1f} GiB free")
     models = random_trio(shape, DTYPE, script.device)
     for context in sweep.contexts:
         labels = {"trio": shape.name, "context": context, "batch": batch}
@@ -341,7 +325,7 @@ def _fill_with_noise(runners: EFTRunners, batch: int, length: int) -> None:
     try:
         check_caches(every, batch, [length] * len(every), 0, 0, "batch and context")
     except ValueError as error:
-        raise _LeftOut(str(error)) from error
+        raise LeftOut(str(error)) from error
     for runner in every:
         assert isinstance(runner, ModelRunner)
         fill_with_noise(runner, batch, length)
@@ -581,11 +565,7 @@ def show(script: Script) -> None:
             cells[3] = " ".join([cells[3], row.get("left_out") or row["failed"]]).strip()
         table.add_row(*cells)
     console.print(table)
-    for bar in script.content["bars"]:
-        measured = "not measured" if bar["measured"] is None else f"{bar['measured']:.2f}"
-        console.print(f"{'met   ' if bar['met'] else 'MISSED'} {bar['bar']}: {measured}", markup=False)
-    for note in script.content["notes"]:
-        console.print(note, markup=False)
+    script.show_bars(console)
 
 
 def main() -> None:

@@ -15,15 +15,12 @@ from typing import Annotated, Any
 import typer
 
 from ..markdown import markdown_table, with_part
+from .script import FIGURES
 
 __all__ = ["COMPILED", "compiled_markdown", "measured_markdown", "results_in", "with_tables"]
 
 COMPILED = "kernels-compiled.json"
 _DTYPES = {"bf16", "fp16", "fp32"}
-_FIGURES = {
-    "implementation", "microseconds", "lower_quartile", "upper_quartile", "bytes_moved", "share_of_copy",
-    "gigabytes_per_second", "replays", "cold", "method", "left_out", "failed",
-}  # fmt: skip
 
 
 def _kernel(report: dict[str, Any]) -> str:
@@ -61,7 +58,7 @@ def _measured_rows(name: str, result: dict[str, Any]) -> list[list[str]]:
     """Our times at batch 1 and 64 and, where there is a choice, vocabulary 128,256, against the floor."""
 
     def labels(row: dict[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in row.items() if key not in _FIGURES}
+        return {key: value for key, value in row.items() if key not in {"implementation", *FIGURES}}
 
     timed = [row for row in result["rows"] if "microseconds" in row]
     rows = []

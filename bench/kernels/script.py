@@ -25,7 +25,10 @@ from .timing import Timing, copy_bandwidth, facts, launch_floor, time_operation
 
 __all__ = [
     "BATCHES",
+    "DTYPE",
+    "FIGURES",
     "VOCABULARIES",
+    "LeftOut",
     "Script",
     "coefficients",
     "count_compilations",
@@ -37,6 +40,15 @@ __all__ = [
 
 DTYPE = torch.bfloat16
 BATCHES, VOCABULARIES = (1, 4, 16, 64, 256), (32_000, 128_256, 151_936)
+FIGURES = {
+    "microseconds", "lower_quartile", "upper_quartile", "bytes_moved", "share_of_copy",
+    "gigabytes_per_second", "replays", "cold", "method", "left_out", "failed",
+}  # fmt: skip
+"""What a row says of its measurement; all else tells it from others."""
+
+
+class LeftOut(Exception):
+    """Says why something is not measured."""
 
 
 @dataclass
@@ -80,6 +92,23 @@ class Script:
         """Say something of the whole run."""
         self.content["notes"].append(text)
 
+    def attempt(self, step: Callable[[], None]) -> dict[str, str]:
+        """Run a step, if there is time left; for its row why it was "left_out" or "failed", else nothing.
+
+        One broken combination must not hide what all others take.
+        """
+        if monotonic() > self.deadline:
+            return {"left_out": "no time left"}
+        try:
+            step()
+        except torch.OutOfMemoryError:
+            return {"left_out": "does not fit the memory"}
+        except LeftOut as error:
+            return {"left_out": str(error)}
+        except Exception as error:
+            return {"failed": f"{type(error).__name__}: {first_line(error)}"}
+        return {}
+
     def measure(
         self,
         implementation: str,
@@ -102,22 +131,14 @@ class Script:
         """
         row: dict[str, Any] = {"implementation": implementation, **labels}
         self.content["rows"].append(row)
-        timing: Timing | None = None
-        if monotonic() > self.deadline:
-            row["left_out"] = "no time left"
-        else:
-            try:
-                timing = time_operation(operation, self.device, cold=cold)
-            except torch.OutOfMemoryError:
-                row["left_out"] = "does not fit the memory"
-            # One broken combination must not hide what all others take.
-            except Exception as error:
-                row["failed"] = f"{type(error).__name__}: {first_line(error)}"
-        if timing is None:
+        timings: list[Timing] = []
+        row |= self.attempt(lambda: timings.append(time_operation(operation, self.device, cold=cold)))
+        if not timings:
             if self.on_gpu:
                 torch.cuda.empty_cache()
             self.write()
             return None
+        (timing,) = timings
         spread = timing.microseconds
         row["microseconds"] = spread.median
         row["lower_quartile"], row["upper_quartile"] = spread.lower_quartile, spread.upper_quartile
@@ -140,11 +161,7 @@ class Script:
     def show(self) -> None:
         """Print the rows, each kind of label a column, and the bars."""
         console = Console(width=None if sys.stdout.isatty() else 150)
-        figures = {
-            "microseconds", "lower_quartile", "upper_quartile", "bytes_moved", "share_of_copy",
-            "gigabytes_per_second", "replays", "cold", "method", "left_out", "failed",
-        }  # fmt: skip
-        labels = list(dict.fromkeys(key for row in self.content["rows"] for key in row if key not in figures))
+        labels = list(dict.fromkeys(key for row in self.content["rows"] for key in row if key not in FIGURES))
         table = Table(*labels)
         for title in ("microseconds", "quartiles", "of copy"):
             table.add_column(title, justify="right")
@@ -161,11 +178,15 @@ class Script:
                 cells += ["-", row.get("left_out") or row["failed"], ""]
             table.add_row(*cells)
         console.print(table)
+        self.show_bars(console)
+
+    def show_bars(self, console: Console) -> None:
+        """Print the bars, and the notes."""
         for bar in self.content["bars"]:
             measured = "not measured" if bar["measured"] is None else f"{bar['measured']:.2f}"
-            console.print(f"{'met   ' if bar['met'] else 'MISSED'} {bar['bar']}: {measured}")
+            console.print(f"{'met   ' if bar['met'] else 'MISSED'} {bar['bar']}: {measured}", markup=False)
         for note in self.content["notes"]:
-            console.print(note)
+            console.print(note, markup=False)
 
 
 def run(

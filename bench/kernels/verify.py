@@ -213,7 +213,7 @@ def _ratio(of: float | None, to: float | None) -> float | None:
 
 
 def add_bars(script: Script, single: Medians, many: Medians | None, of_many: Inputs | None) -> None:
-    """The issue's bars, from medians at 8 drafted tokens and a vocabulary of 128,256.
+    """Bars, from medians at 8 drafted tokens and a vocabulary of 128,256.
 
     Args:
         single: of batch 1; many: of batch 64, whose inputs are `of_many`. None where not reached.
