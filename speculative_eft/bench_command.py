@@ -20,7 +20,10 @@ from .command_options import (
     OUTPUT,
     SAMPLING,
     Acceptance,
-    Dtype,
+    LargeBase,
+    ModelDtype,
+    SmallBase,
+    SmallTuned,
     between,
     check_writable,
     choice,
@@ -29,8 +32,6 @@ from .command_options import (
     finite_numbers,
     in_a_folder,
     load_models,
-    model_name,
-    model_names,
     option,
     seed_value,
     tokenizer_of,
@@ -97,19 +98,10 @@ _QUICK: dict[str, tuple[Any, ...]] = {
 @bench_app.callback()
 def bench(
     invocation: typer.Context,
-    large: Annotated[
-        str | None, option("Large base, by folder or Hub name.", "MODEL", MODELS, callback=model_name)
-    ] = None,
-    tuned: Annotated[
-        list[str] | None, option("Small tuned model; may be repeated.", "MODEL", MODELS, callback=model_names)
-    ] = None,
-    base: Annotated[
-        str | None,
-        option(
-            "Small base. Without any of the three: the bundled trio.", "MODEL", MODELS, callback=model_name
-        ),
-    ] = None,
-    dtype: Annotated[Dtype, choice(Dtype, "auto: as saved; float32 for the bundled trio.", MODELS)] = "auto",
+    large: LargeBase = None,
+    tuned: SmallTuned = None,
+    base: SmallBase = None,
+    dtype: ModelDtype = "auto",
     device: Annotated[str | None, option("cpu, cuda, cuda:1...", "TEXT", MODELS)] = None,
     prompts: Annotated[
         Path | None,

@@ -32,8 +32,11 @@ from .command_options import (
     Draft,
     DraftTokens,
     DraftWeights,
-    Dtype,
+    LargeBase,
     MaxNewTokens,
+    ModelDtype,
+    SmallBase,
+    SmallTuned,
     Temperature,
     between,
     choice,
@@ -161,25 +164,10 @@ def generate(
         Path | None,
         option("Read the prompt from a file.", "FILE", exists=True, dir_okay=False, readable=True),
     ] = None,
-    large: Annotated[
-        str | None, option("Large base, by folder or Hub name.", "MODEL", MODELS, callback=model_name)
-    ] = None,
-    tuned: Annotated[
-        list[str] | None,
-        option(
-            "Small tuned model, or LoRA adapter of the base; may be repeated.",
-            "MODEL",
-            MODELS,
-            callback=model_names,
-        ),
-    ] = None,
-    base: Annotated[
-        str | None,
-        option(
-            "Small base. Without any of the three: the bundled trio.", "MODEL", MODELS, callback=model_name
-        ),
-    ] = None,
-    dtype: Annotated[Dtype, choice(Dtype, "auto: as saved; float32 for the bundled trio.", MODELS)] = "auto",
+    large: LargeBase = None,
+    tuned: SmallTuned = None,
+    base: SmallBase = None,
+    dtype: ModelDtype = "auto",
     device_map: Annotated[
         str | None, option("Where they go, as in transformers: cpu, cuda, auto...", "TEXT", MODELS)
     ] = None,

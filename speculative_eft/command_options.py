@@ -28,8 +28,11 @@ __all__ = [
     "Draft",
     "DraftTokens",
     "DraftWeights",
-    "Dtype",
+    "LargeBase",
     "MaxNewTokens",
+    "ModelDtype",
+    "SmallBase",
+    "SmallTuned",
     "Temperature",
     "between",
     "check_writable",
@@ -162,6 +165,23 @@ def choice(choices: Any, help_text: str, panel: str) -> Any:
     return option(help_text, "|".join(get_args(choices)), panel, parser=one_of(*get_args(choices)))
 
 
+LargeBase = Annotated[
+    str | None, option("Large base, by folder or Hub name.", "MODEL", MODELS, callback=model_name)
+]
+SmallTuned = Annotated[
+    list[str] | None,
+    option(
+        "Small tuned model, or LoRA adapter of the base; may be repeated.",
+        "MODEL",
+        MODELS,
+        callback=model_names,
+    ),
+]
+SmallBase = Annotated[
+    str | None,
+    option("Small base. Without any of the three: the bundled trio.", "MODEL", MODELS, callback=model_name),
+]
+ModelDtype = Annotated[Dtype, choice(Dtype, "auto: as saved; float32 for the bundled trio.", MODELS)]
 MaxNewTokens = Annotated[int, option("Most tokens to generate.", "N", SAMPLING, min=1)]
 Temperature = Annotated[float, option("0 is greedy.", "X", SAMPLING, callback=between(0, math.inf))]
 DraftTokens = Annotated[Any, option("Tokens drafted a round.", "K|auto", DRAFTING, parser=draft_tokens_value)]
