@@ -208,31 +208,26 @@ def roofline_share(report: Report, row: Measurement) -> float | None:
     Each pass of a model is taken to read its weights once. None on a CPU, and for decoders whose passes are
     not known.
     """
-    if report.bandwidth is None or row.name not in _passes(row):
+    passes = _passes(row)
+    if report.bandwidth is None or passes is None:
         return None
     sizes = {model["role"].partition("[")[0]: 0 for model in report.models}
     for model in report.models:
         sizes[model["role"].partition("[")[0]] += model["bytes"]
-    passes = _passes(row)[row.name]
     read = sum(count * sizes[role] for role, count in passes.items())
     return 1000 * read / report.bandwidth / sum(row.milliseconds_per_round.values())
 
 
-def _passes(row: Measurement) -> dict[str, dict[str, float]]:
-    """Passes of each model a round, by decoder."""
+def _passes(row: Measurement) -> dict[str, float] | None:
+    """A decoder's passes of each model a round; None where they are not known."""
     steps = row.drafted_per_round + 1
-    all_three = {"large_base": 1.0, "small_tuned": 1.0, "small_base": 1.0}
-    known = {
-        NAIVE: all_three,
-        LOOP: all_three,
-        LARGE: {"large_base": 1.0},
-        TUNED: {"small_tuned": 1.0},
-    }
     if row.name.startswith(SPECULATION):
-        known[row.name] = {"large_base": 1.0, "small_base": steps}
-    elif row.name.startswith("EFT"):
-        known[row.name] = {"large_base": 1.0, "small_tuned": steps, "small_base": 1.0}
-    return known
+        return {"large_base": 1.0, "small_base": steps}
+    if row.name.startswith("EFT"):
+        return {"large_base": 1.0, "small_tuned": steps, "small_base": 1.0}
+    all_three = {"large_base": 1.0, "small_tuned": 1.0, "small_base": 1.0}
+    others = {NAIVE: all_three, LOOP: all_three, LARGE: {"large_base": 1.0}, TUNED: {"small_tuned": 1.0}}
+    return others.get(row.name)
 
 
 def derived(report: Report) -> dict[str, Any]:

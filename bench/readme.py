@@ -15,6 +15,7 @@ from . import compiled_bodies, round_time
 from .analysis import losses, noise_sentence
 from .benchmark import Report
 from .comparison import Spread
+from .cost_model import expected_tokens
 from .engine import ALONE, PLAIN
 from .markdown import markdown_table, with_part
 from .plan import AGAIN, NAIVE, TUNED
@@ -250,7 +251,7 @@ def _best(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _tokens_by_chance(row: dict[str, Any]) -> float:
     """Tokens a round that its chance of acceptance promises; a window's draws give some more or fewer."""
-    return float((1 - row["acceptance"] ** (row["mean_drafted"] + 1)) / (1 - row["acceptance"]))
+    return expected_tokens(row["acceptance"], row["mean_drafted"])
 
 
 def _tokens_by_chance_a_millisecond(row: dict[str, Any]) -> float:

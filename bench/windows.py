@@ -33,6 +33,7 @@ from speculative_eft.kernels import (
     verify,
 )
 from speculative_eft.models import EFTModels, EFTRunners
+from speculative_eft.models.describe import head_dim
 
 from .baselines import SingleModelDecoder, SingleModelRounds, TransformersLoop
 from .kernels.script import filtered
@@ -253,10 +254,9 @@ class PlainLoop(TransformersLoop):
         for model, _ in self.networks:
             config = model.config
             heads = config.num_key_value_heads
-            dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
             cache = DynamicCache(config=config)
             for layer in range(config.num_hidden_layers):
-                shape = (batch, heads, context, dim)
+                shape = (batch, heads, context, head_dim(config))
                 keys, values = (
                     torch.empty(shape, dtype=model.dtype, device=model.device).normal_() for _ in range(2)
                 )

@@ -17,6 +17,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from speculative_eft.kernels import HEAD_DIMS, LARGEST_HEAD_DIM, MOST_ROWS, attention, backend
 
 from .configs import TESTED_FAMILIES, text_config
+from .describe import head_dim
 from .extras import install_command
 
 Attention: TypeAlias = Literal["sdpa", "triton", "flash_attn"]
@@ -50,7 +51,7 @@ def choose_attention(asked: str, model: PreTrainedModel) -> Attention:
     """
     check_attention(asked)
     if asked == "auto":
-        fits = model.device.type == "cuda" and _head_dim(model) in HEAD_DIMS
+        fits = model.device.type == "cuda" and head_dim(text_config(model.config)) in HEAD_DIMS
         return "triton" if fits and not _obstacle("triton", model) else "sdpa"
     chosen = cast(Attention, asked)
     if problem := _obstacle(chosen, model):
@@ -58,16 +59,12 @@ def choose_attention(asked: str, model: PreTrainedModel) -> Attention:
     return chosen
 
 
-def _head_dim(model: PreTrainedModel) -> int:
-    config = text_config(model.config)
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
 def _obstacle(chosen: Attention, model: PreTrainedModel) -> str | None:
     """Why `model` cannot be run with `chosen`, if it cannot."""
     if chosen == "sdpa":
         return None
-    config, dim = text_config(model.config), _head_dim(model)
+    config = text_config(model.config)
+    dim = head_dim(config)
     if config.model_type not in TESTED_FAMILIES:
         return f"it is not tested with {config.model_type} models"
     if not model._supports_attention_backend and not getattr(config, "alibi", False):

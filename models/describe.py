@@ -72,5 +72,9 @@ def cache_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
     kv_heads = declared(config, "num_key_value_heads") or heads
     if config.model_type == "falcon":  # grouped heads are written out one by one there
         kv_heads = 1 if config.multi_query and not config.new_decoder_architecture else heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return int(2 * config.num_hidden_layers * kv_heads * dim * dtype.itemsize)
+    return int(2 * config.num_hidden_layers * kv_heads * head_dim(config) * dtype.itemsize)
+
+
+def head_dim(config: PreTrainedConfig) -> int:
+    """Numbers of one attention head's key."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
