@@ -136,7 +136,6 @@ def new_report(
 ) -> Report:
     """A report of this machine without results."""
     device = models.runners().large.device
-    described = [{**asdict(row), "name": Path(row.name).name} for row in models.describe()]
     return Report(
         command=command,
         commit=source_commit(),
@@ -144,7 +143,7 @@ def new_report(
         simulated_acceptance=simulated_acceptance,
         plan=plan,
         environment=environment(),
-        models=described,
+        models=[row.to_dict() for row in models.describe()],
         prompts=prompts,
         bandwidth=copy_bandwidth(device) if device.type == "cuda" else None,
     )

@@ -45,6 +45,19 @@ class Environment:
     transformers: str
     backend: str
 
+    @property
+    def processor(self) -> str:
+        """The CPU, and how much of it is used."""
+        return f"{self.cpu}, {self.threads} of {self.cores} cores"
+
+    @property
+    def software(self) -> str:
+        """The versions, and what the kernels are."""
+        return (
+            f"torch {self.torch}, transformers {self.transformers}, Python {self.python}, "
+            f"kernels by {self.backend}"
+        )
+
 
 def environment() -> Environment:
     """The machine and the versions at hand."""

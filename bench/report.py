@@ -76,11 +76,8 @@ def machine_line(report: Report) -> str:
 
 def environment_line(machine: Environment, dtypes: str, commit: str | None) -> str:
     """`machine_line` of its parts."""
-    where = ", ".join(machine.accelerators) or f"{machine.cpu}, {machine.threads} of {machine.cores} cores"
-    return (
-        f"{where}; {dtypes}; torch {machine.torch}, transformers {machine.transformers}, Python "
-        f"{machine.python}, kernels by {machine.backend}; commit {commit or 'not known'}"
-    )
+    where = ", ".join(machine.accelerators) or machine.processor
+    return f"{where}; {dtypes}; {machine.software}; commit {commit or 'not known'}"
 
 
 def spread_text(spread: Spread, digits: int = 2) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +35,10 @@ class ModelDescription:
     chat_template: bool
     cache_bytes_per_token: int
     """Keys and values of one token of one sequence."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row for JSON, with a folder's own name without those above it."""
+        return {**asdict(self), "name": Path(self.name).name}
 
 
 def describe_model(

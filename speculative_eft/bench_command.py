@@ -368,12 +368,6 @@ def _measure(
     from .bench.against import other_version
     from .bench.benchmark import run_benchmark, total_runs
 
-    def announce(label: str) -> None:
-        progress.update(task, description=label)
-        if not err.is_terminal:
-            # A log has no bar, but it can tell how far the run is.
-            err.print(f"Measuring {label}", markup=False, soft_wrap=True)
-
     with ExitStack() as stack:
         if against is not None:
             arguments = [*sys.argv[1:], "--output", str(_with_suffix(output, "-against")), "--no-html"]
@@ -384,7 +378,7 @@ def _measure(
             models,
             ids,
             report,
-            on_setting=lambda setting: announce(setting.label),
+            on_setting=lambda setting: tables.announce(progress, task, f"Measuring {setting.label}"),
             on_run=lambda: progress.advance(task),
             on_result=lambda: report.save(_with_suffix(output, ".json")),
             give_way=(lambda: None) if line is None else line.give_way,

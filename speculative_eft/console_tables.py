@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from speculative_eft.models import ModelDescription
 
 __all__ = [
+    "announce",
     "changes_table",
     "comparison_table",
     "count_text",
@@ -235,3 +236,11 @@ def progress_bar(console: Console) -> Progress:
     """What is measured, how far it is and how long it will take; nothing where there is no terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def announce(progress: Progress, task: TaskID, what: str, details: str = "") -> None:
+    """Put `what` beside the bar; where there is none, print it with its details on a line."""
+    progress.update(task, description=what)
+    if not progress.console.is_terminal:
+        # A log has no bar, but it can tell how far the run is.
+        progress.console.print(what + details, markup=False, soft_wrap=True)

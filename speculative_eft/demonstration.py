@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -92,10 +91,7 @@ def show_demo(
         out.print(tables.comparison_table(comparison, title))
         out.print(tables.phases_table(comparison))
     machine = environment()
-    out.print(
-        f"{machine.cpu}, {machine.threads} of {machine.cores} cores; torch {machine.torch}, "
-        f"transformers {machine.transformers}, Python {machine.python}, kernels by {machine.backend}."
-    )
+    out.print(f"{machine.processor}; {machine.software}.")
     if machine.backend == "torch" and not machine.accelerators:
         # The command has brackets, which are no markup.
         out.print(
@@ -106,7 +102,7 @@ def show_demo(
     out.print(tables.verdict(comparisons, chosen, NAIVE, LARGE), style="bold", soft_wrap=True)
     return {
         "environment": asdict(machine),
-        "models": [{**asdict(row), "name": Path(row.name).name} for row in models.describe()],
+        "models": [row.to_dict() for row in models.describe()],
         "continuations": continuations,
         "comparisons": {label: comparison.to_dict() for label, comparison in comparisons.items()},
     }
@@ -127,10 +123,7 @@ def _measure(
         task = progress.add_task("Measuring", total=runs)
         for temperature, decoders in turns.items():
             label = f"T={temperature:g}"
-            progress.update(task, description=f"Measuring at {label}")
-            if not err.is_terminal:
-                # A log has no bar, but it can tell how far the run is.
-                err.print(f"Measuring at {label}: {', '.join(decoders)}", markup=False, soft_wrap=True)
+            tables.announce(progress, task, f"Measuring at {label}", f": {', '.join(decoders)}")
             comparisons[label] = compare(
                 decoders,
                 [PromptBatch(ids) for ids in inputs] * repeats,
