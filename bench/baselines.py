@@ -13,10 +13,11 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from speculative_eft.decoding import EFTConfig, EFTDecoder, EFTOutput, EFTStats, Streamer, TokenCallback
 from speculative_eft.decoding.bound import BoundRound, Room, bind_pass, can_bind
-from speculative_eft.decoding.call import begin_stream, check_streamer, end_stream, stream
-from speculative_eft.decoding.request import read_options, read_prompts, read_seeds
+from speculative_eft.decoding.options import read_options
+from speculative_eft.decoding.prompts import read_prompts, read_seeds
 from speculative_eft.decoding.round import PhaseTimer, RoundPlan, new_round_state
 from speculative_eft.decoding.running import CapturedBatch, RunningBatch, rounded_span
+from speculative_eft.decoding.streaming import begin_stream, check_streamer, end_stream, stream
 from speculative_eft.kernels import Coefficients, RoundState, Sampling, Stream, commit, draft_step
 from speculative_eft.models import (
     EFTModels,

@@ -1,10 +1,10 @@
-"""One call of `generate`, read and checked whole before any model runs."""
+"""One call of `generate`: its arguments as given, and what they say, checked whole before any model runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,29 +13,14 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, St
 from speculative_eft.models import EFTModels
 
 from .chat import Chat, PlainChat, chat_prompts, plain_chat
+from .options import GenerationOptions, read_options
 from .past import EFTPast
 from .processors import PrefixFunction, Processing, build_processing
-from .request import GenerationOptions, Prompts, read_options, read_prompts, read_seeds
+from .prompts import Prompts, read_prompts, read_seeds
 from .stopping import build_criteria
+from .streaming import Streamer, TokenCallback, check_streamer
 
-__all__ = [
-    "Arguments", "Call", "Streamer", "TokenCallback", "begin_stream", "check_streamer", "end_stream",
-    "read_call", "stream",
-]  # fmt: skip
-
-
-class Streamer(Protocol):
-    """What receives tokens as they are committed; transformers' streamers fit."""
-
-    def put(self, value: Tensor) -> None:
-        """Take the prompt, int64 [1, width], and then each round's tokens, int64 [count]."""
-
-    def end(self) -> None:
-        """The output is complete."""
-
-
-TokenCallback: TypeAlias = Callable[[int, Tensor], None]
-"""Takes the index of a sequence and its new tokens, int64 [count] on the CPU, after each round."""
+__all__ = ["Arguments", "Call", "read_call"]
 
 
 @dataclass(frozen=True)
@@ -191,41 +176,3 @@ def _checked_width(input_ids: Tensor, mask: Tensor | None, vocab_size: int) -> i
 
 def _repeated(tensor: Tensor | None, copies: int) -> Tensor | None:
     return tensor if tensor is None or copies == 1 else tensor.repeat_interleave(copies, dim=0)
-
-
-def check_streamer(streamer: Any, batch: int) -> None:
-    """Raise ValueError for what cannot take the tokens of `batch` sequences."""
-    if streamer is None or (callable(streamer) and not hasattr(streamer, "put")):
-        return
-    if not hasattr(streamer, "put") or not hasattr(streamer, "end"):
-        raise ValueError("streamer must have put and end, or be a function of a sequence's index and tokens")
-    if batch > 1:
-        raise ValueError(
-            f"streamer takes one sequence, got a batch of {batch}; give a function of a sequence's index and "
-            "tokens instead"
-        )
-
-
-def begin_stream(streamer: Streamer | TokenCallback | None, input_ids: Tensor) -> None:
-    """Hand out the prompt, to who takes it."""
-    if streamer is not None and hasattr(streamer, "put"):
-        streamer.put(input_ids.cpu())
-
-
-def stream(streamer: Streamer | TokenCallback | None, reports: Iterable[tuple[int, Sequence[int]]]) -> None:
-    """Hand out what a round gave, by a sequence's index: a count, its next draft length, and its tokens."""
-    if streamer is None:
-        return
-    for index, (count, _, *tokens) in reports:
-        if not count:
-            continue
-        if hasattr(streamer, "put"):
-            streamer.put(torch.tensor(tokens[:count]))
-        else:
-            streamer(index, torch.tensor(tokens[:count]))
-
-
-def end_stream(streamer: Streamer | TokenCallback | None) -> None:
-    """Say that the output is complete, to who wants to know."""
-    if streamer is not None and hasattr(streamer, "end"):
-        streamer.end()

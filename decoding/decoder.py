@@ -30,25 +30,17 @@ from speculative_eft.models import (
 )
 
 from .adapter import continue_for_transformers
-from .call import (
-    Arguments,
-    Call,
-    Streamer,
-    TokenCallback,
-    begin_stream,
-    end_stream,
-    read_call,
-    stream,
-)
+from .call import Arguments, Call, read_call
 from .chat import Chat, PlainChat
 from .config import EFTConfig
 from .draft_length import LONGEST_DRAFT, DraftLengthPolicy
 from .general import ScoreBuffers, general_round, new_score_buffers
+from .options import GenerationOptions
 from .output import CACHE_FIELD, EFTOutput, a_token_each, ordinary, table_of, totals
 from .own_prompts import FirstRound, first_round_of_own_prompts
 from .past import DEFAULT_CHUNK, EFTPast, extended, fill_cache, kept_lengths
 from .processors import PrefixFunction
-from .request import GenerationOptions, Prompts, read_prompts
+from .prompts import Prompts, read_prompts
 from .round import (
     PhaseTimer,
     RoundPlan,
@@ -60,6 +52,7 @@ from .running import CapturedBatch, RunningBatch
 from .scoring import TokenScores, score_tokens
 from .sequences import end_rows
 from .stopping import StopWatch, cut
+from .streaming import Streamer, TokenCallback, begin_stream, end_stream, stream
 
 __all__ = ["EFTDecoder", "NaiveEFTDecoder"]
 

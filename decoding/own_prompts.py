@@ -11,7 +11,7 @@ from torch import Tensor
 from speculative_eft.kernels import RoundState
 from speculative_eft.models import EFTRunners, Runner, StepByStep
 
-from .request import Prompts
+from .prompts import Prompts
 
 __all__ = ["FirstRound", "first_round_of_own_prompts"]
 

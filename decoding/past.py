@@ -9,7 +9,7 @@ from torch import Tensor
 
 from speculative_eft.models import Runner
 
-from .request import Prompts
+from .prompts import Prompts
 
 __all__ = ["EFTPast", "extended", "fill_cache", "kept_lengths"]
 

@@ -26,7 +26,7 @@ from transformers import (
 
 from speculative_eft.kernels import usable_temperature
 
-from .request import GenerationOptions
+from .options import GenerationOptions
 
 __all__ = ["PrefixFunction", "Processing", "build_processing", "process_rows"]
 

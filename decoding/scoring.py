@@ -11,7 +11,7 @@ from speculative_eft.kernels import Coefficients, target_logits
 from speculative_eft.models import EFTRunners
 
 from .past import DEFAULT_CHUNK
-from .request import Prompts
+from .prompts import Prompts
 
 __all__ = ["TokenScores", "score_tokens"]
 

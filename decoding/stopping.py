@@ -11,7 +11,7 @@ from transformers import MaxTimeCriteria, StoppingCriteria, StoppingCriteriaList
 
 from speculative_eft.kernels import RoundState
 
-from .request import GenerationOptions
+from .options import GenerationOptions
 from .round import TraceBuffers
 
 __all__ = ["StopWatch", "build_criteria", "cut"]

@@ -13,7 +13,8 @@ from torch import Tensor
 from speculative_eft.decoding import EFTConfig, EFTDecoder, EFTOutput
 from speculative_eft.decoding import running as running_module
 from speculative_eft.decoding.bound import Room, bind_round
-from speculative_eft.decoding.request import read_options, read_prompts, read_seeds
+from speculative_eft.decoding.options import read_options
+from speculative_eft.decoding.prompts import read_prompts, read_seeds
 from speculative_eft.decoding.round import PhaseTimer, new_trace_buffers
 from speculative_eft.models import EFTModels
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from speculative_eft.decoding import EFTConfig, EFTDecoder
-from speculative_eft.decoding.request import read_options, read_prompts, read_seeds
+from speculative_eft.decoding.options import read_options
+from speculative_eft.decoding.prompts import read_prompts, read_seeds
 from speculative_eft.decoding.round import PhaseTimer, draft_phase, new_trace_buffers, speculative_round
 from speculative_eft.kernels import noise as noise_module
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from speculative_eft.decoding import EFTConfig, EFTDecoder
-from speculative_eft.decoding.request import read_prompts
+from speculative_eft.decoding.prompts import read_prompts
 from speculative_eft.decoding.scoring import score_tokens
 
 from .test_generate import ragged_prompts, tiny_trio
