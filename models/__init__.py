@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from .costs import StepCosts as StepCosts
     from .describe import ModelDescription as ModelDescription
     from .eft_models import EFTModels as EFTModels
-    from .eft_models import TrioReport as TrioReport
-    from .eft_models import inspect_trio as inspect_trio
     from .errors import IncompatibleModelsError as IncompatibleModelsError
     from .errors import UnavailableModelsError as UnavailableModelsError
     from .graphs import CapturedFunctions as CapturedFunctions
     from .graphs import captured_functions as captured_functions
+    from .inspection import TrioReport as TrioReport
+    from .inspection import inspect_trio as inspect_trio
     from .memory import caches_fit as caches_fit
     from .memory import check_caches as check_caches
     from .placement import check_device as check_device
@@ -43,7 +43,7 @@ _HOMES = {
     "SlotCache": "slot_cache",
     "StepByStep": "protocol",
     "StepCosts": "costs",
-    "TrioReport": "eft_models",
+    "TrioReport": "inspection",
     "UnavailableModelsError": "errors",
     "bind_passes": "protocol",
     "caches_fit": "memory",
@@ -51,7 +51,7 @@ _HOMES = {
     "check_device": "placement",
     "find_sources": "sources",
     "captured_functions": "graphs",
-    "inspect_trio": "eft_models",
+    "inspect_trio": "inspection",
     "forward_each": "protocol",
     "steps_together": "protocol",
 }

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
@@ -42,14 +41,7 @@ from .memory import free_bytes, weights_do_not_fit
 from .placement import check_device, home_device, is_dispatched
 from .protocol import EFTRunners, Runner, on_device
 from .runner import ModelRunner
-from .sources import (
-    Source,
-    check_architecture,
-    find_sources,
-    size_problems,
-    token_differences,
-    tuned_arguments,
-)
+from .sources import Source, check_architecture, find_sources, size_problems, tuned_arguments
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -183,7 +175,7 @@ class EFTModels:
         sources = find_sources(large_base, small_tuned, small_base)
         adapters = [source for source in sources if source.is_adapter]
         if adapters:
-            skeleton = _without_weights(sources[-1], trust_remote_code)
+            skeleton = without_weights(sources[-1], trust_remote_code)
             for source in adapters:
                 check_peft(source)
                 check_shapes(source, adapter_shapes(source), skeleton)
@@ -377,7 +369,7 @@ def _networks(large_base: Any, small_tuned: Sequence[Any], small_base: Any) -> l
         *tuned,
         _Network("small_base", small_base, None),
     ):
-        _check_model(network.argument, network.model)
+        check_model(network.argument, network.model)
         is_base = network.adapters is None and id(network.model) in under
         networks.append(network._replace(adapters=()) if is_base else network)
     shared = {id(network.model) for network in networks if network.adapters == ()}
@@ -387,66 +379,11 @@ def _networks(large_base: Any, small_tuned: Sequence[Any], small_base: Any) -> l
     return networks
 
 
-@dataclass
-class TrioReport:
-    """Whether models would work together, found without loading weights."""
+def without_weights(source: Source, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model on the meta device, in the dtype of its configuration.
 
-    problems: list[str] = field(default_factory=list)
-    """Why they would not, one sentence each."""
-    differences: list[str] = field(default_factory=list)
-    """What differs and does no harm."""
-    models: list[ModelDescription] = field(default_factory=list)
-    """A row for each model in the dtype of its configuration; empty if a model cannot be found."""
-    checked: bool = True
-    """Whether all models could be looked at; if not, the problem is why."""
-
-
-def inspect_trio(large_base: Name, small_tuned: Name | Sequence[Name], small_base: Name) -> TrioReport:
-    """Tell from configurations and tokenizers alone whether models would work together and what they need.
-
-    Never raises for models that do not fit: the report says what is wrong. It lists the first obstacle
-    only, since a trio that cannot be found or has two tokenizers need not be looked at further.
+    Raises IncompatibleModelsError, or UnavailableModelsError where its configuration cannot be read.
     """
-    try:
-        sources = find_sources(large_base, small_tuned, small_base)
-        models = []
-        for source in sources:
-            model = _without_weights(source.base or source)
-            _check_model(source.argument, model)
-            models.append(model)
-        sizes = {source.argument: adapter_shapes(source) for source in sources if source.is_adapter}
-        for source in sources:
-            if source.is_adapter:
-                check_shapes(source, sizes[source.argument], models[-1])
-    except IncompatibleModelsError as error:
-        return TrioReport(problems=[str(error)], checked=not isinstance(error, UnavailableModelsError))
-    rows = [
-        describe_model(source.argument, model, source.has_chat_template)
-        for source, model in zip(sources, models, strict=True)
-    ]
-    rows = [_of_adapter(row, sizes[row.role], models[-1]) if row.role in sizes else row for row in rows]
-    problems = size_problems({row.role: row.vocabulary for row in rows})
-    return TrioReport(problems, [*token_differences(sources), *_row_differences(rows)], rows)
-
-
-def _of_adapter(
-    row: ModelDescription, shapes: dict[str, tuple[int, ...]], base: PreTrainedModel
-) -> ModelDescription:
-    parameters = sum(map(math.prod, shapes.values()))
-    return replace(row, parameters=parameters, bytes=parameters * base.dtype.itemsize)
-
-
-def _row_differences(rows: Sequence[ModelDescription]) -> list[str]:
-    found = []
-    for what in ("architecture", "vocabulary", "context", "dtype", "chat_template"):
-        values = [getattr(row, what) for row in rows]
-        if len(set(values)) > 1:
-            listed = ", ".join(f"{row.role} {value}" for row, value in zip(rows, values, strict=True))
-            found.append(f"{what.replace('_', ' ')}: {listed}")
-    return found
-
-
-def _without_weights(source: Source, trust_remote_code: bool = False) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(source.location, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
@@ -481,7 +418,7 @@ def _is_one_device(device_map: Any) -> bool:
 
 
 def _describe_unloaded(source: Source, dtype: str | torch.dtype, trust_remote_code: bool) -> ModelDescription:
-    model = _without_weights(source, trust_remote_code)
+    model = without_weights(source, trust_remote_code)
     if dtype != "auto":
         torch.nn.Module.to(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     return describe_model(source.argument, model, source.has_chat_template)
@@ -501,7 +438,8 @@ def _load_tokenizer(sources: Iterable[Source], trust_remote_code: bool) -> PreTr
     return None
 
 
-def _check_model(argument: str, model: PreTrainedModel) -> None:
+def check_model(argument: str, model: PreTrainedModel) -> None:
+    """Raise IncompatibleModelsError for what is no causal language model that can be rolled back."""
     if not isinstance(model, PreTrainedModel):
         raise IncompatibleModelsError(
             f"{argument} must be a transformers causal language model, not {type(model).__name__}."
