@@ -14,7 +14,7 @@ from speculative_eft.bench.round_time import PASSES, load, round_time, table
 from speculative_eft.decoding import EFTConfig, EFTDecoder, EFTOutput
 from speculative_eft.models import EFTModels
 
-from ..decoding.test_generate import tiny_trio
+from ..tiny_models import tiny_trio
 
 
 @pytest.mark.parametrize("batch", [1, 3])

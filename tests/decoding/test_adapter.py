@@ -23,9 +23,9 @@ from speculative_eft.decoding import CUSTOM_GENERATE_FOLDER, EFTConfig, EFTDecod
 from speculative_eft.decoding.output import CACHE_FIELD
 from speculative_eft.models import EFTModels
 
+from ..tiny_models import VOCAB, ragged_prompts, tiny_trio
 from ..tokenizers_of_words import word_tokenizer
 from .test_chat import prefilled
-from .test_generate import VOCAB, ragged_prompts, tiny_trio
 
 
 class Favours(LogitsProcessor):

@@ -8,14 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TextStreamer
 
 from speculative_eft.decoding import EFTDecoder
 from speculative_eft.models import EFTModels
 
-from .test_generate import tiny_trio
+from ..models.families import CONTEXT
+from ..tiny_models import VOCAB, tiny_trio
 
 SAMPLED = {"do_sample": True}
 ENDS = {"eos_token_id": 5}
+TWO = torch.ones(2, 3, dtype=torch.int64)
 
 BAD: list[tuple[str, dict[str, Any]]] = [
     ("logits_processor must be a list of callables", {"logits_processor": [3]}),
@@ -67,19 +70,49 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("bos_token_id must be a token id", {"bos_token_id": "x"}),
     ("input_ids is missing", {"input_ids": None, "bos_token_id": None}),
     ("holds the id 500", {"input_ids": None, "bos_token_id": 500}),
+    ("input_ids is empty", {"input_ids": torch.zeros(1, 0, dtype=torch.int64)}),
     ("input_ids must be an integer tensor", {"input_ids": [[1, 2]]}),
+    ("input_ids must be an integer tensor", {"input_ids": torch.zeros(3, dtype=torch.int64)}),
+    ("input_ids must be an integer tensor", {"input_ids": torch.zeros(1, 3)}),
+    ("input_ids must be an integer tensor", {"input_ids": torch.ones(1, 3, dtype=torch.bool)}),
+    ("id 101, outside", {"input_ids": torch.tensor([[4, VOCAB]])}),
+    ("id -1, outside", {"input_ids": torch.tensor([[4, -1]])}),
+    ("exceed the context", {"max_new_tokens": CONTEXT}),
+    ("shorten the prompt", {"input_ids": torch.ones(1, CONTEXT + 1, dtype=torch.int64)}),
+    ("inputs is another name of input_ids", {"inputs": torch.ones(1, 3, dtype=torch.int64)}),
+    ("token_type_ids is not supported", {"token_type_ids": torch.zeros(1, 3)}),
     ("attention_mask must be a tensor", {"attention_mask": [1]}),
+    ("attention_mask of shape", {"attention_mask": torch.ones(1, 4)}),
+    ("without tokens", {"attention_mask": torch.zeros(1, 3)}),
     ("generation_config must be a GenerationConfig", {"generation_config": {"max_new_tokens": 3}}),
     ("past_key_values must come from an output", {"cache": 3}),
     ("use_cache must be True or False", {"use_cache": "no"}),
     ("do_sample must be True or False", {"do_sample": "yes"}),
+    ("max_new_tokens must be an integer of at least 1", {"max_new_tokens": 0}),
     ("max_length must be an integer", {"max_length": "x"}),
+    ("max_length=2 leaves no room", {"max_length": 2, "max_new_tokens": None}),
     ("temperature must be a finite number of at least 0, got 'x'", {"temperature": "x", **SAMPLED}),
     ("temperature must be a finite number of at least 0, got -1", {"temperature": -1, **SAMPLED}),
     ("temperature must be a finite number of at least 0, got nan", {"temperature": math.nan, **SAMPLED}),
+    ("temperature must be a finite number of at least 0", {"temperature": 1e39, **SAMPLED}),
     ("top_p must lie between 0 and 1, got 1.5", {"top_p": 1.5, **SAMPLED}),
+    ("top_p must lie between 0 and 1, got 1.5", {"top_p": 1.5}),
     ("top_k must be an integer", {"top_k": 2.5}),
+    ("top_k must be an integer", {"top_k": -1}),
+    ("num_beams=4 is not supported", {"num_beams": 4}),
+    ("length_penalty=2.0 is not supported", {"length_penalty": 2.0}),
+    ("seed has 2 values", {"seed": [1, 2]}),
+    ("seed must be", {"seed": "1"}),
+    ("seed must be", {"seed": 2**64}),
+    ("seed must be", {"seed": True}),
+    ("seed must be", {"seed": [1.5]}),
+    ("streamer takes one sequence", {"input_ids": TWO, "streamer": TextStreamer(None)}),
     ("tuned_input_ids must be an integer tensor", {"tuned_input_ids": 5}),
+    ("tuned_input_ids has 2 prompts", {"tuned_input_ids": TWO}),
+    (
+        f"a prompt of {CONTEXT} tokens and .* exceed the context",
+        {"tuned_input_ids": torch.ones(1, CONTEXT, dtype=torch.int64)},
+    ),
     (
         r"tuned_attention_mask of shape \[1, 9\]",
         {"tuned_input_ids": torch.tensor([[5]]), "tuned_attention_mask": torch.ones(1, 9)},

@@ -18,8 +18,9 @@ from speculative_eft.decoding.prompts import read_prompts, read_seeds
 from speculative_eft.decoding.round import PhaseTimer, new_trace_buffers
 from speculative_eft.models import EFTModels
 
+from ..models.families import tiny_model
 from ..sync_guard import no_host_sync
-from .test_generate import perturbed, ragged_prompts, tiny_model, tiny_trio
+from ..tiny_models import perturbed, ragged_prompts, tiny_trio
 from .test_round import storages
 
 pytest.importorskip("numba", reason="the extra [cpu] is not installed")

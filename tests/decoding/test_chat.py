@@ -21,8 +21,8 @@ from speculative_eft.models import EFTModels, ModelRunner
 from ..exactness.sampling import table_runners
 from ..models.families import tiny_model
 from ..table_models import random_tables
+from ..tiny_models import perturbed, ragged_prompts, tiny_trio
 from ..tokenizers_of_words import tokenizer_of
-from .test_generate import perturbed, ragged_prompts, tiny_trio
 
 TEMPLATE = (
     "{% for message in messages %}<|im_start|> {{ message['role'] }} {{ message['content'] }} <|im_end|> "

@@ -11,7 +11,7 @@ from speculative_eft.models import eft_models
 
 from ..exactness.sampling import table_runners
 from ..table_models import random_tables
-from .test_generate import tiny_trio
+from ..tiny_models import tiny_trio
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from speculative_eft.decoding import EFTConfig, EFTDecoder, NaiveEFTDecoder
 from ..device import on_device
 from ..exactness.sampling import table_runners
 from ..table_models import random_tables
-from .test_generate import ragged_prompts, tiny_trio
+from ..tiny_models import ragged_prompts, tiny_trio
 
 
 def test_prompts_may_lie_in_the_hosts_memory() -> None:

@@ -8,7 +8,7 @@ import torch
 from speculative_eft.decoding import EFTConfig, EFTDecoder, NaiveEFTDecoder
 from speculative_eft.decoding.draft_length import DraftLengthPolicy, _least_chances
 
-from .test_generate import ragged_prompts, tiny_trio
+from ..tiny_models import ragged_prompts, tiny_trio
 
 
 def draft_len(

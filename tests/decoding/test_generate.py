@@ -1,4 +1,4 @@
-"""`generate`: equality with naive decoding, seeds, stopping, statistics, trace, and refusals."""
+"""`generate`: equality with naive decoding, seeds, stopping, statistics and trace."""
 
 from __future__ import annotations
 
@@ -11,46 +11,17 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
 
 from speculative_eft.decoding import EFTConfig, EFTDecoder, EFTOutput, NaiveEFTDecoder
 from speculative_eft.models import EFTModels
 
 from ..device import skip_unless_compiled
 from ..exactness.sampling import table_runners
-from ..models.families import CONTEXT, FAMILIES, tiny_model
+from ..models.families import CONTEXT, FAMILIES
 from ..table_models import random_tables
+from ..tiny_models import VOCAB, ragged_prompts, tiny_trio
 from ..uncaptured import as_with_graphs
-
-VOCAB = 101
-
-
-def perturbed(model: PreTrainedModel, seed: int, scale: float) -> PreTrainedModel:
-    """The model with noise on its weights: resembles it as a tuned model resembles its base."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.add_(scale * noise.to(parameter.device))
-    return model
-
-
-def tiny_trio(family: str, context: int = CONTEXT) -> EFTModels:
-    return EFTModels(
-        large_base=perturbed(tiny_model(family, 0, context=context), 1, 0.02),
-        small_tuned=perturbed(tiny_model(family, 0, context=context), 2, 0.02),
-        small_base=tiny_model(family, 0, context=context),
-    )
-
-
-def ragged_prompts(batch: int = 8, width: int = 11) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    lengths = 1 + torch.arange(batch) * (width - 1) // max(batch - 1, 1)
-    mask = (torch.arange(width) >= width - lengths[:, None]).long()
-    return {
-        "input_ids": torch.randint(2, VOCAB, (batch, width), generator=generator) * mask,
-        "attention_mask": mask,
-    }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -457,57 +428,3 @@ def test_calls_of_several_threads_take_turns() -> None:
             pool.map(lambda job: decoders[job[0] % 2].generate(job[1], max_new_tokens=24), enumerate(prompts))
         )
     assert all(torch.equal(own, other) for own, other in zip(found, wanted, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("message", "arguments"),
-    [
-        ("input_ids is empty", {"input_ids": torch.zeros(1, 0, dtype=torch.int64)}),
-        ("input_ids must be an integer tensor", {"input_ids": torch.zeros(3, dtype=torch.int64)}),
-        ("input_ids must be an integer tensor", {"input_ids": torch.zeros(1, 3)}),
-        ("without tokens", {"attention_mask": torch.zeros(1, 3)}),
-        ("attention_mask of shape", {"attention_mask": torch.ones(1, 4)}),
-        ("id 101, outside", {"input_ids": torch.tensor([[4, VOCAB]])}),
-        ("id -1, outside", {"input_ids": torch.tensor([[4, -1]])}),
-        ("exceed the context", {"max_new_tokens": CONTEXT}),
-        (
-            f"a prompt of {CONTEXT} tokens and .* exceed the context",
-            {"tuned_input_ids": torch.ones(1, CONTEXT, dtype=torch.int64)},
-        ),
-        ("shorten the prompt", {"input_ids": torch.ones(1, CONTEXT + 1, dtype=torch.int64)}),
-        ("input_ids must be an integer tensor", {"input_ids": torch.ones(1, 3, dtype=torch.bool)}),
-        ("inputs is another name of input_ids", {"inputs": torch.ones(1, 3, dtype=torch.int64)}),
-        ("token_type_ids is not supported", {"token_type_ids": torch.zeros(1, 3)}),
-        ("max_length=2 leaves no room", {"max_length": 2}),
-        ("max_new_tokens must be an integer of at least 1", {"max_new_tokens": 0}),
-        ("temperature must", {"do_sample": True, "temperature": -1.0}),
-        ("temperature must", {"do_sample": True, "temperature": float("nan")}),
-        ("temperature must", {"do_sample": True, "temperature": 1e39}),
-        ("top_p must", {"top_p": 1.5}),
-        ("top_k must", {"top_k": -1}),
-        ("did you mean temperature", {"temprature": 0.5}),
-        ("num_beams=4 is not supported", {"num_beams": 4}),
-        ("length_penalty=2.0 is not supported", {"length_penalty": 2.0}),
-        ("seed has 2 values", {"seed": [1, 2]}),
-        ("seed must be", {"seed": "1"}),
-        ("seed must be", {"seed": 2**64}),
-        ("seed must be", {"seed": True}),
-        ("seed must be", {"seed": [1.5]}),
-        ("tuned_input_ids has 2 prompts", {"tuned_input_ids": torch.ones(2, 3, dtype=torch.int64)}),
-        (
-            "streamer takes one sequence",
-            {"input_ids": torch.ones(2, 3, dtype=torch.int64), "streamer": Collector()},
-        ),
-    ],
-)
-def test_bad_input_is_refused_before_any_model_runs(message: str, arguments: dict[str, Any]) -> None:
-    models = tiny_trio("llama")
-
-    def refuse(*_: Any) -> None:
-        raise AssertionError("a model ran")
-
-    for model in (models.large_base, *models.small_tuned, models.small_base):
-        for module in model.modules():
-            module.register_forward_pre_hook(refuse)
-    with pytest.raises(ValueError, match=message):
-        EFTDecoder(models).generate(**{"input_ids": torch.tensor([[5, 6, 7]]), **arguments})

@@ -24,8 +24,8 @@ from speculative_eft.decoding.fields import FIELDS
 from speculative_eft.models import EFTModels
 
 from ..models.families import tiny_model
+from ..tiny_models import VOCAB, perturbed, ragged_prompts, tiny_trio
 from ..tokenizers_of_words import word_tokenizer
-from .test_generate import VOCAB, perturbed, ragged_prompts, tiny_trio
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "generation_config.md"
 DOCUMENTED_VERSION = "5.23.0"

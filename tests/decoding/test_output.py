@@ -10,8 +10,8 @@ from speculative_eft.decoding import EFTConfig, EFTDecoder, EFTOutput
 from speculative_eft.models import EFTModels
 
 from ..models.families import tiny_model
+from ..tiny_models import VOCAB, ragged_prompts, tiny_trio
 from ..tokenizers_of_words import word_tokenizer
-from .test_generate import VOCAB, ragged_prompts, tiny_trio
 
 
 @pytest.fixture(scope="module")

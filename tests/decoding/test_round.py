@@ -17,7 +17,7 @@ from speculative_eft.decoding.round import PhaseTimer, draft_phase, new_trace_bu
 from speculative_eft.kernels import noise as noise_module
 
 from ..sync_guard import no_host_sync
-from .test_generate import ragged_prompts, tiny_trio
+from ..tiny_models import ragged_prompts, tiny_trio
 
 
 def test_a_draft_is_as_long_as_was_asked_for_a_round_earlier() -> None:

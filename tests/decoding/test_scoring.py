@@ -9,7 +9,7 @@ from speculative_eft.decoding import EFTConfig, EFTDecoder
 from speculative_eft.decoding.prompts import read_prompts
 from speculative_eft.decoding.scoring import score_tokens
 
-from .test_generate import ragged_prompts, tiny_trio
+from ..tiny_models import ragged_prompts, tiny_trio
 
 
 @pytest.mark.parametrize("chunk", [64, 512])

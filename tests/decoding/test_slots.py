@@ -16,8 +16,8 @@ from speculative_eft.models import EFTModels
 
 from ..exactness.sampling import table_runners
 from ..table_models import random_tables
+from ..tiny_models import tiny_trio
 from ..uncaptured import as_with_graphs
-from .test_generate import tiny_trio
 
 LAWS: tuple[dict[str, Any], ...] = (
     {"temperature": 1.0},

@@ -13,9 +13,8 @@ from speculative_eft.decoding import EFTConfig, EFTDecoder
 from speculative_eft.kernels import AcceptanceRule
 from speculative_eft.models import EFTModels
 
-from ..decoding.test_generate import perturbed
 from ..device import skip_unless_compiled, test_device
-from ..models.families import tiny_model
+from ..tiny_models import tiny_trio
 from .laws import chi_square
 from .sampling import Record, assert_exact, count_windows
 
@@ -37,13 +36,11 @@ def enumerate_law(models: EFTModels, prompt: list[int], config: EFTConfig) -> np
     return target.gather(-1, paths[..., None])[..., 0].sum(1).exp().cpu().numpy()
 
 
-def tiny_trio(family: str, dtype: torch.dtype = torch.float32) -> EFTModels:
-    large, tuned, base = (
-        perturbed(tiny_model(family, 0, VOCAB), 1, 0.05),
-        perturbed(tiny_model(family, 0, VOCAB), 2, 0.05),
-        tiny_model(family, 0, VOCAB),
-    )
-    return EFTModels(*(torch.nn.Module.to(model, test_device(), dtype) for model in (large, tuned, base)))
+def placed_trio(family: str, dtype: torch.dtype = torch.float32) -> EFTModels:
+    models = tiny_trio(family, vocab_size=VOCAB, scale=0.05)
+    for model in (models.large_base, *models.small_tuned, models.small_base):
+        torch.nn.Module.to(model, test_device(), dtype)
+    return models
 
 
 def compare_joint_law(models: EFTModels, exact: EFTModels, config: EFTConfig, record: Record) -> None:
@@ -93,7 +90,7 @@ def test_joint_law(
     is_its_turn = RULES.index(rule) == TRIOS.index((family, alpha, beta, drafting))
     if not (is_bound or is_its_turn or request.config.getoption("--every-law")):
         pytest.skip("a rule a trio, as table models meet all of them, or all with --every-law")
-    models = tiny_trio(family)
+    models = placed_trio(family)
     compare_joint_law(models, models, EFTConfig(alpha, beta, acceptance=rule, **drafting), record_chi_square)
 
 
@@ -103,7 +100,7 @@ def test_joint_law_of_compiled_models_of_16_bits(
     rule: AcceptanceRule, dtype: torch.dtype, record_chi_square: Record
 ) -> None:
     skip_unless_compiled(dtype)
-    models, exact = tiny_trio("llama", dtype), tiny_trio("llama", dtype)
+    models, exact = placed_trio("llama", dtype), placed_trio("llama", dtype)
     for model in (exact.large_base, *exact.small_tuned, exact.small_base):
         model.float()
     config = EFTConfig(beta=1.2, acceptance=rule, draft_tokens=3)

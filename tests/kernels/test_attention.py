@@ -10,7 +10,7 @@ from torch import Tensor
 
 from speculative_eft.kernels import append, attention
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="triton is not installed")
 from speculative_eft.kernels.gpu.attention import attention_tile
 from speculative_eft.kernels.gpu.tile import zeros_kept
 

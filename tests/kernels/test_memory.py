@@ -17,8 +17,8 @@ from speculative_eft.decoding import round as round_module
 from speculative_eft.kernels import DraftMemory, new_draft_memory, recall, remember
 from speculative_eft.kernels.memory import LAST_WEIGHT, LAST_WEIGHT_AFTER_TWO, MEAN_WEIGHT
 
-from ..decoding.test_generate import ragged_prompts, tiny_trio
 from ..device import test_device
+from ..tiny_models import ragged_prompts, tiny_trio
 from .cases import COMPILED, tensors_of
 
 VOCAB, SLOTS = 5, 6

@@ -67,7 +67,7 @@ def flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
 def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """An attention by name, made able to run here."""
     if request.param == "triton":
-        pytest.importorskip("triton")
+        pytest.importorskip("triton", reason="triton is not installed")
         monkeypatch.setenv("SPECULATIVE_EFT_BACKEND", "triton")
     elif request.param == "flash_attn":
         monkeypatch.setenv("SPECULATIVE_EFT_BACKEND", "torch")

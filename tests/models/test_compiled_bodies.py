@@ -12,7 +12,7 @@ from speculative_eft.decoding import EFTConfig, EFTDecoder, NaiveEFTDecoder
 from speculative_eft.models import EFTModels, ModelRunner
 from tests.models.families import tiny_model
 
-from ..decoding.test_generate import perturbed, ragged_prompts
+from ..tiny_models import perturbed, ragged_prompts
 from .test_attention import placed_model
 from .test_runner import LENGTH, TOLERANCE, plain_logits, random_tokens
 

@@ -14,7 +14,7 @@ from speculative_eft.models import costs as costs_module
 from speculative_eft.models import eft_models
 from speculative_eft.models.costs import StepCosts, kept_step_costs
 
-from ..decoding.test_generate import ragged_prompts, tiny_trio
+from ..tiny_models import ragged_prompts, tiny_trio
 
 
 def test_costs_are_kept_for_the_same_facts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from speculative_eft.decoding import EFTConfig, EFTDecoder, EFTOutput, SlotBatch
 from speculative_eft.models import EFTModels, IncompatibleModelsError, caches_fit, eft_models, memory
 
-from ..decoding.test_generate import ragged_prompts, tiny_trio
+from ..tiny_models import ragged_prompts, tiny_trio
 from .families import tiny_model
 
 DRAFTED = 3

@@ -17,7 +17,7 @@ from speculative_eft.models import EFTModels, IncompatibleModelsError, ModelRunn
 from speculative_eft.models.llama import LlamaBody
 from speculative_eft.models.placement import home_device
 
-from ..decoding.test_generate import perturbed, ragged_prompts
+from ..tiny_models import perturbed, ragged_prompts
 from .families import tiny_model
 
 
