@@ -53,8 +53,7 @@ def continue_for_transformers(
     Processors and criteria that `generate` made of the config are made again, for the target: its ends of
     sequence are those of all models. The caller's own are told from them by their type and settings.
     """
-    if decoder.models is None or model is not decoder.models.large_base:
-        raise ValueError("custom_generate must be used with generate of the decoder's own large_base")
+    _check_is_large_base(model, decoder)
     mask = model_kwargs.get("attention_mask")
     past = next((model_kwargs[name] for name in CACHE_NAMES if name in model_kwargs), None)
     _check_model_kwargs(model_kwargs, input_ids, mask, past)
@@ -87,6 +86,11 @@ def continue_for_transformers(
         num_return_sequences=1,
         **arguments,
     )
+
+
+def _check_is_large_base(model: PreTrainedModel, decoder: EFTDecoder) -> None:
+    if decoder.models is None or model is not decoder.models.large_base:
+        raise ValueError("custom_generate must be used with generate of the decoder's own large_base")
 
 
 def _check_model_kwargs(
@@ -174,8 +178,8 @@ def generate_from_folder(
         arguments.pop(name, None)
     if decoder is None:
         decoder = _decoder_of(model, small_tuned, small_base, eft_config)
-    elif decoder.models is None or model is not decoder.models.large_base:
-        raise ValueError("custom_generate must be used with generate of the decoder's own large_base")
+    else:
+        _check_is_large_base(model, decoder)
     if inputs is not None:
         arguments["input_ids"] = inputs
     return decoder.generate(**arguments)

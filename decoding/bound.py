@@ -87,7 +87,7 @@ def can_bind(state: RoundState) -> bool:
 def bind_pass(runner: Runner, block: Tensor, counts: Tensor, logits: Tensor) -> tuple[Step, bool]:
     """A pass of `runner` over the first `counts` tokens of each row of `block`, which writes `logits`.
 
-    And whether it runs all the others too.
+    Returns it, and whether it runs the tokens after those too, as it does where `runner` binds no call.
     """
     call = runner.bind(block, counts, logits)
     if call is None:

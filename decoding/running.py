@@ -42,7 +42,7 @@ def rounded_span(span: int) -> int:
 
 @dataclass(eq=False)
 class _Kind:
-    """Calls that differ in what their tensors hold alone.
+    """Calls whose parts differ only in what their tensors hold, so that the same graphs serve them all.
 
     Attributes:
         parts: the state, plan and trace of all rows.
@@ -275,7 +275,7 @@ class RunningBatch:
         return report
 
     def join(self, sequence: int, length: int, limit: int) -> int:
-        """Give a new sequence a row of none that runs, which the state must have; returns the row.
+        """Put a new sequence into a free row, of which there must be one; returns the row.
 
         Rounds go on once the row is filled and there is a plan for it, see `plan_anew`.
         """

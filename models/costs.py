@@ -33,8 +33,8 @@ _DRAFTED, _DRAFTED_BY_MANY = 4, 2
 beyond those of short ones may cost a pass more than theirs do."""
 _FEW = 4
 _LEAST_COST = 1 / 128
-_METHOD = 11
-"""Of the measurement: what an earlier one found is not read."""
+_VERSION = 11
+"""Of the measurement: results that were kept by another version are ignored."""
 
 Pass: TypeAlias = Callable[[], object]
 """A pass of a model, or several, to be timed."""
@@ -62,7 +62,7 @@ def kept_step_costs(facts: Sequence[object], measure: Callable[[], StepCosts]) -
     """
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = sha256(json.dumps([str(fact) for fact in facts]).encode()).hexdigest()[:24]
-    path = root / "speculative_eft" / f"step-costs-{_METHOD}-{name}.json"
+    path = root / "speculative_eft" / f"step-costs-{_VERSION}-{name}.json"
     kept = _read(path)
     if kept is not None:
         return kept
