@@ -35,25 +35,32 @@ def is_integral(tensor: Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool)
 
 
-def integer(name: str, value: Any, least: int = 0) -> int:
-    """`value` as an int. Raises ValueError if it is none, or below `least`."""
+def integer(name: str, value: Any, least: int = 0, other: str = "") -> int:
+    """`value` as an int. Raises ValueError if it is none, or below `least`.
+
+    `other` says what else the caller would take.
+    """
     found = index_of(value)
     if found is None or found < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        also = f" or {other}" if other else ""
+        raise ValueError(f"{name} must be an integer of at least {least}{also}, got {value!r}")
     return found
 
 
-def between(name: str, value: Any, low: float, high: float) -> float:
+def between(name: str, value: Any, low: float, high: float, other: str = "") -> float:
     """`value` as a float. Raises ValueError if it is no number, not finite, or outside `low`..`high`.
 
     To a user a `high` of `LARGEST_TEMPERATURE` or more is any finite number, and the least float is 0.
+    `other` says what else the caller would take.
     """
     good = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
     if not good or not math.isfinite(value):
         above_zero = low == math.ulp(0.0)
         if high >= LARGEST_TEMPERATURE:
-            wanted = f"be a finite number {'above 0' if above_zero else f'of at least {low:g}'}"
+            least = "" if low == -math.inf else " above 0" if above_zero else f" of at least {low:g}"
+            wanted = f"be a finite number{least}{f' or {other}' if other else ''}"
         else:
             wanted = f"lie in (0, {high:g}]" if above_zero else f"lie between {low:g} and {high:g}"
+            wanted += f" or be {other}" if other else ""
         raise ValueError(f"{name} must {wanted}, got {value!r}")
     return float(value)

@@ -9,6 +9,8 @@ from typing import Literal, get_args
 
 from speculative_eft.kernels import LARGEST_TEMPERATURE, AcceptanceRule
 
+from .checks import between, integer
+
 __all__ = ["DraftKind", "DraftWeights", "EFTConfig"]
 
 DraftKind = Literal["auto", "tuned", "pair"]
@@ -68,17 +70,8 @@ class EFTConfig:
     remembered: int = 64
 
     def __post_init__(self) -> None:
-        for name, value in [("alpha", value) for value in self.alphas] + [("beta", self.beta)]:
-            if not _is_number(value) or not math.isfinite(value):
-                raise ValueError(f"{name} must be a finite number, got {value!r}")
-        if self.draft_tokens != "auto" and (
-            not isinstance(self.draft_tokens, int)
-            or isinstance(self.draft_tokens, bool)
-            or self.draft_tokens < 1
-        ):
-            raise ValueError(
-                f'draft_tokens must be an integer of at least 1 or "auto", got {self.draft_tokens!r}'
-            )
+        for name, factor in [("alpha", alpha) for alpha in self.alphas] + [("beta", self.beta)]:
+            between(name, factor, -math.inf, math.inf)
         for name, choice, choices in (
             ("acceptance", self.acceptance, get_args(AcceptanceRule)),
             ("draft", self.draft, get_args(DraftKind)),
@@ -86,25 +79,25 @@ class EFTConfig:
         ):
             if choice not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {choice!r}")
-        for name, scale in (("draft_temperature", self.draft_temperature), ("cost_ratio", self.cost_ratio)):
-            if scale is not None and not (_is_number(scale) and 0 < scale <= LARGEST_TEMPERATURE):
-                raise ValueError(f"{name} must be a finite number above 0 or None, got {scale!r}")
-        if not _is_number(self.row_cost) or not 0 <= self.row_cost < math.inf:
-            raise ValueError(f"row_cost must be a finite number of at least 0, got {self.row_cost!r}")
-        batch = self.expected_batch
-        if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1:
-            raise ValueError(f"expected_batch must be an integer of at least 1, got {batch!r}")
-        if not isinstance(self.remembered, int) or isinstance(self.remembered, bool) or self.remembered < 0:
-            raise ValueError(f"remembered must be an integer of at least 0, got {self.remembered!r}")
-        top_p = self.conservative_top_p
-        if top_p is not None and not (_is_number(top_p) and 0 < top_p <= 1):
-            raise ValueError(f"conservative_top_p must lie in (0, 1] or be None, got {top_p!r}")
+        for name, value, high in (
+            ("draft_temperature", self.draft_temperature, LARGEST_TEMPERATURE),
+            ("conservative_top_p", self.conservative_top_p, 1),
+            ("cost_ratio", self.cost_ratio, LARGEST_TEMPERATURE),
+        ):
+            if value is not None:
+                between(name, value, math.ulp(0.0), high, "None")
+        between("row_cost", self.row_cost, 0, math.inf)
+        counts = {
+            "expected_batch": integer("expected_batch", self.expected_batch, 1),
+            "remembered": integer("remembered", self.remembered),
+        }
+        if self.draft_tokens != "auto":
+            counts["draft_tokens"] = integer("draft_tokens", self.draft_tokens, 1, '"auto"')
+        for name, count in counts.items():
+            # Those of numpy and torch become Python's: a configuration is compared, and saved as JSON.
+            object.__setattr__(self, name, count)
 
     @property
     def alphas(self) -> tuple[float, ...]:
         """Alpha as a tuple: of one number, or of one a tuned model."""
         return tuple(self.alpha) if isinstance(self.alpha, Sequence) else (self.alpha,)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

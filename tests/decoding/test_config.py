@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 
 from speculative_eft.decoding import EFTConfig, EFTDecoder
@@ -46,6 +48,30 @@ from ..tiny_models import tiny_trio
 def test_the_argument_is_named(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=name):
         EFTConfig(**{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("message", "arguments"),
+    [
+        ("alpha must be a finite number, got nan", {"alpha": (1.0, math.nan)}),
+        ("beta must be a finite number, got None", {"beta": None}),
+        ('draft_tokens must be an integer of at least 1 or "auto", got 0', {"draft_tokens": 0}),
+        ("draft_temperature must be a finite number above 0 or None, got 0", {"draft_temperature": 0}),
+        (r"conservative_top_p must lie in \(0, 1\] or be None, got 2", {"conservative_top_p": 2}),
+        ("row_cost must be a finite number of at least 0, got inf", {"row_cost": math.inf}),
+    ],
+    ids=lambda value: "" if isinstance(value, dict) else value.split()[0],
+)
+def test_the_message_says_what_is_taken(message: str, arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=message):
+        EFTConfig(**arguments)
+
+
+def test_integers_may_be_of_numpy() -> None:
+    given: Any = {"draft_tokens": np.int64(3), "expected_batch": np.int32(2), "remembered": np.int64(0)}
+    config = EFTConfig(**given)
+    assert config == EFTConfig(draft_tokens=3, expected_batch=2, remembered=0)
+    assert {type(value) for value in (config.draft_tokens, config.expected_batch, config.remembered)} == {int}
 
 
 def test_alpha_must_fit_the_tuned_models() -> None:
