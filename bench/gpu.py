@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .json_files import write_json
-from .kernels.timing import facts
+from .machine import facts
 
 __all__ = ["STAGES", "Stage", "run_stage"]
 

@@ -10,8 +10,11 @@ import platform
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -21,7 +24,13 @@ from speculative_eft.kernels import backend
 
 from .json_files import write_json
 
-__all__ = ["Environment", "environment", "peak_memory", "save", "show", "source_commit"]
+__all__ = ["Environment", "environment", "facts", "peak_memory", "save", "show", "source_commit"]
+
+_SOURCES = (
+    "speculative_eft",
+    *(f"speculative_eft.{name}" for name in ("kernels", "models", "decoding", "bench")),
+)
+"""Packages whose code decides what is measured; they are folders of their own in a checkout."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +117,50 @@ def source_commit() -> str | None:
         return None
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
     return f"{git('rev-parse', '--short=12', 'HEAD')}{' with changes' if changed else ''}"
+
+
+def facts(device: torch.device) -> dict[str, Any]:
+    """The machine, the device, the versions and the sources at hand, ready for JSON."""
+    found: dict[str, Any] = asdict(environment())
+    try:
+        found["triton"] = version("triton")
+    except PackageNotFoundError:
+        found["triton"] = None
+    found["commit"] = source_commit()
+    found["sources_sha256"] = _sources_digest()
+    found["device"] = "cpu"
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found["device"] = properties.name
+        found["device_memory_bytes"] = properties.total_memory
+        found["multiprocessors"] = properties.multi_processor_count
+        found["capability"] = list(torch.cuda.get_device_capability(device))
+        found["cuda"] = torch.version.cuda
+        query = "--query-gpu=driver_version,clocks.max.sm,clocks.max.mem,power.limit"
+        found["driver_and_clocks"] = _output("nvidia-smi", "--format=csv,noheader", query)
+    return found
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints; None where it is not there or fails."""
+    try:
+        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _sources_digest() -> str:
+    """Of the package's Python: tells measurements of the same code from others without a commit."""
+    digest = sha256()
+    for package in _SOURCES:
+        spec = find_spec(package)
+        assert spec is not None and spec.origin is not None
+        folder = Path(spec.origin).parent
+        for path in sorted(folder.rglob("*.py") if "." in package else folder.glob("*.py")):
+            name = f"{package}/{path.relative_to(folder).as_posix()}"
+            digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def show(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

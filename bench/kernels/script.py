@@ -21,7 +21,8 @@ from speculative_eft.kernels import Coefficients, NoiseKey, Sampling, backend, d
 from speculative_eft.models.errors import first_line
 
 from ..json_files import write_json
-from .timing import Timing, copy_bandwidth, facts, launch_floor, time_operation
+from ..machine import facts
+from .timing import Timing, copy_bandwidth, launch_floor, time_operation
 
 __all__ = [
     "BATCHES",

@@ -11,26 +11,18 @@ from __future__ import annotations
 
 import os
 import statistics
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from hashlib import sha256
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
-from pathlib import Path
+from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
 
 import torch
 
 from ..comparison import Spread
-from ..machine import environment, source_commit
 
 __all__ = [
     "Timing",
     "copy_bandwidth",
-    "facts",
     "launch_floor",
     "reference_kernels",
     "time_operation",
@@ -41,11 +33,6 @@ _SECONDS = 0.4
 """Time that the replays of one measurement may take, once there are the fewest."""
 _FEWEST_REPLAYS, _MOST_REPLAYS = 10, 100
 _WARM_CALLS = 10
-_SOURCES = (
-    "speculative_eft",
-    *(f"speculative_eft.{name}" for name in ("kernels", "models", "decoding", "bench")),
-)
-"""Packages whose code decides what is measured; they are folders of their own in a checkout."""
 
 
 @dataclass(frozen=True)
@@ -164,47 +151,3 @@ def reference_kernels() -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
-
-
-def facts(device: torch.device) -> dict[str, Any]:
-    """The machine, the device, the versions and the sources at hand, ready for JSON."""
-    found: dict[str, Any] = asdict(environment())
-    try:
-        found["triton"] = version("triton")
-    except PackageNotFoundError:
-        found["triton"] = None
-    found["commit"] = source_commit()
-    found["sources_sha256"] = _sources_digest()
-    found["device"] = "cpu"
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        found["device"] = properties.name
-        found["device_memory_bytes"] = properties.total_memory
-        found["multiprocessors"] = properties.multi_processor_count
-        found["capability"] = list(torch.cuda.get_device_capability(device))
-        found["cuda"] = torch.version.cuda
-        query = "--query-gpu=driver_version,clocks.max.sm,clocks.max.mem,power.limit"
-        found["driver_and_clocks"] = _output("nvidia-smi", "--format=csv,noheader", query)
-    return found
-
-
-def _output(*command: str) -> str | None:
-    """What a command prints; None where it is not there or fails."""
-    try:
-        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
-
-
-def _sources_digest() -> str:
-    """Of the package's Python: tells measurements of the same code from others without a commit."""
-    digest = sha256()
-    for package in _SOURCES:
-        spec = find_spec(package)
-        assert spec is not None and spec.origin is not None
-        folder = Path(spec.origin).parent
-        for path in sorted(folder.rglob("*.py") if "." in package else folder.glob("*.py")):
-            name = f"{package}/{path.relative_to(folder).as_posix()}"
-            digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()

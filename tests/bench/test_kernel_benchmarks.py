@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from speculative_eft.bench import machine
 from speculative_eft.bench.comparison import Spread
 from speculative_eft.bench.kernels import script as script_module
 from speculative_eft.bench.kernels import timing
@@ -144,16 +145,16 @@ def test_the_digest_is_of_every_folder_of_sources(tmp_path: Path, monkeypatch: p
         folder.mkdir()
         (folder / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(timing, "_SOURCES", ("a_package", "a_package.models", "a_package.decoding"))
-    seen = {timing._sources_digest()}
+    monkeypatch.setattr(machine, "_SOURCES", ("a_package", "a_package.models", "a_package.decoding"))
+    seen = {machine._sources_digest()}
     for folder in folders:
         (folder / "it.py").write_text("one")
-        seen.add(timing._sources_digest())
+        seen.add(machine._sources_digest())
         (folder / "it.py").write_text("two")
-        seen.add(timing._sources_digest())
+        seen.add(machine._sources_digest())
     assert len(seen) == 7
     (tmp_path / "a_package" / "notes.md").touch()
-    assert timing._sources_digest() in seen
+    assert machine._sources_digest() in seen
 
 
 def test_a_copy_reads_and_writes(monkeypatch: pytest.MonkeyPatch) -> None:
