@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from speculative_eft.kernels import LARGEST_TEMPERATURE
 
-__all__ = ["between", "index_of", "integer", "is_integral", "seed_of"]
+__all__ = ["between", "index_of", "integer", "is_integral", "seed_of", "token_ids"]
 
 
 def index_of(value: Any) -> int | None:
@@ -64,3 +65,15 @@ def between(name: str, value: Any, low: float, high: float, other: str = "") -> 
             wanted += f" or be {other}" if other else ""
         raise ValueError(f"{name} must {wanted}, got {value!r}")
     return float(value)
+
+
+def token_ids(name: str, value: int | Iterable[int] | Tensor | None) -> tuple[int, ...]:
+    """Token ids that a caller gives as one, several or None, as a tuple. Raises ValueError for all else."""
+    if value is None:
+        return ()
+    if isinstance(value, Tensor):
+        value = value.flatten().tolist()
+    ids = tuple(map(index_of, value if isinstance(value, Iterable) else (value,)))
+    if any(token is None for token in ids):
+        raise ValueError(f"{name} must be a token id or a list of them, got {value!r}")
+    return tuple(token for token in ids if token is not None)

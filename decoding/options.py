@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import GenerationConfig, WatermarkingConfig
 from transformers.generation.configuration_utils import BaseWatermarkingConfig
 
 from speculative_eft.kernels import LARGEST_TEMPERATURE, Sampling, batch_sampling, usable_temperature
 
-from .checks import between, index_of, integer
+from .checks import between, index_of, integer, token_ids
 from .fields import FIELDS, OTHER_ARGUMENTS, is_neutral
 
 __all__ = ["GenerationOptions", "read_options"]
@@ -244,7 +243,7 @@ def _check_values(values: dict[str, Any]) -> None:
 
 def _end_tokens(asked: Mapping[str, Any], model_configs: Sequence[GenerationConfig]) -> tuple[int, ...]:
     named = [asked["eos_token_id"]] if "eos_token_id" in asked else [c.eos_token_id for c in model_configs]
-    return tuple(dict.fromkeys(token for value in named for token in _token_ids("eos_token_id", value)))
+    return tuple(dict.fromkeys(token for value in named for token in token_ids("eos_token_id", value)))
 
 
 def _new_tokens(values: Mapping[str, Any], prompt_width: int) -> int:
@@ -311,14 +310,3 @@ def _seconds(value: Any) -> float | None:
 
 def _chunk(value: Any) -> int | None:
     return None if value is None else integer("prefill_chunk_size", value, least=1)
-
-
-def _token_ids(name: str, value: int | Iterable[int] | Tensor | None) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    if isinstance(value, Tensor):
-        value = value.flatten().tolist()
-    ids = tuple(map(index_of, value if isinstance(value, Iterable) else (value,)))
-    if any(token is None for token in ids):
-        raise ValueError(f"{name} must be a token id or a list of them, got {value!r}")
-    return tuple(token for token in ids if token is not None)

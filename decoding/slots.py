@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from speculative_eft.kernels import LARGEST_TEMPERATURE, Sampling, batch_sampling
 from speculative_eft.models import check_caches
 
-from .checks import between, integer, is_integral, seed_of
+from .checks import between, integer, is_integral, seed_of, token_ids
 from .decoder import EFTDecoder
 from .round import PhaseTimer, RoundPlan
 from .running import RunningBatch
@@ -69,24 +70,30 @@ class SlotBatch:
         decoder: whose models and law are used; no other call may use the models meanwhile.
         slots: most sequences at a time.
         max_length: most tokens of a prompt and its continuation.
-        eos_token_ids: any of them ends a sequence.
+        eos_token_ids: any of them ends a sequence; one id, several, or None.
 
     Raises:
-        ValueError: if `slots` or `max_length` is out of range, or if a GPU's memory does not hold the caches.
+        ValueError: if an argument is out of range or of another type, or if a GPU's memory does not hold the
+            caches.
     """
 
     def __init__(
-        self, decoder: EFTDecoder, slots: int, max_length: int, eos_token_ids: tuple[int, ...] = ()
+        self,
+        decoder: EFTDecoder,
+        slots: int,
+        max_length: int,
+        eos_token_ids: int | Sequence[int] | None = (),
     ) -> None:
         runners = decoder.runners
         context = runners.max_context
-        if slots < 1:
-            raise ValueError(f"slots must be at least 1, got {slots}")
-        if max_length < 2 or (context is not None and max_length > context):
-            raise ValueError(f"max_length must lie in 2..{context or 'any'}, got {max_length}")
-        self.decoder, self.slots, self.max_length = decoder, slots, max_length
-        self._eos = eos_token_ids
+        self.decoder = decoder
+        self.slots = integer("slots", slots, least=1)
+        self.max_length = integer("max_length", max_length, least=2)
+        if context is not None and self.max_length > context:
+            raise ValueError(f"max_length must lie in 2..{context}, got {max_length}")
+        self._eos = token_ids("eos_token_ids", eos_token_ids)
         self._device = runners.large.device
+        self._has_failed = False
         with runners.turn():
             self._begin(decoder)
 
@@ -114,7 +121,20 @@ class SlotBatch:
         )  # fmt: skip
         self._reservations = runners.large.reservations
 
-    def _check_caches(self) -> None:
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """What fails in here leaves some of the sequences' state moved on and some not."""
+        try:
+            yield
+        except BaseException:
+            self._has_failed = True
+            raise
+
+    def _check_state(self) -> None:
+        if self._has_failed:
+            raise RuntimeError(
+                "an earlier call failed midway, so these sequences cannot go on; begin a new SlotBatch"
+            )
         if self.decoder.runners.large.reservations != self._reservations:
             raise RuntimeError(
                 "another call has used these models since the last step, and overwritten what their caches "
@@ -159,10 +179,14 @@ class SlotBatch:
     def join(self, prompt: Tensor | Sequence[int], options: SlotOptions) -> int:
         """Start the continuation of `prompt`, token ids of shape [length]; returns the sequence's number.
 
+        One that fails, by a GPU without memory for the prompt, say, leaves the others as they were.
+
         Raises:
             ValueError: if no slot is free, or the prompt is empty, too long, or outside the vocabulary.
-            RuntimeError: if another call has used the models meanwhile.
+            RuntimeError: if another call has used the models meanwhile, or a step failed.
         """
+        if not isinstance(options, SlotOptions):
+            raise ValueError(f"options must be SlotOptions, got {options!r}")
         if self.free == 0:
             raise ValueError(f"all {self.slots} slots are taken: step until one is free")
         if not isinstance(prompt, Tensor):
@@ -178,7 +202,7 @@ class SlotBatch:
         if not (int(prompt.min()) >= 0 and int(prompt.max()) < self.decoder.vocab_size):
             raise ValueError(f"prompt holds an id outside the vocabulary of {self.decoder.vocab_size} ids")
         with self.decoder.runners.turn():
-            self._check_caches()
+            self._check_state()
             return self._join(prompt.to(self._device, torch.int64), options)
 
     def _join(self, prompt: Tensor, options: SlotOptions) -> int:
@@ -189,12 +213,12 @@ class SlotBatch:
         row = self._running.join(sequence, length, length + options.max_new_tokens)
         try:
             first = self._fill(row, prompt, options)
+            self._go_on()
         except BaseException:
-            # By a GPU without memory for the prompt, say: the others go on.
-            self._running.end([sequence])
-            self._leave([sequence])
+            with self._whole():
+                self._running.end([sequence])
+                self._leave([sequence])
             raise
-        self._go_on()
         self._first_lens[sequence] = first
         self._drafted = max(self._drafted, first)
         return sequence
@@ -236,13 +260,15 @@ class SlotBatch:
     def step(self) -> dict[int, SlotProgress]:
         """Run one round; for each sequence whose report has arrived what it did. Nothing if nobody runs.
 
-        Raises RuntimeError if another call has used the models meanwhile.
+        Raises RuntimeError if another call has used the models meanwhile, or an earlier step failed: the
+        sequences of a step that fails cannot go on, since a part of their state has moved.
         """
         if self._running.rows == 0:
             return {}
         with self.decoder.runners.turn():
-            self._check_caches()
-            return self._step()
+            self._check_state()
+            with self._whole():
+                return self._step()
 
     def _step(self) -> dict[int, SlotProgress]:
         report = self._running.advance(self._drafted, self._timer)

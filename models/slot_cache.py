@@ -77,10 +77,12 @@ class SlotCache(Cache):
         """Empty the cache, keeping its storage, for `batch` sequences in the first slots."""
         self.lengths = self._all_lengths[:batch]
         self._all_lengths.zero_()
-        for layer in self._slots.values():
-            # What is masked weighs nothing, but nothing times infinity is not a number.
-            layer.keys.zero_()
-            layer.values.zero_()
+        self._zero()
+
+    def _zero(self) -> None:
+        # What is masked weighs nothing, but nothing times infinity is not a number.
+        for stored in self.storage():
+            stored.zero_()
 
     def grown(self, slots: int, max_length: int) -> SlotCache:
         """A cache for `slots` sequences of up to `max_length` tokens that holds what this one does."""
@@ -119,6 +121,7 @@ class SlotCache(Cache):
         one._visible = (1, self.capacity)
         for index in self._slots:
             one._slots[index] = one._within(index)
+        one._zero()
         return one
 
     def begin(self, positions: Tensor, span: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 from typing import Any, TypeAlias
 
@@ -145,6 +146,26 @@ def test_greedy_sequences_draft_among_sampled_ones_that_do_not(monkeypatch: pyte
     assert drafted == [1]
 
 
+def test_a_greedy_sequence_drafts_beside_a_sampled_one_as_alone() -> None:
+    # At these costs a draft pays where it is accepted as often as a greedy one, and else does not.
+    config = EFTConfig(
+        draft_tokens="auto", cost_ratio=0.25, row_cost=0.8, expected_batch=4, draft_weights="own"
+    )
+    decoder = EFTDecoder(tiny_trio("llama"), config)
+    runs = []
+    for beside in (False, True):
+        batch = SlotBatch(decoder, 2, 60)
+        number = batch.join([5, 6], SlotOptions(30, 0, temperature=0.0))
+        if beside:
+            batch.join([7, 8], SlotOptions(50, 1))
+        steps = [batch.step()[number]]
+        while not steps[-1].ended:
+            steps.append(batch.step()[number])
+        runs.append([step.tokens for step in steps])
+    assert runs[0] == runs[1]
+    assert max(map(len, runs[0])) > 1
+
+
 def test_drafts_of_few_tokens_are_as_short_in_slots_as_alone() -> None:
     """By the block rule what is drafted beyond the limit would change what is drawn before it."""
     decoder = EFTDecoder(table_runners(random_tables(9, 6)), EFTConfig(draft_tokens=5))
@@ -173,6 +194,15 @@ def test_bad_input_of_slots() -> None:
     ):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(options))):
             SlotOptions(**{"max_new_tokens": 1, "seed": 0, **options})
+    arguments: dict[str, Any]
+    for arguments in (
+        {"slots": 0}, {"slots": "2"}, {"slots": 2.0}, {"max_length": 1}, {"max_length": 12.0},
+        {"eos_token_ids": "7"}, {"eos_token_ids": [1.5]},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=next(iter(arguments))):
+            SlotBatch(batch.decoder, **{"slots": 1, "max_length": 12, **arguments})
+    with pytest.raises(ValueError, match="options must be SlotOptions"):
+        batch.join(prompt, None)  # type: ignore[arg-type]
     assert batch.free == 1
     # What fits exactly is taken.
     batch.join([1, 2], SlotOptions(10, 0))
@@ -241,16 +271,56 @@ def test_a_join_that_fails_leaves_its_slot(how: str, monkeypatch: pytest.MonkeyP
     def fails(*arguments: Any) -> None:
         raise torch.OutOfMemoryError("no more")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(decoder.runners.base, "fill_slot", fails)
-        for _ in range(4):
+    for owner, name in ((decoder.runners.base, "fill_slot"), (batch, "_go_on")) * 2:
+        once = itertools.chain([fails], itertools.repeat(getattr(owner, name)))
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, lambda *given, once=once: next(once)(*given))
             with pytest.raises(torch.OutOfMemoryError):
                 batch.join([8, 9], SlotOptions(9, 1))
-            assert batch.free == 2
-            tokens += batch.step().get(first, SlotProgress([], False)).tokens
+        assert batch.free == 2
+        tokens += batch.step().get(first, SlotProgress([], False)).tokens
     while batch.free < 3:
         tokens += batch.step().get(first, SlotProgress([], False)).tokens
     assert tokens == wanted
+
+
+@HOW
+def test_after_a_step_that_fails_no_sequence_goes_on(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its models' lengths may have moved and its tokens not."""
+    decoder = EFTDecoder(tiny_trio("gpt2"), EFTConfig(draft_tokens=2))
+    run_as(decoder, how)
+    batch = SlotBatch(decoder, 2, 40)
+    batch.join([5, 6, 7], SlotOptions(9, 1))
+    batch.step()
+
+    def fails(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("no more")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder.runners.large, "forward", fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            batch.step()
+    for call in (batch.step, lambda: batch.join([5, 6], SlotOptions(8, 0))):
+        with pytest.raises(RuntimeError, match="begin a new SlotBatch"):
+            call()
+    anew = SlotBatch(decoder, 2, 40)
+    anew.join([5, 6, 7], SlotOptions(9, 1))
+    assert anew.step() is not None
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "llama"])
+def test_numbers_that_are_none_do_not_stay_in_a_slot(family: str) -> None:
+    models = tiny_trio(family)
+    for model in (models.large_base, *models.small_tuned, models.small_base):
+        with torch.no_grad():
+            model.get_input_embeddings().weight[99] = 1e38
+    decoder = EFTDecoder(models, EFTConfig(draft_tokens=3))
+    work = [(torch.tensor([5, 6, 7]), SlotOptions(6, 1))]
+    batch = SlotBatch(decoder, 1, 40)
+    spoilt = batch.join([4] * 20 + [99] * 3 + [4] * 3, SlotOptions(2, 0))
+    while not batch.step()[spoilt].ended:
+        pass
+    assert run_through(batch, work, random.Random(0)) == alone(decoder, work, [])
 
 
 def test_a_filter_that_comes_and_goes_begins_no_graphs_anew() -> None:
