@@ -9,6 +9,7 @@ runs of the same turn.
 from __future__ import annotations
 
 import gc
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -293,12 +294,15 @@ def _expected_lengths(decoder: RoundDecoder, acceptances: Sequence[float]) -> li
     policy = decoder.policy if isinstance(decoder, EFTDecoder) else None
     if policy is None:
         return [decoder.longest_draft]
-    rule = policy.rule(torch.device("cpu"))
+    prior = policy.prior_accepted(ends_early=False, greedy=False)
+    if prior == -math.inf:
+        return [0]
     if not acceptances:
-        return list(range(LONGEST_DRAFT + 1)) if rule.thresholds[0].isfinite() else [0]
+        return list(range(LONGEST_DRAFT + 1))
     running = torch.linspace(min(acceptances) - 0.15, min(max(acceptances) + 0.06, 1.0), 200)
     # Many tests, so that the prior weighs little.
-    lengths = rule.draft_lens(1e6 * running, torch.full((200,), 1e6))
+    rule, tested = policy.rule(torch.device("cpu")), torch.full((200,), 1e6)
+    lengths = rule.draft_lens(1e6 * running, tested, torch.full((200,), prior))
     return sorted(set(lengths.tolist()))
 
 

@@ -404,8 +404,8 @@ class EFTDecoder:
         drafting = self.runners.drafters or self.runners.tuned
         return len(drafting) == 1 and drafting[0].ends_drafts
 
-    def _draft_length_rule(self, device: torch.device, greedy: bool) -> DraftLengthRule | None:
-        return None if self.policy is None else self.policy.rule(device, self._ends_drafts, greedy)
+    def _draft_length_rule(self, device: torch.device) -> DraftLengthRule | None:
+        return None if self.policy is None else self.policy.rule(device, self._ends_drafts)
 
     def _first_draft_len(self, greedy: bool) -> int:
         if self.config.draft_tokens != "auto":
@@ -520,6 +520,7 @@ class EFTDecoder:
             longest_draft=longest_draft,
             pad_token_id=pad_token_id,
             memory=self._new_memory(batch, longest_draft, device),
+            prior_accepted=self.policy.prior_accepted(self._ends_drafts, greedy) if self.policy else 0.0,
             early_stop=early_stop,
             lagging=self.lagging,
         )
@@ -537,7 +538,7 @@ class EFTDecoder:
             drafts_as_pair=self._drafts_as_pair(),
             vocab_size=self.vocab_size,
             eos_token_ids=torch.tensor(eos_token_ids, dtype=torch.int64, device=device),
-            draft_length_rule=self._draft_length_rule(device, sampling.all_greedy),
+            draft_length_rule=self._draft_length_rule(device),
             statistics=statistics,
         )
 

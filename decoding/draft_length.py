@@ -67,17 +67,31 @@ class DraftLengthPolicy:
     row_cost: float = 0.0
     is_batched: bool = False
 
-    def rule(self, device: torch.device, ends_early: bool = False, greedy: bool = False) -> DraftLengthRule:
-        """The choice as thresholds on the running acceptance of sequences, `greedy` or not, on `device`.
+    def rule(self, device: torch.device, ends_early: bool = False) -> DraftLengthRule:
+        """The choice as thresholds on the running acceptance of sequences, on `device`.
 
         More acceptance never makes the best draft shorter, so a threshold a length says it all. A draft that
         `ends_early` by itself is either none or the longest.
         """
-        return _rule(self, device, ends_early, greedy)
+        return _rule(self, device, ends_early)
+
+    def prior_accepted(self, ends_early: bool, greedy: bool) -> float:
+        """What `RoundState.prior_accepted` is for sequences that are `greedy` or not.
+
+        Minus infinity where drafts do not pay at the prior acceptance: where nothing is drafted nothing is
+        learnt, so such sequences take plain steps whatever their neighbours do.
+        """
+        acceptance = _PRIOR_ACCEPTANCE_OF_GREEDY if greedy else _PRIOR_ACCEPTANCE
+        return self._prior_tested(ends_early) * acceptance if self._pays(acceptance) else -torch.inf
 
     def first(self, ends_early: bool, greedy: bool) -> int:
         """The draft length with which sequences begin, of which nothing is known."""
         return _first(self, ends_early, greedy)
+
+    def _prior_tested(self, ends_early: bool) -> float:
+        if self.is_batched:
+            return _PRIOR_TESTED_IN_A_BATCH
+        return _PRIOR_TESTED_OF_EARLY_STOPS if ends_early else _PRIOR_TESTED
 
     def early_stop(self, batch: int, device: torch.device) -> EarlyStop:
         """What ends drafts of `batch` new sequences where one more token is not worth its cost.
@@ -109,26 +123,21 @@ class DraftLengthPolicy:
 
 
 @cache
-def _rule(policy: DraftLengthPolicy, device: torch.device, ends_early: bool, greedy: bool) -> DraftLengthRule:
-    prior_tested, fading = _PRIOR_TESTED_OF_EARLY_STOPS if ends_early else _PRIOR_TESTED, _FADING
-    if policy.is_batched:
-        prior_tested, fading = _PRIOR_TESTED_IN_A_BATCH, _FADING_IN_A_BATCH
-    prior_acceptance = _PRIOR_ACCEPTANCE_OF_GREEDY if greedy else _PRIOR_ACCEPTANCE
-    thresholds = _thresholds(policy, prior_acceptance)
+def _rule(policy: DraftLengthPolicy, device: torch.device, ends_early: bool) -> DraftLengthRule:
+    thresholds = _thresholds(policy)
     if ends_early:
         thresholds = thresholds[:1].expand(LONGEST_DRAFT).contiguous()
     return DraftLengthRule(
         thresholds=thresholds.to(device),
-        fading=fading,
-        prior_accepted=prior_tested * prior_acceptance,
-        prior_tested=prior_tested,
+        fading=_FADING_IN_A_BATCH if policy.is_batched else _FADING,
+        prior_tested=policy._prior_tested(ends_early),
     )
 
 
 @cache
 def _first(policy: DraftLengthPolicy, ends_early: bool, greedy: bool) -> int:
-    nothing = torch.zeros(1)
-    return int(_rule(policy, torch.device("cpu"), ends_early, greedy).draft_lens(nothing, nothing))
+    nothing, prior = torch.zeros(1), torch.tensor([policy.prior_accepted(ends_early, greedy)])
+    return int(_rule(policy, torch.device("cpu"), ends_early).draft_lens(nothing, nothing, prior))
 
 
 @cache
@@ -141,14 +150,9 @@ def _least_chances(policy: DraftLengthPolicy) -> Tensor:
 
 
 @cache
-def _thresholds(policy: DraftLengthPolicy, prior_acceptance: float) -> Tensor:
-    """The least acceptance at which each length from 1 on is the best: float32 [LONGEST_DRAFT].
-
-    Infinite where drafts do not pay at the prior acceptance: where nothing is drafted nothing is learnt.
-    """
+def _thresholds(policy: DraftLengthPolicy) -> Tensor:
+    """The least acceptance at which each length from 1 on is the best: float32 [LONGEST_DRAFT]."""
     lens = torch.arange(LONGEST_DRAFT + 1)
-    if not policy._pays(prior_acceptance):
-        return torch.full((LONGEST_DRAFT,), torch.inf)
     acceptance = torch.linspace(0, _HIGHEST_ACCEPTANCE, 10_000, dtype=torch.float64)
     best = (tokens_per_round(acceptance[:, None], lens) / policy._cost(lens)).argmax(dim=1)
     first = torch.searchsorted(best, lens[1:])

@@ -101,6 +101,7 @@ def new_round_state(
     longest_draft: int,
     pad_token_id: int,
     memory: DraftMemory | None,
+    prior_accepted: float = 0.0,
     early_stop: EarlyStop | None = None,
     lagging: bool = False,
 ) -> RoundState:
@@ -109,6 +110,7 @@ def new_round_state(
     Args:
         last_token, prompt_lengths, seeds, draft_lens: int64 [batch].
         longest_draft: an upper bound on any draft length.
+        prior_accepted: of every sequence, as in `RoundState`; where a rule chooses draft lengths.
         lagging: whether the host starts a round before it has read the last one's report.
     """
     batch, device = last_token.shape[0], last_token.device
@@ -134,6 +136,7 @@ def new_round_state(
         output=torch.full((batch, capacity + 1), pad_token_id, dtype=torch.int64, device=device),
         accepted_history=reals(),
         tested_history=reals(),
+        prior_accepted=reals() + prior_accepted,
         drafted=counts(),
         tested=counts(),
         accepted=counts(),

@@ -33,6 +33,8 @@ class RoundState:
         draft_lens: int64 [batch], tokens the next round drafts.
         output: int64 [batch, capacity]; the last column takes what is not committed.
         accepted_history, tested_history: float32 [batch], fading counts for the draft-length rule.
+        prior_accepted: float32 [batch], of the rule's `prior_tested` tokens those that are taken to have been
+            accepted before the first round; minus infinity where nothing is ever to be drafted.
         drafted, tested, accepted: int64 [batch], totals; tested counts the drafted tokens up to and
             including the first one not accepted.
         expected: float32 [batch], total of sum min(p, q) over the tested tokens.
@@ -54,6 +56,7 @@ class RoundState:
     output: Tensor
     accepted_history: Tensor
     tested_history: Tensor
+    prior_accepted: Tensor
     drafted: Tensor
     tested: Tensor
     accepted: Tensor
@@ -83,6 +86,7 @@ class StateArrays(NamedTuple):
     output: Any
     accepted_history: Any
     tested_history: Any
+    prior_accepted: Any
     drafted: Any
     tested: Any
     accepted: Any
@@ -96,22 +100,21 @@ class DraftLengthRule:
     """How a sequence's next draft length follows from its fading counts of accepted and tested tokens.
 
     With a = (accepted + prior_accepted) / (tested + prior_tested) it is the number of `thresholds`
-    that a reaches.
+    that a reaches; `prior_accepted` is the sequence's own.
 
     Attributes:
         thresholds: float32 [longest], ascending.
         fading: weight a past round keeps with each new one.
-        prior_accepted, prior_tested: what is assumed to have happened before the first round.
+        prior_tested: tokens that are taken to have been tested before the first round.
     """
 
     thresholds: Tensor
     fading: float
-    prior_accepted: float
     prior_tested: float
 
-    def draft_lens(self, accepted: Tensor, tested: Tensor) -> Tensor:
+    def draft_lens(self, accepted: Tensor, tested: Tensor, prior_accepted: Tensor) -> Tensor:
         """Draft lengths int64 [batch] from counts float32 [batch]."""
-        acceptance = (accepted + self.prior_accepted) / (tested + self.prior_tested)
+        acceptance = (accepted + prior_accepted) / (tested + self.prior_tested)
         return (acceptance[:, None] >= self.thresholds).sum(dim=1)
 
 
@@ -175,7 +178,7 @@ def commit(
         fade = torch.where(live, rule.fading, 1.0)
         state.accepted_history.mul_(fade).add_(accepted)
         state.tested_history.mul_(fade).add_(tested)
-        chosen = rule.draft_lens(state.accepted_history, state.tested_history)
+        chosen = rule.draft_lens(state.accepted_history, state.tested_history, state.prior_accepted)
         state.draft_lens.copy_(torch.where(live, chosen, state.draft_lens))
 
     spare = state.output.shape[1] - 1

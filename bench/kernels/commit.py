@@ -34,12 +34,13 @@ def _operation(batch: int, drafted: int, adaptive: bool, device: torch.device) -
         last_token=integers(1), seeds=integers(1), rounds=integers(0), positions=integers(7),
         generated=integers(0), limits=integers(many), done=integers(0).bool(), draft_lens=integers(drafted),
         output=torch.zeros(batch, 2**14, dtype=torch.int64, device=device), accepted_history=zeros(),
-        tested_history=zeros(), drafted=integers(0), tested=integers(0), accepted=integers(0),
-        expected=zeros(), tested_at=torch.zeros(drafted, dtype=torch.int64, device=device),
+        tested_history=zeros(), prior_accepted=zeros() + 3, drafted=integers(0), tested=integers(0),
+        accepted=integers(0), expected=zeros(),
+        tested_at=torch.zeros(drafted, dtype=torch.int64, device=device),
         accepted_at=torch.zeros(drafted, dtype=torch.int64, device=device),
     )  # fmt: skip
     thresholds = torch.linspace(0.3, 0.9, drafted - 1, device=device)
-    rule = DraftLengthRule(thresholds, 0.9, 3.0, 4.0) if adaptive else None
+    rule = DraftLengthRule(thresholds, 0.9, 4.0) if adaptive else None
     tokens = torch.randint(3, 1000, (batch, drafted), device=device)
     accepted, following = torch.randint(0, drafted + 1, (batch,), device=device), integers(5)
     expected = torch.rand(batch, drafted, device=device)

@@ -19,23 +19,20 @@ if TYPE_CHECKING:
 __all__ = ["RuleArrays", "commit", "commit_rows", "rule_arrays", "state_arrays"]
 
 
-record(*[TABLE] * 5, FLAGS, TABLE, TABLES, VECTOR, VECTOR, TABLE, TABLE, TABLE, VECTOR, TABLE, TABLE)(
-    StateArrays
-)
+record(*[TABLE] * 5, FLAGS, TABLE, TABLES, *[VECTOR] * 3, *[TABLE] * 3, VECTOR, TABLE, TABLE)(StateArrays)
 
 
-@record("boolean", VECTOR, "float32", "float32", "float32")
+@record("boolean", VECTOR, "float32", "float32")
 class RuleArrays(NamedTuple):
     """A `DraftLengthRule`, if there is one."""
 
     is_used: bool
     thresholds: Any
     fading: Any
-    prior_accepted: Any
     prior_tested: Any
 
 
-_NO_RULE = RuleArrays(False, np.empty(0, np.float32), *np.zeros(3, np.float32))
+_NO_RULE = RuleArrays(False, np.empty(0, np.float32), *np.zeros(2, np.float32))
 
 
 def commit(
@@ -75,7 +72,7 @@ def rule_arrays(rule: DraftLengthRule | None) -> RuleArrays:
     """A rule for compiled functions, or that there is none."""
     if rule is None:
         return _NO_RULE
-    numbers = np.array([rule.fading, rule.prior_accepted, rule.prior_tested], np.float32)
+    numbers = np.array([rule.fading, rule.prior_tested], np.float32)
     return RuleArrays(True, *arrays(rule, "thresholds"), *numbers)
 
 
@@ -119,7 +116,7 @@ def commit_rows(
         if rule.is_used:
             accepted_history[sequence] = accepted_history[sequence] * rule.fading + FLOAT(accepted)
             tested_history[sequence] = tested_history[sequence] * rule.fading + FLOAT(tested)
-            acceptance = (accepted_history[sequence] + rule.prior_accepted) / (
+            acceptance = (accepted_history[sequence] + state.prior_accepted[sequence]) / (
                 tested_history[sequence] + rule.prior_tested
             )
             length = 0

@@ -38,7 +38,6 @@ class Rule(NamedTuple):
 
     thresholds: Any
     fading: Any
-    prior_accepted: Any
     prior_tested: Any
 
 
@@ -117,7 +116,8 @@ def _commit(
         tl.debug_barrier()
         tl.store(state.accepted_history + sequence, accepted_history, mask=valid)
         tl.store(state.tested_history + sequence, tested_history, mask=valid)
-        acceptance = (accepted_history + rule.prior_accepted) / (tested_history + rule.prior_tested)
+        prior_accepted = tl.load(state.prior_accepted + sequence, mask=valid, other=0.0)
+        acceptance = (accepted_history + prior_accepted) / (tested_history + rule.prior_tested)
         step = tl.arange(0, LENGTHS)[None, :]
         thresholds = tl.load(rule.thresholds + step, mask=step < lengths, other=float("inf"))
         reached = (acceptance[:, None] >= thresholds) & (step < lengths)
@@ -171,9 +171,9 @@ def commit(
     )
     lengths = 0 if rule is None else rule.thresholds.shape[0]
     numbers = (
-        Rule(state.expected, 1.0, 0.0, 0.0)
+        Rule(state.expected, 1.0, 0.0)
         if rule is None
-        else Rule(rule.thresholds, rule.fading, rule.prior_accepted, rule.prior_tested)
+        else Rule(rule.thresholds, rule.fading, rule.prior_tested)
     )
     _commit[(-(-batch // _SEQUENCES),)](
         StateArrays(**tensors), verified, numbers, tuple(cache for cache, _ in caches), batch,
@@ -188,7 +188,7 @@ def commit(
 def specialisations() -> Iterator[Specialisation]:
     """Three caches, of which the tuned model's has stepped along."""
     state = StateArrays._make(
-        [*["*i64"] * 5, "*i8", *["*i64"] * 2, *["*fp32"] * 2, *["*i64"] * 3, "*fp32", *["*i64"] * 2]
+        [*["*i64"] * 5, "*i8", *["*i64"] * 2, *["*fp32"] * 3, *["*i64"] * 3, "*fp32", *["*i64"] * 2]
     )
     verified = Verified("*i64", "*i64", "*i64", "*fp32", "*i64", "*i64")
     integers = ("batch", "capacity", "drafted", "ends", "lengths")
@@ -198,7 +198,7 @@ def specialisations() -> Iterator[Specialisation]:
             name="adaptive draft lengths" if adapts else "fixed draft lengths",
             kernel=_commit,
             signature={
-                "state": state, "verified": verified, "rule": Rule("*fp32", "fp32", "fp32", "fp32"),
+                "state": state, "verified": verified, "rule": Rule("*fp32", "fp32", "fp32"),
                 "caches": ("*i64",) * 3, **dict.fromkeys(integers, "i32"),
             },
             constants={

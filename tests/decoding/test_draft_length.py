@@ -14,8 +14,9 @@ from ..tiny_models import ragged_prompts, tiny_trio
 def draft_len(
     policy: DraftLengthPolicy, accepted: float = 0.0, tested: float = 0.0, greedy: bool = False
 ) -> int:
-    rule = policy.rule(torch.device("cpu"), greedy=greedy)
-    return int(rule.draft_lens(torch.tensor([accepted]), torch.tensor([tested])))
+    prior = policy.prior_accepted(ends_early=False, greedy=greedy)
+    counts = (torch.tensor([count]) for count in (accepted, tested, prior))
+    return int(policy.rule(torch.device("cpu")).draft_lens(*counts))
 
 
 def test_costly_drafts_are_not_made() -> None:

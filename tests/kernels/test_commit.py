@@ -47,6 +47,7 @@ def random_state(batch: int, longest: int, generator: torch.Generator) -> RoundS
         output=counts(0, 50, batch, 40),
         accepted_history=torch.rand(batch, generator=generator) * 5,
         tested_history=torch.rand(batch, generator=generator) * 5 + 5,
+        prior_accepted=torch.where(counts(0, 5) == 0, -torch.inf, 3 * torch.rand(batch, generator=generator)),
         drafted=counts(0, 9),
         tested=counts(0, 9),
         accepted=counts(0, 9),
@@ -61,7 +62,7 @@ def random_state(batch: int, longest: int, generator: torch.Generator) -> RoundS
 def test_commit(adaptive: bool, compiled: str, both: Any) -> None:
     generator = torch.Generator().manual_seed(2)
     batch, longest = 200, 6
-    rule = DraftLengthRule(torch.tensor([0.3, 0.5, 0.6, 0.8, float("inf")]), 0.9, 3.0, 4.0)
+    rule = DraftLengthRule(torch.tensor([0.3, 0.5, 0.6, 0.8, float("inf")]), 0.9, 4.0)
     state = random_state(batch, longest, generator)
     drafted = torch.randint(0, 50, (batch, longest), generator=generator)
     accepted = (torch.rand(batch, generator=generator) * (state.draft_lens + 1)).long()

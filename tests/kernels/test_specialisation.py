@@ -156,13 +156,13 @@ def commit_round(batch: int, drafted: int) -> None:
 
     shapes = {"output": (batch, 40), "tested_at": (drafted,), "accepted_at": (drafted,)}
     types = {"done": torch.bool} | dict.fromkeys(
-        ("accepted_history", "tested_history", "expected"), torch.float32
+        ("accepted_history", "tested_history", "prior_accepted", "expected"), torch.float32
     )
     state = RoundState(**{
         field.name: zeros(*shapes.get(field.name, ()), dtype=types.get(field.name, torch.int64))
         for field in dataclasses.fields(RoundState)
     })  # fmt: skip
-    rule = DraftLengthRule(torch.linspace(0, 1, drafted), 0.9, 3.0, 4.0)
+    rule = DraftLengthRule(torch.linspace(0, 1, drafted), 0.9, 4.0)
     overlap = zeros(batch, drafted, dtype=torch.float32)
     commit(
         state, zeros(batch, drafted), zeros(), zeros(), overlap, zeros(2), rule, [(zeros(), True)]
