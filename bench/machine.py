@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from speculative_eft.kernels import backend
+from speculative_eft.models.costs import processor_name
 
 from .json_files import write_json
 
@@ -73,7 +74,7 @@ def environment() -> Environment:
     affinity = getattr(os, "sched_getaffinity", None)
     cuda = range(torch.cuda.device_count())
     return Environment(
-        cpu=_cpu_name(),
+        cpu=processor_name(),
         cores=len(affinity(0)) if affinity else os.cpu_count() or 1,
         threads=torch.get_num_threads(),
         accelerators=[torch.cuda.get_device_name(index) for index in cuda],
@@ -88,16 +89,6 @@ def environment() -> Environment:
 def _backend_and_version() -> str:
     chosen = backend(torch.device("cpu"))
     return chosen if chosen == "torch" else f"{chosen} {version(chosen)}"
-
-
-def _cpu_name() -> str:
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        for line in information.read_text(encoding="utf-8").splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
 
 
 def source_commit() -> str | None:

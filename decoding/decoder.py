@@ -19,6 +19,7 @@ from speculative_eft.kernels import (
     RoundState,
     Sampling,
     new_draft_memory,
+    side_by_side,
     warm_up,
 )
 from speculative_eft.models import (
@@ -38,7 +39,7 @@ from .general import ScoreBuffers, general_round, new_score_buffers
 from .options import GenerationOptions
 from .output import CACHE_FIELD, EFTOutput, a_token_each, ordinary, table_of, totals
 from .own_prompts import FirstRound, first_round_of_own_prompts
-from .past import DEFAULT_CHUNK, EFTPast, extended, fill_cache, kept_lengths
+from .past import DEFAULT_CHUNK, EFTPast, extended, kept_lengths, reserved_cache
 from .processors import PrefixFunction
 from .prompts import Prompts, read_prompts
 from .round import (
@@ -96,7 +97,7 @@ class EFTDecoder:
         self.lagging = device.type == "cuda"
         graphs = captured_functions(self.runners.every)
         self.captured = None if graphs is None else CapturedBatch(graphs)
-        self._general_is_reported = False
+        self._general_is_reported = self._batch_is_reported = False
 
     @cached_property
     def policy(self) -> DraftLengthPolicy | None:
@@ -377,6 +378,15 @@ class EFTDecoder:
             names = ", ".join(call.options.general) or "logits_processor or prefix_allowed_tokens_fn"
             _log.warning("%s: not known to the fused rounds; decoding takes the general, slower path", names)
 
+    def _report_batch(self, batch: int) -> None:
+        expected = self.config.expected_batch
+        if self.config.draft_tokens == "auto" and batch >= 2 * expected and not self._batch_is_reported:
+            self._batch_is_reported = True
+            _log.warning(
+                "a batch of %d, but draft lengths are chosen for %d at a time: EFTConfig(expected_batch=%d) "
+                "is faster, and the law the same", batch, expected, batch,
+            )  # fmt: skip
+
     def _check_context(self, prompts: Prompts, tuned_prompts: Prompts, options: GenerationOptions) -> None:
         for runner in self.runners.every:
             longest = (tuned_prompts if runner in self.runners.tuned else prompts).longest
@@ -429,13 +439,17 @@ class EFTDecoder:
     ) -> tuple[RoundState, RoundPlan]:
         batch = prompts.tokens.shape[0]
         device = self.runners.large.device
+        self._report_batch(batch)
         room = options.max_new_tokens + self.longest_draft + 1
         kept = self._room_for_caches(prompts, tuned_prompts, options.max_new_tokens, kept)
+        fills = []
         for runner in self.runners.every:
             is_tuned = runner in self.runners.tuned
             own = tuned_prompts if is_tuned else prompts
             held = None if kept is None else kept[is_tuned]
-            fill_cache(runner, own, room, held, options.prefill_chunk_size)
+            fills.append(reserved_cache(runner, own, room, held, options.prefill_chunk_size))
+        by_large, *by_small = fills
+        side_by_side(device, by_large, lambda: [fill() for fill in by_small])
         last_token = prompts.tokens.gather(1, (prompts.lengths - 1)[:, None])[:, 0].to(device)
         state = self.new_state(
             last_token, prompts.lengths.to(device), seeds.to(device), options.max_new_tokens,

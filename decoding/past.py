@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from speculative_eft.models import Runner
 
 from .prompts import Prompts
 
-__all__ = ["EFTPast", "extended", "fill_cache", "kept_lengths"]
+__all__ = ["EFTPast", "extended", "kept_lengths", "reserved_cache"]
 
 DEFAULT_CHUNK = 512
 
@@ -63,8 +65,10 @@ def kept_lengths(held: Prompts, prompts: Prompts) -> Tensor:
     return torch.minimum(common, prompts.lengths - 1)
 
 
-def fill_cache(runner: Runner, prompts: Prompts, room: int, kept: Tensor | None, chunk: int | None) -> None:
-    """Fill a runner's cache with all but the last token of each prompt.
+def reserved_cache(
+    runner: Runner, prompts: Prompts, room: int, kept: Tensor | None, chunk: int | None
+) -> Callable[[], None]:
+    """Make room in a runner's cache; what then fills it with all but the last token of each prompt.
 
     Args:
         room: tokens a sequence may reach beyond its prompt.
@@ -76,10 +80,9 @@ def fill_cache(runner: Runner, prompts: Prompts, room: int, kept: Tensor | None,
     chunk = chunk or DEFAULT_CHUNK
     if kept is None:
         runner.reserve(batch, prompts.longest + room)
-        runner.prefill(tokens.to(device), lengths.to(device), chunk)
-        return
+        return partial(runner.prefill, tokens.to(device), lengths.to(device), chunk)
     new = int((lengths - kept).max())
     column = (kept[:, None] + torch.arange(new, device=kept.device)).clamp(max=max(tokens.shape[1] - 1, 0))
     part = tokens.gather(1, column) if new else tokens[:, :0]
     runner.reserve(batch, max(prompts.longest, int(kept.max()) + new) + room, keep=True)
-    runner.prefill(part.to(device), lengths.to(device), chunk, kept.to(device))
+    return partial(runner.prefill, part.to(device), lengths.to(device), chunk, kept.to(device))

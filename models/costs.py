@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import platform
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -23,7 +24,7 @@ from speculative_eft.kernels import Coefficients, DraftLoop, NoiseKey, Sampling,
 from .graphs import capture
 from .protocol import EFTRunners, Runner, bind_passes, forward_each, steps_together
 
-__all__ = ["StepCosts", "bind_plain_draft", "kept_step_costs", "measure_step_costs"]
+__all__ = ["StepCosts", "bind_plain_draft", "kept_step_costs", "measure_step_costs", "processor_name"]
 
 _REPEATS = 25
 _SECONDS = 1.5
@@ -33,7 +34,7 @@ _DRAFTED, _DRAFTED_BY_MANY = 4, 2
 beyond those of short ones may cost a pass more than theirs do."""
 _FEW = 4
 _LEAST_COST = 1 / 128
-_VERSION = 11
+_VERSION = 12
 """Of the measurement: results that were kept by another version are ignored."""
 
 Pass: TypeAlias = Callable[[], object]
@@ -78,6 +79,17 @@ def kept_step_costs(facts: Sequence[object], measure: Callable[[], StepCosts]) -
         written.write_text(json.dumps(asdict(costs)))
         written.replace(path)
     return costs
+
+
+def processor_name() -> str:
+    """The CPU's, as its maker gives it."""
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        for line in information.read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
 
 
 def _read(path: Path) -> StepCosts | None:

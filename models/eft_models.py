@@ -34,7 +34,7 @@ from .adapters import (
 )
 from .attention import check_attention
 from .configs import layer_windows, text_config
-from .costs import StepCosts, kept_step_costs, measure_step_costs
+from .costs import StepCosts, kept_step_costs, measure_step_costs, processor_name
 from .describe import ModelDescription, describe_model, vocabulary_rows
 from .errors import IncompatibleModelsError, UnavailableModelsError, first_line
 from .memory import free_bytes, weights_do_not_fit
@@ -292,7 +292,8 @@ class EFTModels:
             on_gpu = device.type == "cuda"
             facts = [
                 torch.__version__, backend(device), *key, torch.get_num_threads(), self.compile_bodies,
-                torch.cuda.get_device_name(device) if on_gpu else device.type,
+                torch.cuda.get_device_name(device) if on_gpu else processor_name(),
+                *(runner.attention for runner in runners.every if isinstance(runner, ModelRunner)),
                 *((row.architecture, row.parameters, row.dtype, row.vocabulary) for row in self.describe()),
             ]  # fmt: skip
             with on_device(device):

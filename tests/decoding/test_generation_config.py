@@ -340,6 +340,19 @@ def test_the_general_path_is_reported_once(models: EFTModels, caplog: pytest.Log
     assert message.startswith("repetition_penalty, suppress_tokens: ")
 
 
+def test_a_batch_that_was_not_expected_is_reported_once(
+    models: EFTModels, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompts, costs = torch.tensor([[5]]).repeat(4, 1), {"cost_ratio": 0.2, "row_cost": 0.1}
+    with caplog.at_level(logging.WARNING):
+        for config in (EFTConfig(expected_batch=4, **costs), EFTConfig(draft_tokens=2), EFTConfig(**costs)):
+            decoder = EFTDecoder(models, config)
+            for _ in range(2):
+                decoder.generate(prompts, max_new_tokens=2)
+    (message,) = caplog.messages
+    assert message.startswith("a batch of 4, ") and "EFTConfig(expected_batch=4)" in message
+
+
 def test_drafts_made_with_the_processors_are_accepted(models: EFTModels) -> None:
     """Drafts that ignored a constraint to a third of the vocabulary would mostly be refused."""
     decoder = EFTDecoder(models, EFTConfig(acceptance="token", draft_tokens=3))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,19 @@ def test_costs_are_kept_for_each_batch_and_each_kind_of_draft(
         monkeypatch.setattr(eft_models, "measure_step_costs", lambda *_, kind=(pair, batch): costs[kind])
         # Other models of the same kind, so that only what was written can tell.
         assert tiny_trio("llama").step_costs(pair, batch) == costs[pair, batch]
+
+
+def test_costs_are_kept_for_each_kind_of_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[Sequence[object]] = []
+    monkeypatch.setattr(
+        eft_models, "kept_step_costs", lambda facts, _: kept.append(facts) or StepCosts(0.25, 0.0)
+    )
+    for attention in ("sdpa", "triton"):
+        models = tiny_trio("llama")
+        for runner in models.runners().every:
+            runner.attention = attention
+        models.step_costs(pair=False, batch=1)
+    assert kept[0] != kept[1]
 
 
 @pytest.mark.parametrize(
