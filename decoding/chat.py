@@ -50,12 +50,18 @@ def chat_prompts(
             "chat needs a chat template, and the tuned models' tokenizer has none: set models.chat_tokenizer "
             "(EFTModels' chat_tokenizer=) to their tokenizer with chat_template set"
         )
+    if not isinstance(chat, Sequence):
+        _check(chat)
     chats: Any = [chat] if chat and isinstance(chat[0], Mapping) else chat
     for messages in chats:
         _check(messages)
     if not chats:
         raise ValueError("chat is empty; give at least one message")
-    base_ids = [tokenizer(plain(messages)).input_ids for messages in chats]
+    texts = [plain(messages) for messages in chats]
+    for text in texts:
+        if not isinstance(text, str) or not text:
+            raise ValueError(f"chat_rendering must give text of at least one character, got {text!r}")
+    base_ids = [tokenizer(text).input_ids for text in texts]
     tuned_ids = [
         chat_tokenizer(
             chat_tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True),

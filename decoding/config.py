@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from speculative_eft.kernels import LARGEST_TEMPERATURE, AcceptanceRule
 
@@ -15,6 +15,9 @@ __all__ = ["DraftKind", "DraftWeights", "EFTConfig"]
 
 DraftKind = Literal["auto", "tuned", "pair"]
 DraftWeights = Literal["auto", "own", "int8"]
+
+_MOST_DRAFT_TOKENS = 4096
+"""Caches have room for a draft, and rounds for its logits: more is a mistake, not a wish."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,15 @@ class EFTConfig:
     remembered: int = 64
 
     def __post_init__(self) -> None:
-        for name, factor in [("alpha", alpha) for alpha in self.alphas] + [("beta", self.beta)]:
-            between(name, factor, -math.inf, math.inf)
+        # Numbers of numpy and torch become Python's: a configuration is compared, and saved as JSON.
+        alphas = tuple(between("alpha", alpha, -math.inf, math.inf) for alpha in self.alphas)
+        numbers: dict[str, Any] = {
+            "alpha": alphas if isinstance(self.alpha, Sequence) else alphas[0],
+            "beta": between("beta", self.beta, -math.inf, math.inf),
+            "row_cost": between("row_cost", self.row_cost, 0, math.inf),
+            "expected_batch": integer("expected_batch", self.expected_batch, 1),
+            "remembered": integer("remembered", self.remembered),
+        }
         for name, choice, choices in (
             ("acceptance", self.acceptance, get_args(AcceptanceRule)),
             ("draft", self.draft, get_args(DraftKind)),
@@ -85,17 +95,13 @@ class EFTConfig:
             ("cost_ratio", self.cost_ratio, LARGEST_TEMPERATURE),
         ):
             if value is not None:
-                between(name, value, math.ulp(0.0), high, "None")
-        between("row_cost", self.row_cost, 0, math.inf)
-        counts = {
-            "expected_batch": integer("expected_batch", self.expected_batch, 1),
-            "remembered": integer("remembered", self.remembered),
-        }
+                numbers[name] = between(name, value, math.ulp(0.0), high, "None")
         if self.draft_tokens != "auto":
-            counts["draft_tokens"] = integer("draft_tokens", self.draft_tokens, 1, '"auto"')
-        for name, count in counts.items():
-            # Those of numpy and torch become Python's: a configuration is compared, and saved as JSON.
-            object.__setattr__(self, name, count)
+            numbers["draft_tokens"] = drafted = integer("draft_tokens", self.draft_tokens, 1, '"auto"')
+            if drafted > _MOST_DRAFT_TOKENS:
+                raise ValueError(f"draft_tokens must be at most {_MOST_DRAFT_TOKENS}, got {drafted}")
+        for name, number in numbers.items():
+            object.__setattr__(self, name, number)
 
     @property
     def alphas(self) -> tuple[float, ...]:

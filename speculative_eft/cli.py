@@ -6,6 +6,7 @@ them, so that help and mistakes are answered at once.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import secrets
@@ -70,6 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     What a user can get wrong becomes one line on stderr and status 2; Ctrl-C gives 130.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # What a console cannot show becomes a question mark, and nothing is lost for it.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         command = typer.main.get_command(app)
         status = command.main(args=arguments, prog_name=_NAME, standalone_mode=False)
@@ -215,7 +220,7 @@ def generate(
     seed: Annotated[
         int | None,
         option(
-            "Gives the same text again on one machine, on others with --draft-tokens K; drawn unless given.",
+            "Gives the same text again, elsewhere or with other threads by --draft-tokens K; else drawn.",
             "N",
             SAMPLING,
             callback=seed_value,
@@ -274,7 +279,8 @@ def generate(
     )
     if as_json:
         record = {"prompt": text, "seed": seed, "config": asdict(config), **continuation.to_dict()}
-        print(json.dumps(without_nan(record), ensure_ascii=False))
+        as_it_is = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+        print(json.dumps(without_nan(record), ensure_ascii=not as_it_is))
     if stats:
         err.print(tables.stats_table(continuation.stats, seed, continuation.seconds))
 
@@ -356,7 +362,8 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
         elif prompt is not None and prompt != "-":
             text = prompt
             text.encode()
-        elif prompt is None and sys.stdin.isatty():
+        # There is no standard input where it was closed.
+        elif sys.stdin is None or (prompt is None and sys.stdin.isatty()):
             raise typer.BadParameter("give a prompt, --file, or text on standard input.")
         else:
             text = sys.stdin.buffer.read().decode()

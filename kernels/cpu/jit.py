@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -20,6 +22,8 @@ __all__ = [
     "in_parallel", "integers_at", "largest", "log", "logits_table", "record", "stay_a_function",
     "strictly_compiled", "type_of", "use_threads", "words_at",
 ]  # fmt: skip
+
+_log = logging.getLogger(__name__)
 
 FLOAT = np.float32
 LARGEST_FLOAT = np.finfo(FLOAT).max
@@ -69,14 +73,30 @@ def record(*types_: str) -> Callable[[type[Record]], type[Record]]:
     return register
 
 
+def _keep_compiled(dispatcher: Any) -> None:
+    try:
+        dispatcher.enable_caching()
+    except RuntimeError:
+        _warn_that_nothing_is_kept()
+        return
+    # Numba keeps what it compiled until the function's own file changes. It also holds what the function
+    # calls, from other files.
+    kept = dispatcher._cache._cache_file
+    kept._source_stamp = (kept._source_stamp, _SOURCES)
+
+
+@cache
+def _warn_that_nothing_is_kept() -> None:
+    _log.warning(
+        "what is compiled for this CPU can be kept in no folder, so each process compiles for a minute or "
+        "two: set NUMBA_CACHE_DIR to a folder that can be written"
+    )
+
+
 def _decorator(types_: str, **options: Any) -> Callable[[Function], Function]:
     def decorate(function: Function) -> Function:
         dispatcher = numba.njit(error_model="numpy", **options)(function)
-        dispatcher.enable_caching()
-        # Numba keeps what it compiled until the function's own file changes. It also holds what the function
-        # calls, from other files.
-        kept = dispatcher._cache._cache_file
-        kept._source_stamp = (kept._source_stamp, _SOURCES)
+        _keep_compiled(dispatcher)
         # With types given, it is compiled once, and not again for every constant it is called with.
         dispatcher.compile(type_of(types_))
         dispatcher.disable_compile()

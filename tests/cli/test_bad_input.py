@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import typer
 
+from speculative_eft.cli import main
 from speculative_eft.command_options import check_writable
 
 from .conftest import CONTEXT, Outcome, Trio, byte_tokenizer, save_model
@@ -113,6 +114,13 @@ def test_answers_at_once(arguments: list[str], words: list[str]) -> None:
 )
 def test_one_line(run: Callable[..., Outcome], arguments: list[str], words: list[str]) -> None:
     assert_one_line(run(*arguments), *words)
+
+
+def test_a_prompt_is_asked_for_where_standard_input_was_closed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    assert_one_line(Outcome(main(["generate"]), *capsys.readouterr()), "give a prompt, --file")
 
 
 def test_a_prompt_must_be_utf8(run: Callable[..., Outcome], tmp_path: Path) -> None:

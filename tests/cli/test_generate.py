@@ -6,6 +6,7 @@ import io
 import json
 import random
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from speculative_eft.cli import main
 from speculative_eft.console_text import has_colours
 from speculative_eft.continuation import SourceStreamer
 
@@ -53,6 +55,21 @@ def test_json_holds_the_streamed_text(run: Callable[..., Outcome], trio: Trio, t
     assert record["stats"]["emitted_tokens"] == len(record["tokens"]) == len(record["trace"]["source"])
     assert set(record["trace"]["source"]) <= {"draft", "residual", "bonus"}
     assert len(record["trace"]["tuned"][0]) == len(record["tokens"])
+
+
+def test_a_console_of_few_characters_loses_nothing(
+    run: Callable[..., Outcome], trio: Trio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = json.loads(run("generate", PROMPT, *trio.options, *OPTIONS, "--json").out)
+    assert not wanted["text"].isascii()
+    for as_json in (False, True):
+        console = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+        monkeypatch.setattr(sys, "stdout", console)
+        assert main(["generate", PROMPT, *trio.options, *OPTIONS, *["--json"] * as_json]) == 0
+        console.flush()
+        shown = console.buffer.getvalue().decode("ascii")  # type: ignore[attr-defined]
+        text = wanted["text"].encode("ascii", "replace").decode()
+        assert json.loads(shown)["text"] == wanted["text"] if as_json else shown == ended(text)
 
 
 def test_a_drawn_seed_gives_the_text_again(run: Callable[..., Outcome], trio: Trio) -> None:

@@ -371,7 +371,10 @@ def test_added_tokens_inside_every_models_rows_follow_the_law() -> None:
     [
         ("chat must be a list of messages", {"chat": [{"role": "user"}]}),
         ("chat must be a list of messages", {"chat": [[]]}),
+        ("chat must be a list of messages", {"chat": {"role": "user", "content": "hello"}}),
         ("chat is empty", {"chat": []}),
+        ("chat_rendering must give text", {"chat": HELLO, "chat_rendering": lambda messages: ""}),
+        ("chat_rendering must give text", {"chat": HELLO, "chat_rendering": lambda messages: 3}),
         ("chat must be", {"chat": ["hello"]}),
         ("input_ids is given beside chat", {"chat": HELLO, "input_ids": torch.tensor([[5]])}),
         ("tuned_input_ids is given beside chat", {"chat": HELLO, "tuned_input_ids": torch.tensor([[5]])}),

@@ -29,6 +29,7 @@ from ..tiny_models import tiny_trio
         ("draft_tokens", 2.5),
         ("draft_tokens", True),
         ("draft_tokens", "many"),
+        ("draft_tokens", 10**20),
         ("acceptance", "greedy"),
         ("draft", "base"),
         ("draft_weights", "int4"),
@@ -67,11 +68,15 @@ def test_the_message_says_what_is_taken(message: str, arguments: dict[str, Any])
         EFTConfig(**arguments)
 
 
-def test_integers_may_be_of_numpy() -> None:
+def test_numbers_may_be_of_numpy() -> None:
     given: Any = {"draft_tokens": np.int64(3), "expected_batch": np.int32(2), "remembered": np.int64(0)}
     config = EFTConfig(**given)
     assert config == EFTConfig(draft_tokens=3, expected_batch=2, remembered=0)
     assert {type(value) for value in (config.draft_tokens, config.expected_batch, config.remembered)} == {int}
+    half: Any = np.float32(0.5)
+    for name in ("alpha", "beta", "draft_temperature", "conservative_top_p", "cost_ratio", "row_cost"):
+        assert type(getattr(EFTConfig(**{name: half}), name)) is float
+    assert EFTConfig(alpha=[half, half]).alpha == (0.5, 0.5)
 
 
 def test_alpha_must_fit_the_tuned_models() -> None:
