@@ -86,7 +86,7 @@ def general_round(
     base_rows: list[Tensor] = []
     draft_rows: list[Tensor] = []
     tokens: list[Tensor] = []
-    measures = None if state.early_stop is None else torch.empty(3, batch, device=history.device)
+    chances = None if state.early_stop is None else torch.empty(batch, device=history.device)
     # One step more than tokens: its logits are part of the law of the bonus token.
     for step in range(drafted + 1):
         for runner, rows in zip(runners.tuned, tuned_rows, strict=True):
@@ -113,11 +113,11 @@ def general_round(
         )
         drawn = draft_step(
             [draft_rows[-1][:, 0]], None, law, draft_law, state.noise, stream, step, plan.vocab_size, None,
-            measures,
+            chances,
         )  # fmt: skip
         token, previous = drawn, token
-        if state.early_stop is not None and measures is not None:
-            end_drafts(state.early_stop, state.draft_lens, step, measures[0].exp())
+        if state.early_stop is not None and chances is not None:
+            end_drafts(state.early_stop, state.draft_lens, step, chances)
             lens = _live_draft_lens(state)
         tokens.append(token)
         history.scatter_(1, (first + step)[:, None], token[:, None])

@@ -348,9 +348,9 @@ def _draft(runners: EFTRunners, state: RoundState, plan: RoundPlan, drafted: int
     tokens: list[Tensor] = []
     rows: list[list[Tensor]] = [[] for _ in drafting]
     corrections: list[Tensor] = []
-    early, measures = state.early_stop, None
+    early, chances = state.early_stop, None
     if early is not None:
-        measures = torch.empty(3, token.shape[0], device=token.device)
+        chances = torch.empty(token.shape[0], device=token.device)
     for step in range(drafted):
         logits = forward_each(stepping, token[:, None], span)
         for runner, own, all_rows in zip(stepping, rows, logits, strict=True):
@@ -369,11 +369,11 @@ def _draft(runners: EFTRunners, state: RoundState, plan: RoundPlan, drafted: int
             step,
             plan.vocab_size,
             corrections[-1] if corrections else None,
-            measures,
+            chances,
         )
         token, previous = drawn, token
-        if early is not None and measures is not None:
-            end_drafts(early, state.draft_lens, step, measures[0].exp())
+        if early is not None and chances is not None:
+            end_drafts(early, state.draft_lens, step, chances)
         tokens.append(token)
     draft_tokens = torch.stack(tokens, dim=1) if tokens else state.last_token.new_empty(token.shape[0], 0)
     correction = torch.stack(corrections, dim=1) if corrections else None

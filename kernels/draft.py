@@ -64,7 +64,7 @@ def draft_step(
     row: int,
     vocab_size: int,
     correction: Tensor | None = None,
-    measures: Tensor | None = None,
+    chances: Tensor | None = None,
 ) -> Tensor:
     """Draw one token a sequence from the draft law, or take its argmax at temperature 0.
 
@@ -76,15 +76,15 @@ def draft_step(
         base: the small base's logits, read only where the draft law includes it.
         noise, stream, row: the draw is that of this row of the round's noise.
         correction: finite float32 [batch, vocab_size], added to the draft law's logits.
-        measures: float32 [3, batch], into which are written the token's log-probability in the draft law, and
-            that law's entropy in nats and largest probability, after temperature and filters, and before them
-            at temperature 0.
+        chances: contiguous float32 [batch], receives the probability of the token drawn in the draft law,
+            after temperature and filters, and before them at temperature 0.
 
     Returns:
         int64 [batch].
     """
     kind = backend(tuned[0].device)
-    if kind == "triton" or (kind == "numba" and measures is None):
+    # Chances are asked for to end drafts early, which is done on a CPU alone.
+    if kind == "numba" or (kind == "triton" and chances is None):
         # A base or a correction that is not there has weight 0.
         logits = [*tuned, tuned[0] if base is None else base]
         logits += [] if correction is None else [correction]
@@ -97,10 +97,10 @@ def draft_step(
         if kind == "triton":
             from .gpu.draft import draft as on_gpu
 
-            return on_gpu(rows, weights, sampling, *address, vocab_size, measures)
+            return on_gpu(rows, weights, sampling, *address, vocab_size)
         from .cpu.draft import draft as on_cpu
 
-        return on_cpu(rows, weights, sampling, *address, vocab_size)
+        return on_cpu(rows, weights, sampling, *address, vocab_size, chances)
     mixed = draft_logits(
         [rows[:, None] for rows in tuned],
         None if base is None else base[:, None],
@@ -109,13 +109,9 @@ def draft_step(
         None if correction is None else correction[:, None],
     )
     token = _race(mixed, sampling, noise, stream, row, vocab_size)
-    if measures is None:
-        return token
-    log_law = plain_or_warped(mixed, sampling)[:, 0]
-    law = log_law.exp()
-    measures[0] = log_law.gather(1, token[:, None])[:, 0]
-    measures[1] = -torch.where(law > 0, law * log_law, 0.0).sum(dim=1)
-    measures[2] = law.amax(dim=1)
+    if chances is not None:
+        log_law = plain_or_warped(mixed, sampling)[:, 0]
+        chances.copy_(log_law.gather(1, token[:, None])[:, 0].exp())
     return token
 
 

@@ -16,15 +16,13 @@ from .timing import reference_kernels
 
 __all__ = ["measure"]
 
-# The pair has B's logits beside F's; a correction is what is remembered; measures are the token's
-# log-probability and the law's entropy and largest probability.
+# The pair has B's logits beside F's; a correction is what is remembered.
 _VARIANTS: dict[str, tuple[str, ...]] = {
     "F": (),
     "F, B": ("pair",),
-    "F, measures": ("measures",),
     "F, correction": ("correction",),
     "F, all filters": ("filters",),
-    "F, B, correction, all filters, measures": ("pair", "correction", "filters", "measures"),
+    "F, B, correction, all filters": ("pair", "correction", "filters"),
 }
 
 
@@ -38,12 +36,11 @@ def _operation(
     sampling: Sampling = filtered(batch, vocab_size, device, *names)
     weights, noise = coefficients(batch, device, pair=pair), noise_key(batch, device)
     correction = torch.randn(batch, vocab_size, device=device) if "correction" in options else None
-    measures = torch.empty(3, batch, device=device) if "measures" in options else None
 
     def step() -> None:
         draft_step(
             [tuned], base if pair else None, weights, sampling, noise, Stream.DRAFT, 1, vocab_size,
-            correction, measures,
+            correction,
         )  # fmt: skip
 
     return step

@@ -43,19 +43,22 @@ def draft(
     row: int,
     stream: int,
     vocab_size: int,
+    chances: Tensor | None,
 ) -> Tensor:
     """One token a sequence from the law of the weighted `logits`, each [batch, 1, >= vocab_size].
 
     `weights` is float32 [batch, models]; the draw is that of `exponential_noise` at (seeds, counters, row).
-    Returns int64 [batch].
+    `chances` as in `kernels.draft_step`. Returns int64 [batch].
     """
     batch = weights.shape[0]
     _kept, table = logits_table(logits)
     tokens = torch.empty(batch, dtype=torch.int64)
+    if chances is None:
+        chances = torch.empty(0)
     use_threads()
     _draft_rows(
         table, weights.contiguous().numpy(), sampling_arrays(sampling), seeds.contiguous().numpy(),
-        counters.contiguous().numpy(), row, stream, vocab_size, tokens.numpy(),
+        counters.contiguous().numpy(), row, stream, vocab_size, tokens.numpy(), chances.numpy(),
     )  # fmt: skip
     return tokens
 
@@ -79,7 +82,10 @@ def draft_share(
     kept: Any,
     sequence: int,
 ) -> None:
-    """One sequence's draw, and, where there is room for them, the logits that it was drawn from in `kept`."""
+    """One sequence's draw, and, where there is room for them, its chance and the logits it was drawn from.
+
+    Float32 `chances` are [batch] or empty, `kept` [vocab_size] or empty.
+    """
     stay_a_function()
     if takes_part[sequence] == 0:
         return
@@ -105,7 +111,8 @@ def draft_share(
 
 
 @in_parallel(
-    f"void({TABLES}, {MATRIX}, SamplingArrays, {TABLE}, {TABLE}, int64, int64, int64, {TABLE}, {TABLE})"
+    f"void({TABLES}, {MATRIX}, SamplingArrays, {TABLE}, {TABLE}, int64, int64, int64, {TABLE}, {TABLE}, "
+    f"{VECTOR})"
 )
 def _draft_together(
     table: Any,
@@ -118,16 +125,17 @@ def _draft_together(
     vocab_size: int,
     takes_part: Any,
     tokens: Any,
+    chances: Any,
 ) -> None:
     for share in prange(tokens.shape[0]):
         nothing = np.empty(0, FLOAT)
         draft_share(
-            table, weights, sampling, seeds, counters, row, stream, vocab_size, takes_part, tokens, nothing,
+            table, weights, sampling, seeds, counters, row, stream, vocab_size, takes_part, tokens, chances,
             nothing, np.int64(share),
         )  # fmt: skip
 
 
-@entry(f"void({TABLES}, {MATRIX}, SamplingArrays, {TABLE}, {TABLE}, int64, int64, int64, {TABLE})")
+@entry(f"void({TABLES}, {MATRIX}, SamplingArrays, {TABLE}, {TABLE}, int64, int64, int64, {TABLE}, {VECTOR})")
 def _draft_rows(
     table: Any,
     weights: Any,
@@ -138,15 +146,16 @@ def _draft_rows(
     stream: int,
     vocab_size: int,
     tokens: Any,
+    chances: Any,
 ) -> None:
     takes_part = np.ones(tokens.shape[0], np.int64)
     if tokens.shape[0] > 1:
         _draft_together(
-            table, weights, sampling, seeds, counters, row, stream, vocab_size, takes_part, tokens,
+            table, weights, sampling, seeds, counters, row, stream, vocab_size, takes_part, tokens, chances,
         )  # fmt: skip
     else:
         nothing = np.empty(0, FLOAT)
         draft_share(
-            table, weights, sampling, seeds, counters, row, stream, vocab_size, takes_part, tokens, nothing,
+            table, weights, sampling, seeds, counters, row, stream, vocab_size, takes_part, tokens, chances,
             nothing, 0,
         )  # fmt: skip

@@ -32,9 +32,8 @@ from .tile import (
 
 __all__ = ["draft", "specialisations"]
 
-_FIELDS = 6
-"""Partial results of a split: best score, its id and scaled logit, the largest, the mass, and its mean
-logit."""
+_FIELDS = 2
+"""Partial results of a split: best score and its id."""
 
 
 class Step(NamedTuple):
@@ -58,10 +57,15 @@ class Step(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """Where the kernel writes: tokens int64 [batch], and if wanted `measures` float32 [3, batch]."""
+    """Where the kernel writes.
+
+    Attributes:
+        tokens: int64 [batch].
+        partials: float32, a number for each field, sequence and split.
+        arrivals: int32 counters of programs, 0 before and after.
+    """
 
     tokens: Any
-    measures: Any
     partials: Any
     arrivals: Any
 
@@ -73,16 +77,8 @@ def _sized(step, row, batch):
 
 
 @triton.jit
-def _choose(
-    step,
-    drawn,
-    splits,
-    sequence,
-    valid,
-    MEASURED: tl.constexpr,
-    SPLITS: tl.constexpr,
-):
-    """The best of the splits, and the law's measures."""
+def _choose(step, drawn, splits, sequence, valid, SPLITS: tl.constexpr):
+    """The best of the splits."""
     field = step.batch.to(tl.int64) * splits
     all_splits = tl.arange(0, SPLITS)[None, :]
     wanted = valid & (all_splits < splits)
@@ -91,24 +87,6 @@ def _choose(
     winners = tl.load(places + field, mask=wanted, other=0.0).to(tl.int32)
     _, token = best_split(scores, tl.where(wanted, winners, 2147483647), 1)
     tl.store(drawn.tokens + sequence, token.to(tl.int64), mask=valid)
-    if MEASURED:
-        at_winner = tl.load(places + 2 * field, mask=wanted & (winners == token), other=float("-inf"))
-        highest = tl.load(places + 3 * field, mask=wanted, other=float("-inf"))
-        mass = tl.load(places + 4 * field, mask=wanted, other=0.0)
-        moment = tl.load(places + 5 * field, mask=wanted, other=0.0)
-        top = tl.max(highest, axis=1, keep_dims=True)
-        lower = tl.where(mass > 0.0, highest - top, 0.0)
-        weight = tl.where(mass > 0.0, tl.exp(lower), 0.0)
-        whole = tl.sum(mass * weight, axis=1, keep_dims=True)
-        # Without a law the row is the point mass on id 0.
-        is_law = whole > 0.0
-        whole = tl.where(is_law, whole, 1.0)
-        mean = tl.sum(weight * (moment + mass * lower), axis=1, keep_dims=True) / whole
-        log_prob = tl.max(at_winner, axis=1, keep_dims=True) - top - tl.log(whole)
-        tl.store(drawn.measures + sequence, tl.where(is_law, log_prob, 0.0), mask=valid)
-        measures = drawn.measures + step.batch
-        tl.store(measures + sequence, tl.where(is_law, tl.log(whole) - mean, 0.0), mask=valid)
-        tl.store(measures + step.batch + sequence, 1.0 / whole, mask=valid)
 
 
 @triton.jit(do_not_specialize=["row", "batch", "splits"])
@@ -121,7 +99,6 @@ def _draft(
     splits,
     STREAM: tl.constexpr,
     FILTERED: tl.constexpr,
-    MEASURED: tl.constexpr,
     SEQUENCES: tl.constexpr,
     COLUMNS: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -136,13 +113,11 @@ def _draft(
     inside = valid & (ids < step.vocab_size)
     mixed = mix(models, models.draft_weights, sequence, 0, ids, inside, False)
     temperature = tl.load(step.temperature + sequence)
-    scaled = divided(mixed, tl.where(temperature == 0.0, 1.0, temperature))
     score = mixed
     if FILTERED:
+        scaled = divided(mixed, tl.where(temperature == 0.0, 1.0, temperature))
         _, _, cut, cut_id = load_record(step.records, sequence, valid)
-        kept = boundary(scaled, ids, cut, cut_id)
-        score = tl.where(kept, score, float("-inf"))
-        scaled = tl.where(kept, scaled, float("-inf"))
+        score = tl.where(boundary(scaled, ids, cut, cut_id), score, float("-inf"))
     seed = tl.load(step.seeds + sequence)
     counter = tl.load(step.counters + sequence)
     noise = exponential_tile(seed, counter, tl.zeros_like(seed) + step.row, STREAM, split, COLUMNS)
@@ -153,19 +128,9 @@ def _draft(
     place = drawn.partials + sequence * splits + split
     tl.store(place, best, mask=valid)
     tl.store(place + field, winner.to(tl.float32), mask=valid)
-    if MEASURED:
-        at_winner = tl.max(tl.where(ids == winner, scaled, float("-inf")), axis=1, keep_dims=True)
-        highest = tl.max(scaled, axis=1, keep_dims=True)
-        depth = tl.where(scaled > float("-inf"), scaled - highest, float("-inf"))
-        weight = tl.exp(depth)
-        moment = tl.sum(tl.where(weight > 0.0, weight * depth, 0.0), axis=1, keep_dims=True)
-        tl.store(place + 2 * field, at_winner, mask=valid)
-        tl.store(place + 3 * field, highest, mask=valid)
-        tl.store(place + 4 * field, tl.sum(weight, axis=1, keep_dims=True), mask=valid)
-        tl.store(place + 5 * field, moment, mask=valid)
 
     if arrive(drawn.arrivals, tile, splits):
-        _choose(step, drawn, splits, sequence, valid, MEASURED, SPLITS)
+        _choose(step, drawn, splits, sequence, valid, SPLITS)
 
 
 def draft(
@@ -177,12 +142,11 @@ def draft(
     row: int,
     stream: int,
     vocab_size: int,
-    measures: Tensor | None,
 ) -> Tensor:
     """One token a sequence from the law of the weighted `logits`, each [batch, 1, >= vocab_size].
 
     `weights` is float32 [batch, models]; the draw is that of `exponential_noise` at (seeds, counters, row).
-    `measures` as in `kernels.draft_step`. Returns int64 [batch].
+    Returns int64 [batch].
     """
     temperature = sampling.temperature
     batch, device = temperature.shape[0], temperature.device
@@ -193,39 +157,36 @@ def draft(
     tokens = torch.empty(batch, dtype=torch.int64, device=device)
     partials = torch.empty(_FIELDS * batch * shape.splits, device=device)
     step = Step(temperature, seeds, counters, partials if records is None else records, vocab_size)
-    drawn = Drawn(
-        tokens, partials if measures is None else measures, partials, zeros_kept("arrivals", device, tiles)
-    )
+    drawn = Drawn(tokens, partials, zeros_kept("arrivals", device, tiles))
     _draft[(tiles, shape.splits)](
         models, step, drawn, row, batch, shape.splits, STREAM=stream, FILTERED=records is not None,
-        MEASURED=measures is not None, SEQUENCES=shape.sequences, COLUMNS=shape.columns,
-        SPLITS=power_of_two(shape.splits), **launch_options(shape.warps, MORE_REGISTERS),
+        SEQUENCES=shape.sequences, COLUMNS=shape.columns, SPLITS=power_of_two(shape.splits),
+        **launch_options(shape.warps, MORE_REGISTERS),
     )  # fmt: skip
     return tokens
 
 
 def specialisations() -> Iterator[Specialisation]:
-    """One or two models with and without a correction, filters and measures; other dtypes with all."""
+    """One or two models with and without a correction and filters; other dtypes with all."""
     step = Step("*fp32", "*i64", "*i64", "*fp32", "i32")
     for dtype in ("bf16", "fp16", "fp32"):
-        for models, corrected, filtered, measured in (
-            (1, False, False, False), (2, False, False, True), (2, True, False, True), (2, True, True, True),
+        for models, corrected, filtered in (
+            (1, False, False), (2, False, False), (2, True, False), (2, True, True),
         ):  # fmt: skip
             if dtype != "bf16" and not filtered:
                 continue
-            options = {"corrected": corrected, "filtered": filtered, "measured": measured}
+            options = {"corrected": corrected, "filtered": filtered}
             yield Specialisation(
                 operation="draft",
                 name=" ".join([f"{dtype} {models} models", *(key for key, used in options.items() if used)]),
                 kernel=_draft,
                 signature={
                     "models": models_signature(dtype, models, corrected), "step": step,
-                    "drawn": Drawn("*i64", "*fp32", "*fp32", "*i32"),
+                    "drawn": Drawn("*i64", "*fp32", "*i32"),
                     **dict.fromkeys(("row", "batch", "splits"), "i32"),
                 },
                 constants={
-                    "STREAM": 0, "FILTERED": filtered, "MEASURED": measured, "SEQUENCES": 1, "COLUMNS": 4096,
-                    "SPLITS": 32,
+                    "STREAM": 0, "FILTERED": filtered, "SEQUENCES": 1, "COLUMNS": 4096, "SPLITS": 32,
                 },
                 divisible=frozenset({"models.logits", "models.strides", "step.vocab_size"}),
                 num_warps=8,

@@ -60,10 +60,10 @@ class Case:
             self.sampling, self.sampling, self.noise, rule, self.vocab_size,
         )  # fmt: skip
 
-    def draft(self, row: int, stream: Stream, measures: Tensor | None = None) -> Tensor:
+    def draft(self, row: int, stream: Stream, chances: Tensor | None = None) -> Tensor:
         return draft_step(
             [logits[:, row] for logits in self.tuned], self.base[:, row], self.coefficients, self.sampling,
-            self.noise, stream, row, self.vocab_size, measures=measures,
+            self.noise, stream, row, self.vocab_size, chances=chances,
         )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from speculative_eft.kernels import Stream
+from speculative_eft.kernels import Stream, draft_logits, warp
 
 from .cases import COMPILED, DTYPES, VOCABULARIES, batch_of, filtered, random_case, spare
 
@@ -26,15 +26,20 @@ def test_draft_step(
         assert torch.equal(tokens, expected)
 
 
+@COMPILED
 @pytest.mark.parametrize("name", ["none", "all"])
 @pytest.mark.parametrize("vocab_size", [100, 8_193])
-def test_draft_measures(vocab_size: int, name: str, both: Any) -> None:
+def test_chances_are_those_of_the_drawn_tokens(vocab_size: int, name: str, compiled: str, both: Any) -> None:
     case = filtered(random_case(vocab_size), name, conservative=False)
+    mixed = draft_logits([case.tuned[0][:, :1]], case.base[:, :1], case.coefficients, vocab_size)
+    law = warp(mixed, case.sampling)[:, 0].exp()
+    # The second sequence's temperature is 0.
+    law[1] = mixed[1, 0].softmax(-1)
 
-    def run() -> Tensor:
-        measures = torch.empty(3, 3)
-        case.draft(0, Stream.DRAFT, measures)
-        return measures
+    def run() -> tuple[Tensor, Tensor]:
+        chances = torch.empty(3)
+        return case.draft(0, Stream.DRAFT, chances), chances
 
-    expected, measures = both(run, "triton")
-    torch.testing.assert_close(measures, expected, rtol=1e-5, atol=1e-5)
+    for tokens, chances in both(run, compiled):
+        assert torch.equal(tokens, case.draft(0, Stream.DRAFT))
+        torch.testing.assert_close(chances, law.gather(1, tokens[:, None])[:, 0], rtol=1e-5, atol=1e-6)

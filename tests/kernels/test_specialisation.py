@@ -135,7 +135,7 @@ def sample(batch: int, drafted: int, vocab_size: int, filters: bool) -> None:
     for row in range(drafted):
         draft_step(
             [logits[1][:, row]], logits[2][:, row], coefficients, sampling, noise, Stream.DRAFT, row,
-            vocab_size, correction=correction[:, row], measures=torch.empty(3, batch),
+            vocab_size, correction=correction[:, row],
         )  # fmt: skip
     exponential_noise(noise.seeds, tokens, torch.arange(drafted), Stream.DRAFT, vocab_size)
 
