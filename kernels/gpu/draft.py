@@ -16,6 +16,7 @@ from .noise import exponential_tile
 from .specialisation import Specialisation, models_signature
 from .tile import (
     MORE_REGISTERS,
+    NO_ID,
     arrive,
     best_split,
     boundary,
@@ -85,7 +86,7 @@ def _choose(step, drawn, splits, sequence, valid, SPLITS: tl.constexpr):
     places = drawn.partials + sequence * splits + all_splits
     scores = tl.load(places, mask=wanted, other=float("-inf"))
     winners = tl.load(places + field, mask=wanted, other=0.0).to(tl.int32)
-    _, token = best_split(scores, tl.where(wanted, winners, 2147483647), 1)
+    _, token = best_split(scores, tl.where(wanted, winners, NO_ID), 1)
     tl.store(drawn.tokens + sequence, token.to(tl.int64), mask=valid)
 
 

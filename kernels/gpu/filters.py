@@ -25,7 +25,9 @@ from torch import Tensor
 from ..filters import Sampling
 from .specialisation import Specialisation, models_signature
 from .tile import (
+    LARGEST_FLOAT,
     MORE_REGISTERS,
+    NO_ID,
     RECORD,
     REGISTERS,
     Models,
@@ -163,7 +165,7 @@ def _mass_of_model(models, search, rows, model, sequence, row, index, split, ids
     offsets = sequence * models.strides[model][0] + row * models.strides[model][1] + ids
     inside = ids < rows.vocab_size
     logits = load_logits(models.logits[model], offsets, inside)
-    usable = inside & (tl.abs(logits) <= 3.4028234663852886e38)
+    usable = inside & (tl.abs(logits) <= LARGEST_FLOAT)
     logits = tl.where(usable, logits, float("-inf"))
     top = tl.max(logits)
     mass = tl.sum(tl.exp(logits - tl.where(top == float("-inf"), 0.0, top)))
@@ -192,7 +194,7 @@ def _shift(models, search, rows, sequence, index, SPLITS: tl.constexpr):
         normaliser = tl.where(weight == 0.0, 0.0, tl.abs(weight) * normaliser)
         shift += tl.where(weight > 0.0, -normaliser, normaliser)
     # Where a model has no finite logit there is no delta.
-    return tl.where(tl.abs(shift) <= 3.4028234663852886e38, shift, float("-inf"))
+    return tl.where(tl.abs(shift) <= LARGEST_FLOAT, shift, float("-inf"))
 
 
 @triton.jit
@@ -209,12 +211,12 @@ def _bracket(
     field = rows.batch.to(tl.int64) * rows.count * rows.splits
     place = search.partials + index * rows.splits + splits
     bests = tl.load(place, mask=splits < rows.splits, other=float("-inf"))
-    winners = tl.load(place + field, mask=splits < rows.splits, other=2147483647.0).to(tl.int64)
+    winners = tl.load(place + field, mask=splits < rows.splits, other=NO_ID).to(tl.int64)
     best = tl.max(bests)
     highest = divided(best, temperature)
     record = rows.records + index * RECORD
     tl.store(record, highest)
-    tl.store(record + 4, tl.min(tl.where(bests == best, winners, 2147483647)).to(tl.float32))
+    tl.store(record + 4, tl.min(tl.where(bests == best, winners, NO_ID)).to(tl.float32))
     if LAW == 2:
         tl.store(record + 5, _shift(models, search, rows, sequence, index, SPLITS))
 
@@ -285,7 +287,7 @@ def _survey(
         best = tl.max(mixed)
         place = search.partials + index * rows.splits + split
         tl.store(place, best)
-        winner = tl.min(tl.where(mixed == best, ids, 2147483647))
+        winner = tl.min(tl.where(mixed == best, ids, NO_ID))
         tl.store(place + rows.batch.to(tl.int64) * rows.count * rows.splits, winner.to(tl.float32))
         if LAW == 2:
             for model in tl.static_range(len(models.logits)):
@@ -555,7 +557,7 @@ def _cut(
         for split in range(rows.splits):
             mixed, ids = _mixed(models, rows, sequence, row, split, valid, LAW, CONSERVATIVE, COLUMNS)
             top = tl.max(mixed, axis=1, keep_dims=True)
-            first = tl.min(tl.where(mixed == top, ids, 2147483647), axis=1, keep_dims=True)
+            first = tl.min(tl.where(mixed == top, ids, NO_ID), axis=1, keep_dims=True)
             winner = tl.where(top > best, first, winner)
             best = tl.maximum(best, top)
             if ONE_SPLIT:
@@ -648,7 +650,7 @@ def _cut(
                     inside = valid & (ids < rows.vocab_size)
                     offsets = sequence * models.strides[model][0] + row * models.strides[model][1] + ids
                     logits = load_logits(models.logits[model], offsets, inside)
-                    usable = inside & (tl.abs(logits) <= 3.4028234663852886e38)
+                    usable = inside & (tl.abs(logits) <= LARGEST_FLOAT)
                     logits = tl.where(usable, logits, float("-inf"))
                     top = tl.max(logits, axis=1, keep_dims=True)
                     top_safe = tl.where(top == float("-inf"), 0.0, top)
@@ -657,7 +659,7 @@ def _cut(
                     normaliser = tl.where(weight == 0.0, 0.0, tl.abs(weight) * normaliser)
                     shift += tl.where(weight > 0.0, -normaliser, normaliser)
             # Where a model has no finite logit there is no delta.
-            shift = tl.where(tl.abs(shift) <= 3.4028234663852886e38, shift, float("-inf"))
+            shift = tl.where(tl.abs(shift) <= LARGEST_FLOAT, shift, float("-inf"))
             tl.store(rows.records + index * RECORD + 5, shift, mask=valid)
 
 

@@ -19,6 +19,7 @@ from ..memory import LAST_WEIGHT, LAST_WEIGHT_AFTER_TWO, MEAN_FADING, MEAN_WEIGH
 from .specialisation import Specialisation
 from .tile import (
     INTERPRETED,
+    LARGEST_FLOAT,
     LARGEST_SPLIT,
     REGISTERS,
     arrive,
@@ -88,7 +89,7 @@ def _recall(
 def _ratio(large, base, large_offset, base_offset, ids, wanted):
     """A tile of log L - log B up to a constant, 0 where it is not finite, and where it is."""
     ratio = load_logits(large, large_offset + ids, wanted) - load_logits(base, base_offset + ids, wanted)
-    usable = wanted & (tl.abs(ratio) <= 3.4028234663852886e38)
+    usable = wanted & (tl.abs(ratio) <= LARGEST_FLOAT)
     return tl.where(usable, ratio, 0.0), usable
 
 

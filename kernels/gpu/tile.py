@@ -31,7 +31,9 @@ from triton.runtime import driver
 
 __all__ = [
     "INTERPRETED",
+    "LARGEST_FLOAT",
     "MORE_REGISTERS",
+    "NO_ID",
     "RECORD",
     "REGISTERS",
     "Models",
@@ -73,6 +75,10 @@ LARGEST_SPLIT = 4096
 REGISTERS, MORE_REGISTERS = 128, 200
 """What a thread may have, where NVIDIA's assembler, left to itself, spills a few at far fewer."""
 RECORD = tl.constexpr(8)
+LARGEST_FLOAT = tl.constexpr(3.4028234663852886e38)
+"""The largest finite float32."""
+NO_ID = tl.constexpr(2147483647)
+"""Larger than every id: what a smallest id is sought among has it where there is none."""
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
 # The interpreter takes milliseconds a program, however large its tile is.
@@ -290,7 +296,7 @@ def divided(logits, temperature):
     inverse, _ = tl.broadcast(1.0 / temperature, quotient)
     temperature, _ = tl.broadcast(temperature, quotient)
     rest = tl.fma(-quotient, temperature, logits)
-    return tl.where(tl.abs(quotient) <= 3.4028234663852886e38, tl.fma(rest, inverse, quotient), quotient)
+    return tl.where(tl.abs(quotient) <= LARGEST_FLOAT, tl.fma(rest, inverse, quotient), quotient)
 
 
 @triton.jit
@@ -308,7 +314,7 @@ def gather_logits(pointer, offsets, mask):
 @triton.jit
 def _finite(mixed, inside):
     """-inf outside the vocabulary, and where a model that is consulted has no finite logit."""
-    return tl.where(inside & (tl.abs(mixed) <= 3.4028234663852886e38), mixed, float("-inf"))
+    return tl.where(inside & (tl.abs(mixed) <= LARGEST_FLOAT), mixed, float("-inf"))
 
 
 @triton.jit
@@ -459,4 +465,4 @@ def cut_law(scaled, ids, record, FILTERED: tl.constexpr):
 def best_split(values, ids, axis: tl.constexpr):
     """The largest of `values` along `axis`, which is kept, and the smallest of the `ids` that have it."""
     best = tl.max(values, axis=axis, keep_dims=True)
-    return best, tl.min(tl.where(values == best, ids, 2147483647), axis=axis, keep_dims=True)
+    return best, tl.min(tl.where(values == best, ids, NO_ID), axis=axis, keep_dims=True)

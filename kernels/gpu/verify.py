@@ -28,6 +28,7 @@ from .noise import exponential_tile, uniform
 from .specialisation import Specialisation, models_signature
 from .tile import (
     MORE_REGISTERS,
+    NO_ID,
     RECORD,
     REGISTERS,
     arrive,
@@ -271,7 +272,7 @@ def _conclude(
         places = outcome.partials + place[:, :, None] + all_splits
         best = tl.load(places, mask=wanted, other=float("-inf"))
         winner = tl.load(places + field, mask=wanted, other=0.0).to(tl.int32)
-        _, winners = best_split(best, tl.where(wanted, winner, 2147483647), 2)
+        _, winners = best_split(best, tl.where(wanted, winner, NO_ID), 2)
         winners = tl.reshape(winners, (SEQUENCES, ROWS))
         if not FILTERED:
             index = sequence * rows + all_rows
@@ -596,7 +597,7 @@ def _merge(places, field, wanted):
     """The best of the splits' bests and its id: [sequences, 1] each."""
     best = tl.load(places, mask=wanted, other=float("-inf"))
     winner = tl.load(places + field, mask=wanted, other=0.0).to(tl.int32)
-    return best_split(best, tl.where(wanted, winner, 2147483647), 1)
+    return best_split(best, tl.where(wanted, winner, NO_ID), 1)
 
 
 def verify(
