@@ -160,19 +160,37 @@ def _mass(scaled, highest, wanted):
 
 
 @triton.jit
+def _finite_logits(models, model, sequence, row, ids, inside):
+    """One model's logits, -inf outside the vocabulary and where they are not finite."""
+    offsets = sequence * models.strides[model][0] + row * models.strides[model][1] + ids
+    logits = load_logits(models.logits[model], offsets, inside)
+    return tl.where(inside & (tl.abs(logits) <= LARGEST_FLOAT), logits, float("-inf"))
+
+
+@triton.jit
 def _mass_of_model(models, search, rows, model, sequence, row, index, split, ids):
     """Leave the largest logit of one model in a split, and the sum of the exponentials less it."""
-    offsets = sequence * models.strides[model][0] + row * models.strides[model][1] + ids
-    inside = ids < rows.vocab_size
-    logits = load_logits(models.logits[model], offsets, inside)
-    usable = inside & (tl.abs(logits) <= LARGEST_FLOAT)
-    logits = tl.where(usable, logits, float("-inf"))
+    logits = _finite_logits(models, model, sequence, row, ids, ids < rows.vocab_size)
     top = tl.max(logits)
     mass = tl.sum(tl.exp(logits - tl.where(top == float("-inf"), 0.0, top)))
     field = rows.batch.to(tl.int64) * rows.count * rows.splits
     place = search.partials + (2 + 2 * model) * field + index * rows.splits + split
     tl.store(place, top)
     tl.store(place + field, mass)
+
+
+@triton.jit
+def _shift_of_model(weight, top, mass):
+    """What the normaliser of one model adds, by its largest logit and the exponentials less that."""
+    normaliser = tl.where(top == float("-inf"), float("inf"), top + tl.log(mass))
+    normaliser = tl.where(weight == 0.0, 0.0, tl.abs(weight) * normaliser)
+    return tl.where(weight > 0.0, -normaliser, normaliser)
+
+
+@triton.jit
+def _finite_shift(shift):
+    """-inf where a model has no finite logit: then there is no delta."""
+    return tl.where(tl.abs(shift) <= LARGEST_FLOAT, shift, float("-inf"))
 
 
 @triton.jit
@@ -188,13 +206,9 @@ def _shift(models, search, rows, sequence, index, SPLITS: tl.constexpr):
         tops = tl.load(place, mask=consulted, other=float("-inf"))
         masses = tl.load(place + field, mask=consulted, other=0.0)
         top = tl.max(tops)
-        safe = tl.where(top == float("-inf"), 0.0, top)
-        mass = tl.sum(masses * tl.exp(tops - safe))
-        normaliser = tl.where(top == float("-inf"), float("inf"), safe + tl.log(mass))
-        normaliser = tl.where(weight == 0.0, 0.0, tl.abs(weight) * normaliser)
-        shift += tl.where(weight > 0.0, -normaliser, normaliser)
-    # Where a model has no finite logit there is no delta.
-    return tl.where(tl.abs(shift) <= LARGEST_FLOAT, shift, float("-inf"))
+        mass = tl.sum(masses * tl.exp(tops - tl.where(top == float("-inf"), 0.0, top)))
+        shift += _shift_of_model(weight, top, mass)
+    return _finite_shift(shift)
 
 
 @triton.jit
@@ -648,18 +662,12 @@ def _cut(
                 if tl.max(tl.where(valid, tl.abs(weight), 0.0)) > 0.0:
                     ids = tl.arange(0, COLUMNS)[None, :]
                     inside = valid & (ids < rows.vocab_size)
-                    offsets = sequence * models.strides[model][0] + row * models.strides[model][1] + ids
-                    logits = load_logits(models.logits[model], offsets, inside)
-                    usable = inside & (tl.abs(logits) <= LARGEST_FLOAT)
-                    logits = tl.where(usable, logits, float("-inf"))
+                    logits = _finite_logits(models, model, sequence, row, ids, inside)
                     top = tl.max(logits, axis=1, keep_dims=True)
                     top_safe = tl.where(top == float("-inf"), 0.0, top)
                     total = tl.sum(tl.exp(logits - top_safe), axis=1, keep_dims=True)
-                    normaliser = tl.where(top == float("-inf"), float("inf"), top + tl.log(total))
-                    normaliser = tl.where(weight == 0.0, 0.0, tl.abs(weight) * normaliser)
-                    shift += tl.where(weight > 0.0, -normaliser, normaliser)
-            # Where a model has no finite logit there is no delta.
-            shift = tl.where(tl.abs(shift) <= LARGEST_FLOAT, shift, float("-inf"))
+                    shift += _shift_of_model(weight, top, total)
+            shift = _finite_shift(shift)
             tl.store(rows.records + index * RECORD + 5, shift, mask=valid)
 
 
