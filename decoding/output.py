@@ -13,7 +13,7 @@ from speculative_eft.kernels import RoundState
 
 from .draft_length import DraftLengthPolicy
 from .past import CACHE_NAMES
-from .round import TraceBuffers
+from .round import SOURCES, TraceBuffers
 
 __all__ = [
     "CACHE_FIELD", "EFTOutput", "EFTStats", "EFTTrace", "a_token_each", "ordinary", "table_of", "totals",
@@ -21,8 +21,6 @@ __all__ = [
 
 CACHE_FIELD = next(field.name for field in fields(GenerateDecoderOnlyOutput) if field.name in CACHE_NAMES)
 """Where transformers' output has a past; `past_key_values` finds it by either name."""
-
-_SOURCES = ("draft", "residual", "bonus")
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ class EFTTrace:
     @property
     def source(self) -> list[list[str]]:
         """Each sequence's sources by name, without padding."""
-        return [[_SOURCES[index] for index in row if index >= 0] for row in self.source_ids.tolist()]
+        return [[SOURCES[index] for index in row if index >= 0] for row in self.source_ids.tolist()]
 
     def table(self, tokenizer: Any = None) -> dict[str, list[Any]]:
         """A row for each generated token, as columns that `pandas.DataFrame` takes.
@@ -112,7 +110,7 @@ class EFTTrace:
         is_token = self.source_ids >= 0
         sequence, position = is_token.nonzero(as_tuple=True)
         tokens = self.tokens[is_token].tolist()
-        source = [_SOURCES[index] for index in self.source_ids[is_token].tolist()]
+        source = [SOURCES[index] for index in self.source_ids[is_token].tolist()]
         names = ["tuned"] if len(self.tuned) == 1 else [f"tuned_{index}" for index in range(len(self.tuned))]
         large, base = self.large[is_token], self.base[is_token]
         return {

@@ -32,9 +32,7 @@ from speculative_eft.kernels import (
 from speculative_eft.models import EFTRunners, forward_each
 
 __all__ = [
-    "SOURCE_BONUS",
-    "SOURCE_DRAFT",
-    "SOURCE_RESIDUAL",
+    "SOURCES",
     "Drafted",
     "PhaseTimer",
     "RoundPlan",
@@ -50,7 +48,9 @@ __all__ = [
     "verify_phase",
 ]
 
-SOURCE_DRAFT, SOURCE_RESIDUAL, SOURCE_BONUS = 0, 1, 2
+SOURCES = ("draft", "residual", "bonus")
+"""Where a committed token may come from; a trace has places in this."""
+_DRAFT, _RESIDUAL, _BONUS = range(len(SOURCES))
 
 _OUTPUT_STEP = 256
 
@@ -80,7 +80,7 @@ class RoundPlan:
 
 @dataclass
 class TraceBuffers:
-    """Per committed token: its source and its log-probabilities; [batch, capacity] each.
+    """Per committed token: its source (of `SOURCES`) and its log-probabilities; [batch, capacity] each.
 
     The last column takes what is not committed.
     """
@@ -412,8 +412,8 @@ def record_trace(
     column = torch.arange(tokens.shape[1], device=tokens.device)
     start = state.generated[:, None] - counts
     columns = torch.where(column < counts, start + column, trace.source.shape[1] - 1)
-    replacement = torch.where(accepted_lens < submitted, SOURCE_RESIDUAL, SOURCE_BONUS)
-    source = torch.where(column < accepted_lens[:, None], SOURCE_DRAFT, replacement[:, None])
+    replacement = torch.where(accepted_lens < submitted, _RESIDUAL, _BONUS)
+    source = torch.where(column < accepted_lens[:, None], _DRAFT, replacement[:, None])
     trace.source.scatter_(1, columns, source)
     trace.target.scatter_(1, columns, verdict.log_probs)
     buffers = [trace.large, trace.base, *trace.tuned]
