@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -27,9 +27,11 @@ from .filters import Sampling, plain_or_warped, warp
 from .mix import Coefficients, draft_logits, target_logits
 from .noise import NoiseKey, Stream, exponential_noise, uniform_noise
 
-__all__ = ["AcceptanceRule", "Verdict", "verification_streams", "verify"]
+__all__ = ["RULES", "AcceptanceRule", "Verdict", "verification_streams", "verify"]
 
 AcceptanceRule = Literal["block", "token", "shared_seed"]
+RULES: tuple[AcceptanceRule, ...] = get_args(AcceptanceRule)
+"""By their places compiled kernels know the rules."""
 
 _ACCEPT, _RESIDUAL, _SHARED = Stream.ACCEPT, Stream.RESIDUAL, Stream.SHARED
 
@@ -94,10 +96,10 @@ def verify(
         A `Verdict`; with `drafted` 0 it is plain sampling from the target.
     """
     kind = backend(large.device)
+    logits_of_all = [large, *tuned, base] if correction is None else [large, *tuned, base, correction]
     if kind == "triton":
         from .gpu import verify as on_gpu
 
-        logits_of_all = [large, *tuned, base] if correction is None else [large, *tuned, base, correction]
         return Verdict(
             *on_gpu.verify(
                 logits_of_all, draft_tokens, draft_lens, coefficients, sampling, draft_sampling, noise,
@@ -109,17 +111,10 @@ def verify(
 
         return Verdict(
             *on_cpu.verify(
-                [large, *tuned, base] if correction is None else [large, *tuned, base, correction],
-                coefficients,
-                draft_tokens,
-                draft_lens,
-                sampling,
-                draft_sampling,
-                noise,
-                rule,
+                logits_of_all, coefficients, draft_tokens, draft_lens, sampling, draft_sampling, noise, rule,
                 vocab_size,
             )
-        )
+        )  # fmt: skip
     drafted = draft_tokens.shape[1]
     logits = target_logits(large, tuned, base, coefficients, vocab_size)
     rows = torch.arange(drafted + 1, device=logits.device)

@@ -27,6 +27,7 @@ from speculative_eft.kernels import (
     draft_step,
     verify,
 )
+from speculative_eft.kernels.verify import RULES
 
 from .script import (
     BATCHES,
@@ -42,7 +43,6 @@ from .script import (
 from .timing import reference_kernels
 
 __all__ = [
-    "RULES",
     "add_bars",
     "by_probabilities",
     "bytes_moved",
@@ -52,7 +52,6 @@ __all__ = [
     "measure",
 ]
 
-RULES: tuple[AcceptanceRule, ...] = ("token", "block", "shared_seed")
 DRAFTS = (1, 4, 8, 16)
 _FILTERS = ("top_k", "top_p", "min_p")
 _MODELS = 3

@@ -14,7 +14,7 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from ..verify import AcceptanceRule, verification_streams
+from ..verify import RULES, AcceptanceRule, verification_streams
 from .filters import conservative_arrays, sampling_arrays
 from .jit import (
     CUBE,
@@ -48,8 +48,7 @@ __all__ = [
     "verify_rows", "verify_sequence",
 ]  # fmt: skip
 
-_RULES = {"token": 0, "block": 1, "shared_seed": 2}
-_TOKEN, _BLOCK, _SHARED_SEED = range(3)
+_TOKEN, _SHARED_SEED = RULES.index("token"), RULES.index("shared_seed")
 
 
 @record(TABLES, MATRIX, MATRIX, TABLES, TABLE, TABLE, TABLE, TABLE, *["int64"] * 4)
@@ -63,7 +62,7 @@ class SubmittedArrays(NamedTuple):
         counts: int64 [batch], one more than each sequence's draft length; 0 where no verdict is wanted.
         seeds, rounds, positions: int64 [batch].
         accept_stream, residual_stream, shared_stream: of noise.
-        rule: of `_RULES`.
+        rule: its place in `RULES`.
     """
 
     table: Any
@@ -143,7 +142,7 @@ def submitted_arrays(
     seeds, rounds, positions = arrays(noise, "seeds", "rounds", "positions")
     return SubmittedArrays(
         table, target_weights, draft_weights, block.numpy(), counts.numpy(), seeds, rounds, positions,
-        *verification_streams(), _RULES[rule],
+        *verification_streams(), RULES.index(rule),
     )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from ..filters import Sampling
 from ..mix import Coefficients
 from ..noise import NoiseKey
+from ..verify import RULES, AcceptanceRule
 from .filters import conservative_sets, law_records
 from .noise import exponential_tile, uniform
 from .specialisation import Specialisation, models_signature
@@ -47,10 +48,9 @@ from .tile import (
     zeros_kept,
 )
 
-__all__ = ["RULES", "specialisations", "verify"]
+__all__ = ["specialisations", "verify"]
 
-RULES = {"token": 0, "block": 1, "shared_seed": 2}
-_TOKEN, _BLOCK, _SHARED_SEED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+_BLOCK, _SHARED_SEED = tl.constexpr(RULES.index("block")), tl.constexpr(RULES.index("shared_seed"))
 
 _FIELDS = 6
 """Partial results of a split: best score, its id, and the largest logit and the mass of target and draft."""
@@ -609,7 +609,7 @@ def verify(
     draft_sampling: Sampling,
     noise: NoiseKey,
     streams: tuple[int, int, int],
-    rule: str,
+    rule: AcceptanceRule,
     vocab_size: int,
     statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -663,7 +663,7 @@ def verify(
     # As the assembler likes, but where it would spill.
     limit = MORE_REGISTERS if races else REGISTERS if shape.splits == 1 else None
     _score[(tiles * rows if races or not filtered else tiles, splits)](
-        models, draft, outcome, batch, drafted, splits, RULE=RULES[rule], SHARED=shared, **accepting,
+        models, draft, outcome, batch, drafted, splits, RULE=RULES.index(rule), SHARED=shared, **accepting,
         **common, **launch_options(shape.warps, limit),
     )  # fmt: skip
     draws = not sampling.all_greedy
@@ -690,9 +690,9 @@ def specialisations() -> Iterator[Specialisation]:
     accepting = {"ACCEPT": 1, "ROWS": 16}
     # Of each the launches without statistics, which are one more but for the block rule.
     kernels: list[tuple[Any, str, dict[str, Any], int]] = [
-        (_score, "token", {"RULE": RULES["token"], "SHARED": 3, **accepting}, 2),
-        (_score, "block", {"RULE": RULES["block"], "SHARED": 3, **accepting}, 3),
-        (_score, "shared_seed", {"RULE": RULES["shared_seed"], "SHARED": 3, **accepting}, 1),
+        (_score, "token", {"RULE": RULES.index("token"), "SHARED": 3, **accepting}, 2),
+        (_score, "block", {"RULE": RULES.index("block"), "SHARED": 3, **accepting}, 3),
+        (_score, "shared_seed", {"RULE": RULES.index("shared_seed"), "SHARED": 3, **accepting}, 1),
         (_overlap, "statistics", {"BLOCK": False, **accepting}, 3),
         (_overlap, "block", {"BLOCK": True, **accepting}, 3),
         (_replace, "token", {"BLOCK": False, "RESIDUAL": 2}, 2),

@@ -19,6 +19,7 @@ from speculative_eft.bench.kernels import verify as verify_script
 from speculative_eft.bench.kernels.script import Script, start
 from speculative_eft.bench.kernels.timing import Timing, reference_kernels, time_operation
 from speculative_eft.kernels import noise as noise_module
+from speculative_eft.kernels.verify import RULES
 
 CPU = torch.device("cpu")
 SCRIPTS = ("verify", "filters", "draft", "noise", "commit", "memory", "attention", "layers")
@@ -89,20 +90,20 @@ def test_bars_of_verification() -> None:
     script = new_script()
     script.bandwidth = 1e12
     single = {}
-    for rule in verify_script.RULES:
+    for rule in RULES:
         single |= {("ours", rule, False, False): 12.0, ("ours", rule, False, True): 20.0}
         single |= {("reference", rule, False, False): 130.0, ("compiled", rule, False, False): 30.0}
     verify_script.add_bars(script, single, None, None)
     by_bar = {bar["bar"]: bar for bar in script.content["bars"]}
     assert len(by_bar) == 5 * 3
-    for rule in verify_script.RULES:
+    for rule in RULES:
         own = [bar["met"] for name, bar in by_bar.items() if name.startswith(rule)]
         # 12 of 15 microseconds, 10.8 of 10 times, 2.5 of 3 times, 0.67 of 0.5 added; no large batch.
         assert own == [True, True, False, False, False]
 
 
 @pytest.mark.parametrize("with_filters", [False, True])
-@pytest.mark.parametrize("rule", verify_script.RULES)
+@pytest.mark.parametrize("rule", RULES)
 def test_the_compiled_reference_is_one_graph(
     rule: str, with_filters: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,7 +25,6 @@ from ..conftest import is_spared
 from ..device import test_device
 
 VOCABULARIES = [7, 100, 4_096, 8_193, 32_000, 128_256, 151_936]
-RULES: tuple[AcceptanceRule, ...] = ("block", "token", "shared_seed")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 COMPILED = pytest.mark.parametrize("compiled", ["numba", "triton"])
 FILTERS: dict[str, dict[str, Any]] = {

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from speculative_eft.kernels import Coefficients, Sampling, Stream
+from speculative_eft.kernels.verify import RULES
 
 from .cases import (
     COMPILED,
     DTYPES,
     FILTERS,
-    RULES,
     VOCABULARIES,
     assert_same,
     extreme_case,

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from speculative_eft import kernels
 from speculative_eft.kernels import (
-    AcceptanceRule,
     Coefficients,
     DraftLengthRule,
     NoiseKey,
@@ -34,6 +33,7 @@ from speculative_eft.kernels import (
     rotated_attention,
     verify,
 )
+from speculative_eft.kernels.verify import RULES
 
 from ..device import test_device
 
@@ -127,7 +127,7 @@ def sample(batch: int, drafted: int, vocab_size: int, filters: bool) -> None:
     noise = NoiseKey(derive_seeds(5, batch).to(test_device()), counts, counts)
     tokens = ones(drafted, dtype=torch.int64)
     correction = torch.empty(batch, drafted, vocab_size)
-    for rule in get_args(AcceptanceRule):
+    for rule in RULES:
         verify(
             logits[0], [logits[1]], logits[2], tokens, drafted * counts, coefficients, sampling, sampling,
             noise, rule, vocab_size, correction=correction,

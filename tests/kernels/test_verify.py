@@ -20,14 +20,13 @@ from speculative_eft.kernels import (
     draft_step,
     verify,
 )
-from speculative_eft.kernels.verify import _draw_replacement
+from speculative_eft.kernels.verify import RULES, _draw_replacement
 
 from ..conftest import is_interpreted
 from ..device import test_device
 from .cases import (
     COMPILED,
     DTYPES,
-    RULES,
     VOCABULARIES,
     assert_same,
     batch_of,
