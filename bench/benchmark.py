@@ -14,10 +14,10 @@ from speculative_eft.models import EFTModels
 from .comparison import Comparison, compare, sampling_options
 from .cost_model import Projection
 from .json_files import write_json
-from .kernels.timing import copy_bandwidth
 from .machine import Environment, environment, source_commit
 from .plan import NAIVE, Plan, Setting, build_decoders, decoder_names
 from .prompts import prompt_batches, with_context
+from .timing import copy_bandwidth
 from .turns import can_pause
 
 __all__ = ["FORMAT", "Report", "Result", "check_contexts", "new_report", "run_benchmark", "total_runs"]

@@ -20,10 +20,10 @@ import typer
 from speculative_eft.models import ModelRunner
 
 from .comparison import Spread
-from .kernels.timing import time_operation
 from .machine import Environment, save, show
 from .report import environment_line, spread_text
 from .shapes import fill_with_noise, random_model
+from .timing import time_operation
 
 __all__ = ["FAMILIES", "BodyTime", "load", "table", "time_family"]
 

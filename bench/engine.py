@@ -32,9 +32,8 @@ from speculative_eft.models.memory import free_bytes
 
 from .baselines import SingleModelDecoder
 from .comparison import Spread
-from .kernels.script import DTYPE, LeftOut, Script, run
-from .kernels.timing import time_operation
 from .plan import NAIVE
+from .script import DTYPE, LeftOut, Script, run
 from .shapes import (
     LLAMA,
     QWEN,
@@ -45,6 +44,7 @@ from .shapes import (
     step_bytes,
     weight_bytes,
 )
+from .timing import time_operation
 from .windows import (
     PlainLoop,
     RoundDecoder,

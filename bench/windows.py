@@ -36,7 +36,7 @@ from speculative_eft.models import EFTModels, EFTRunners
 from speculative_eft.models.describe import head_dim
 
 from .baselines import SingleModelDecoder, SingleModelRounds, TransformersLoop
-from .kernels.script import filtered
+from .script import filtered
 
 __all__ = ["RoundDecoder", "Start", "Window", "begin", "forced_acceptance", "run_window", "warm_up_rounds"]
 

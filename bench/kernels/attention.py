@@ -17,7 +17,7 @@ from torch import Tensor
 from speculative_eft.kernels import append, attention
 from speculative_eft.models.attention import attend, attend_ragged, ragged_bias, visible_lengths
 
-from .script import DTYPE, Script, run
+from ..script import DTYPE, Script, run
 
 __all__ = ["Heads", "measure"]
 

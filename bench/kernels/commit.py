@@ -13,8 +13,8 @@ from torch import Tensor
 
 from speculative_eft.kernels import DraftLengthRule, RoundState, commit
 
-from .script import Script, run
-from .timing import reference_kernels
+from ..script import Script, run
+from ..timing import reference_kernels
 
 __all__ = ["measure"]
 

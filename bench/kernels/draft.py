@@ -11,8 +11,8 @@ import torch
 
 from speculative_eft.kernels import Sampling, Stream, draft_step
 
-from .script import Script, coefficients, filtered, noise_key, random_logits, run
-from .timing import reference_kernels
+from ..script import Script, coefficients, filtered, noise_key, random_logits, run
+from ..timing import reference_kernels
 
 __all__ = ["measure"]
 

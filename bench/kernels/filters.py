@@ -12,7 +12,7 @@ import torch
 
 from speculative_eft.kernels import Sampling, draft_logits, target_logits, warp
 
-from .script import Script, coefficients, filtered, random_logits, run
+from ..script import Script, coefficients, filtered, random_logits, run
 
 __all__ = ["measure"]
 

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from speculative_eft.models import ModelRunner
 
+from ..script import DTYPE, Script, run
 from ..shapes import LLAMA, QWEN, TINY, fill_with_noise, random_model, step_bytes
-from .script import DTYPE, Script, run
 
 __all__ = ["measure"]
 

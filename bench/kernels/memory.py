@@ -9,8 +9,8 @@ import torch
 
 from speculative_eft.kernels import new_draft_memory, recall, remember
 
-from .script import Script, random_logits, run
-from .timing import reference_kernels
+from ..script import Script, random_logits, run
+from ..timing import reference_kernels
 
 __all__ = ["measure"]
 

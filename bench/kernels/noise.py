@@ -10,8 +10,8 @@ from torch import Tensor
 
 from speculative_eft.kernels import NoiseKey, Stream, exponential_noise
 
-from .script import Script, noise_key, run
-from .timing import reference_kernels
+from ..script import Script, noise_key, run
+from ..timing import reference_kernels
 
 __all__ = ["measure"]
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from ..markdown import markdown_table, with_part
-from .script import FIGURES
+from ..script import FIGURES
 
 __all__ = ["COMPILED", "compiled_markdown", "measured_markdown", "results_in", "with_tables"]
 

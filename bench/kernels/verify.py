@@ -29,7 +29,7 @@ from speculative_eft.kernels import (
 )
 from speculative_eft.kernels.verify import RULES
 
-from .script import (
+from ..script import (
     BATCHES,
     VOCABULARIES,
     Script,
@@ -40,7 +40,7 @@ from .script import (
     random_logits,
     run,
 )
-from .timing import reference_kernels
+from ..timing import reference_kernels
 
 __all__ = [
     "add_bars",

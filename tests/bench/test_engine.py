@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from speculative_eft.bench import engine, readme
+from speculative_eft.bench import script as script_module
 from speculative_eft.bench.baselines import SingleModelDecoder
 from speculative_eft.bench.comparison import Spread
-from speculative_eft.bench.kernels import script as script_module
-from speculative_eft.bench.kernels.script import Script
+from speculative_eft.bench.script import Script
 from speculative_eft.bench.shapes import LLAMA, QWEN, TINY, StepBytes, random_trio, step_bytes, weight_bytes
 from speculative_eft.bench.windows import (
     PlainLoop,

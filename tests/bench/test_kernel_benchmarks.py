@@ -11,13 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from speculative_eft.bench import machine
+from speculative_eft.bench import machine, timing
+from speculative_eft.bench import script as script_module
 from speculative_eft.bench.comparison import Spread
-from speculative_eft.bench.kernels import script as script_module
-from speculative_eft.bench.kernels import timing
 from speculative_eft.bench.kernels import verify as verify_script
-from speculative_eft.bench.kernels.script import Script, start
-from speculative_eft.bench.kernels.timing import Timing, reference_kernels, time_operation
+from speculative_eft.bench.script import Script, start
+from speculative_eft.bench.timing import Timing, reference_kernels, time_operation
 from speculative_eft.kernels import noise as noise_module
 from speculative_eft.kernels.verify import RULES
 

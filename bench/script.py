@@ -20,8 +20,8 @@ from torch import Tensor
 from speculative_eft.kernels import Coefficients, NoiseKey, Sampling, backend, derive_seeds
 from speculative_eft.models.errors import first_line
 
-from ..json_files import write_json
-from ..machine import facts
+from .json_files import write_json
+from .machine import facts
 from .timing import Timing, copy_bandwidth, launch_floor, time_operation
 
 __all__ = [

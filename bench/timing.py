@@ -18,7 +18,7 @@ from time import perf_counter
 
 import torch
 
-from ..comparison import Spread
+from .comparison import Spread
 
 __all__ = [
     "Timing",
