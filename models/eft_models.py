@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from threading import Lock
@@ -161,8 +161,9 @@ class EFTModels:
         Raises IncompatibleModelsError, a ValueError, before anything is loaded if a model cannot be found or
         run or if tokenizers differ (see `find_sources`), if an adapter is not of `small_base`'s shape or peft
         is missing, if `tensor_parallel` is not 1, and for whatever `EFTModels` itself refuses; and with what
-        each model needs if a GPU's memory does not hold them. Raises ValueError if `dtype` or `attention`
-        names none, and if `device_map` is a single device that torch cannot use.
+        each model needs if a GPU's memory does not hold them. Raises it too for weights that a model's files
+        lack or hold in another shape, which transformers would fill at random. Raises ValueError if `dtype`
+        or `attention` names none, and if `device_map` is a single device that torch cannot use.
         """
         _check_dtype(dtype)
         check_attention(attention)
@@ -401,15 +402,61 @@ def _load(
 ) -> PreTrainedModel:
     one_device = _is_one_device(device_map)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.location,
             dtype=dtype,
             device_map=None if one_device else device_map,
             trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            # They are refused below, by name: transformers' own error sends to a report that it logs.
+            ignore_mismatched_sizes=True,
         )
     except (OSError, ValueError) as error:
         raise _cannot_load(source, error) from error
+    # A class of a model's own code may leave the account out.
+    model: PreTrainedModel
+    model, account = loaded if isinstance(loaded, tuple) else (loaded, {})
+    _check_filled(source, model, account)
     return model.to(device_map) if one_device else model
+
+
+def _check_filled(source: Source, model: PreTrainedModel, account: dict[str, Any]) -> None:
+    """Raise IncompatibleModelsError for weights that transformers filled at random, by its `account`."""
+    mismatched = sorted(account.get("mismatched_keys") or ())
+    if mismatched:
+        name, found, wanted = mismatched[0]
+        raise IncompatibleModelsError(
+            f"{source.argument}: {source.name} holds weights of other shapes than its config.json says "
+            f"({name}{_and_others(mismatched)}: {list(found)}, not {list(wanted)})."
+        )
+    missing = set(account.get("missing_keys") or ())
+    tensors = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    # A model's own code may tie weights in a way that transformers does not know of.
+    filled = {id(tensor) for name, tensor in tensors.items() if name not in missing}
+    modules = {_module(name) for name in missing & tensors.keys() if id(tensors[name]) not in filled}
+    if getattr(model, "hf_quantizer", None) is not None:
+        # Not all that a quantiser gives a module need be in the files, but some of it.
+        modules -= {_module(name) for name in tensors.keys() - missing}
+    if modules:
+        unexpected = sorted(account.get("unexpected_keys") or ())
+        instead = f"; it holds {unexpected[0]}{_and_others(unexpected)} instead" if unexpected else ""
+        raise IncompatibleModelsError(
+            f"{source.argument}: {source.name} lacks the weights of {min(modules)}{_and_others(modules)}"
+            f"{instead}."
+        )
+
+
+def _module(name: str) -> str:
+    """The module that a weight is of; the weight itself where that is the whole model."""
+    return name.rpartition(".")[0] or name
+
+
+def _and_others(all_of_them: Collection[object]) -> str:
+    others = len(all_of_them) - 1
+    return f" and {others} other{'s' if others > 1 else ''}" if others else ""
 
 
 def _is_one_device(device_map: Any) -> bool:

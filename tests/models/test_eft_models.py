@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
@@ -219,6 +222,116 @@ def test_broken_weights_are_reported_in_a_sentence(folders: tuple[Path, Path, Pa
     with pytest.raises(IncompatibleModelsError, match=r"^small_base: .* cannot be loaded"):
         EFTModels.from_pretrained(*folders)
     assert inspect_trio(*folders).problems
+
+
+Weights = dict[str, torch.Tensor]
+
+
+def rewrite_weights(folder: Path, change: Callable[[Weights], Weights]) -> None:
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, {"format": "pt"})
+
+
+def refusal(*folders: Path, **options: Any) -> str:
+    with pytest.raises(IncompatibleModelsError) as caught:
+        EFTModels.from_pretrained(*folders, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("device_map", [None, "cpu", {"": "cpu"}], ids=["nowhere", "device", "map"])
+def test_weights_that_are_not_there_are_refused(
+    folders: tuple[Path, Path, Path], device_map: str | dict[str, str] | None
+) -> None:
+    tuned = folders[1]
+    rewrite_weights(
+        tuned, lambda weights: {k: w for k, w in weights.items() if "layers.1.mlp.down_proj" not in k}
+    )
+    wanted = f"small_tuned: {tuned} lacks the weights of model.layers.1.mlp.down_proj."
+    assert refusal(*folders, device_map=device_map, dtype=torch.bfloat16) == wanted
+
+
+def test_weights_of_other_names_are_refused(folders: tuple[Path, Path, Path]) -> None:
+    base = folders[2]
+    rewrite_weights(base, lambda weights: {f"_orig_mod.{k}": w for k, w in weights.items()})
+    found = len(load_file(base / "model.safetensors"))
+    words = (
+        f"small_base: {base} lacks the weights of lm_head and [0-9]+ others; "
+        f"it holds _orig_mod.lm_head.weight and {found - 1} others instead."
+    )
+    assert re.fullmatch(words, refusal(*folders))
+
+
+def test_weights_of_other_shapes_are_refused(folders: tuple[Path, Path, Path]) -> None:
+    large = folders[0]
+    config = json.loads((large / "config.json").read_text())
+    config["intermediate_size"] += 8
+    (large / "config.json").write_text(json.dumps(config))
+    words = (
+        f"large_base: {large} holds weights of other shapes than its config.json says "
+        r"\(model.layers.0.mlp.down_proj.weight and 5 others: \[32, 48\], not \[32, 56\]\)."
+    )
+    assert re.fullmatch(words, refusal(*folders))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_weight_of_a_saved_model_counts_as_missing(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family, 1)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    again = EFTModels.from_pretrained(tmp_path, tmp_path, tmp_path).small_base.state_dict()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, again[name]), name
+
+
+@pytest.mark.parametrize("kept", ["lm_head.weight", "model.embed_tokens.weight"])
+def test_either_of_tied_weights_will_do(kept: str, tmp_path: Path) -> None:
+    model = tiny_model("llama", 1)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    (tied,) = weights.keys() & {"lm_head.weight", "model.embed_tokens.weight"}
+    rewrite_weights(tmp_path, lambda weights: {kept if k == tied else k: w for k, w in weights.items()})
+    base = EFTModels.from_pretrained(tmp_path, tmp_path, tmp_path).small_base
+    for read in (base.get_input_embeddings(), base.get_output_embeddings()):
+        assert torch.equal(read.weight, model.lm_head.weight)
+    rewrite_weights(tmp_path, lambda weights: {k: w for k, w in weights.items() if k != kept})
+    assert "lacks the weights of" in refusal(tmp_path, tmp_path, tmp_path)
+
+
+OWN_CODE = """
+from transformers import LlamaForCausalLM
+
+class OwnModel(LlamaForCausalLM):
+    _tied_weights_keys = None
+
+    def tie_weights(self, *args, **kwargs):
+        super().tie_weights(*args, **kwargs)
+        self.lm_head.weight = self.model.embed_tokens.weight
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
+        loaded = super().from_pretrained(*args, output_loading_info=output_loading_info, **kwargs)
+        return loaded[0] if SILENT and output_loading_info else loaded
+"""
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_models_with_code_of_their_own_tie_as_they_like(
+    silent: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = tmp_path / f"own_{silent}"
+    tiny_model("llama", 1).save_pretrained(folder)
+    rewrite_weights(folder, lambda weights: {k: w for k, w in weights.items() if k != "lm_head.weight"})
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "own.OwnModel"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(OWN_CODE.replace("SILENT", str(silent)))
+    base = EFTModels.from_pretrained(folder, folder, folder, trust_remote_code=True).small_base
+    assert type(base).__name__ == "OwnModel"
+    assert base.get_output_embeddings().weight is base.get_input_embeddings().weight
 
 
 def test_descriptions_are_plain_rows() -> None:
