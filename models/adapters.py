@@ -10,22 +10,26 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pickle import UnpicklingError
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .errors import IncompatibleModelsError, first_line
+from .errors import IncompatibleModelsError, UnavailableModelsError, first_line
 from .extras import install_command
 from .sources import Source, adapter_problem
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+BROKEN_WEIGHTS = (SafetensorError, RuntimeError, EOFError, UnpicklingError)
+"""What safetensors and torch raise for a file that is empty, cut short, or no file of weights."""
 
 _PREFIX = "base_model.model."
 _LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
@@ -199,14 +203,29 @@ def check_sharing(argument: str, model: PeftModel) -> None:
 
 
 def adapter_shapes(source: Source) -> dict[str, tuple[int, ...]]:
-    """The shape of each weight in an adapter's file, by its name there."""
-    path = source.find("adapter_model.safetensors")
-    if path is not None:
-        with safe_open(path, framework="pt") as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    path = source.find("adapter_model.bin")
+    """The shape of each weight in an adapter's file, by its name there.
+
+    Raises UnavailableModelsError for a file that cannot be read.
+    """
+    tensors = source.find("adapter_model.safetensors")
+    path = tensors or source.find("adapter_model.bin")
     assert path is not None
-    return {key: tuple(w.shape) for key, w in torch.load(path, "meta", weights_only=True).items()}
+    try:
+        if tensors:
+            with safe_open(tensors, framework="pt") as file:
+                return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        return {key: tuple(w.shape) for key, w in torch.load(path, "meta", weights_only=True).items()}
+    except (OSError, AttributeError, *BROKEN_WEIGHTS) as error:
+        raise UnavailableModelsError(
+            f"{source.argument}: cannot read {path} ({why_broken(error)})."
+        ) from error
+
+
+def why_broken(error: Exception) -> str:
+    """What `error`, of loading weights, says about their file."""
+    # torch's own words are none, or advice to run whatever the file holds.
+    unpickled = isinstance(error, EOFError | UnpicklingError)
+    return "it is no file that torch.save wrote" if unpickled else first_line(error)
 
 
 def check_shapes(source: Source, shapes: dict[str, tuple[int, ...]], base: PreTrainedModel) -> None:

@@ -22,6 +22,7 @@ from transformers import (
 from speculative_eft.kernels import backend
 
 from .adapters import (
+    BROKEN_WEIGHTS,
     AdapterSwitch,
     adapter_shapes,
     check_peft,
@@ -31,6 +32,7 @@ from .adapters import (
     is_peft_model,
     load_adapters,
     parameters_with,
+    why_broken,
 )
 from .attention import check_attention
 from .configs import layer_windows, text_config
@@ -411,7 +413,9 @@ def _load(
             # They are refused below, by name: transformers' own error sends to a report that it logs.
             ignore_mismatched_sizes=True,
         )
-    except (OSError, ValueError) as error:
+    except torch.OutOfMemoryError:  # a RuntimeError, of which the caller tells what would be needed
+        raise
+    except (OSError, ValueError, *BROKEN_WEIGHTS) as error:
         raise _cannot_load(source, error) from error
     # A class of a model's own code may leave the account out.
     model: PreTrainedModel
@@ -474,15 +478,21 @@ def _describe_unloaded(source: Source, dtype: str | torch.dtype, trust_remote_co
 
 def _cannot_load(source: Source, error: Exception) -> IncompatibleModelsError:
     # transformers raises an OSError for files that it does not get, a ValueError for what it cannot run.
-    kind = UnavailableModelsError if isinstance(error, OSError) else IncompatibleModelsError
-    return kind(f"{source.argument}: {source.name} cannot be loaded ({first_line(error)}).")
+    unread = isinstance(error, (OSError, *BROKEN_WEIGHTS))
+    kind = UnavailableModelsError if unread else IncompatibleModelsError
+    return kind(f"{source.argument}: {source.name} cannot be loaded ({why_broken(error)}).")
 
 
 def _load_tokenizer(sources: Iterable[Source], trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
     for source in sources:
         if source.has_tokenizer:
             location = source.tokenizer_source.location
-            return AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code)
+            try:
+                return AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code)
+            except Exception as error:  # tokenizers has no exception of its own
+                raise UnavailableModelsError(
+                    f"{source.argument}: the tokenizer of {location} cannot be loaded ({first_line(error)})."
+                ) from error
     return None
 
 

@@ -78,14 +78,21 @@ class Source:
             return None
 
     def read(self, filename: str) -> Any:
-        """The contents of the JSON file `filename`, None if there is no such file."""
+        """The contents of the JSON file `filename`, an object; None if there is no such file."""
         path = self.find(filename)
         if path is None:
             return None
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            contents = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise UnavailableModelsError(f"{self.argument}: cannot read {path} ({error}).") from error
+            raise self.unreadable(filename, error) from error
+        if not isinstance(contents, dict):
+            raise self.unreadable(filename, f"it holds no object but a {type(contents).__name__}")
+        return contents
+
+    def unreadable(self, filename: str, reason: object) -> UnavailableModelsError:
+        """The error for a file `filename` whose contents are not what they should be."""
+        return UnavailableModelsError(f"{self.argument}: cannot read {self.find(filename)} ({reason}).")
 
     @property
     def config(self) -> dict[str, Any]:
@@ -286,9 +293,13 @@ def _check_folder(argument: str, folder: Path) -> bool:
         return True
     if not (folder / "config.json").is_file():
         raise UnavailableModelsError(f"{argument}: {folder} has no config.json, so it is no saved model.")
+    source = Source(argument, str(folder), folder)
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        if (folder / index).is_file():
-            shards = set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values())
+        if (contents := source.read(index)) is not None:
+            shard_of = contents.get("weight_map")
+            if not isinstance(shard_of, dict) or not all(isinstance(name, str) for name in shard_of.values()):
+                raise source.unreadable(index, "it has no weight_map from weights to files")
+            shards = set(shard_of.values())
             missing = sorted(shard for shard in shards if not (folder / shard).is_file())
             if missing:
                 raise UnavailableModelsError(f"{argument}: {folder} lacks the weight file {missing[0]}.")
@@ -359,6 +370,14 @@ def _token_table(source: Source) -> dict[int, tuple[str, bool]]:
     data = source.tokenizer_source.read("tokenizer.json")
     if data is None:
         return {}
+    try:
+        return _tokens_of(data)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = f"it is not as tokenizers writes it: {type(error).__name__}, {error}"
+        raise source.tokenizer_source.unreadable("tokenizer.json", reason) from error
+
+
+def _tokens_of(data: dict[str, Any]) -> dict[int, tuple[str, bool]]:
     vocabulary = data.get("model", {}).get("vocab") or {}
     if isinstance(vocabulary, dict):
         table = {int(index): (token, False) for token, index in vocabulary.items()}

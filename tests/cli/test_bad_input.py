@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from safetensors.torch import load_file, save_file
 
 from speculative_eft.cli import main
 from speculative_eft.command_options import check_writable
@@ -133,6 +134,22 @@ def test_a_folder_without_weights(trio: Trio, tmp_path: Path) -> None:
     (tmp_path / "large" / "model.safetensors").unlink()
     options = Trio(tmp_path / "large", trio.tuned, trio.base).options
     assert_quick_error(["generate", *options, "x"], "large_base", "weights")
+
+
+def test_a_file_of_weights_cut_short(run: Callable[..., Outcome], trio: Trio, tmp_path: Path) -> None:
+    shutil.copytree(trio.tuned, tmp_path / "tuned")
+    file = tmp_path / "tuned" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    options = Trio(trio.large, tmp_path / "tuned", trio.base).options
+    assert_one_line(run("generate", *options, "x"), "small_tuned", str(tmp_path), "not fully covered")
+
+
+def test_weights_that_are_not_there(run: Callable[..., Outcome], trio: Trio, tmp_path: Path) -> None:
+    shutil.copytree(trio.tuned, tmp_path / "tuned")
+    file = tmp_path / "tuned" / "model.safetensors"
+    save_file({f"_orig_mod.{k}": w for k, w in load_file(file).items()}, file, {"format": "pt"})
+    options = Trio(trio.large, tmp_path / "tuned", trio.base).options
+    assert_one_line(run("generate", *options, "x"), "small_tuned", "lacks the weights of", "_orig_mod.")
 
 
 def test_another_tokenizer(trio: Trio, tmp_path: Path) -> None:

@@ -19,7 +19,13 @@ from speculative_eft.bench.baselines import TransformersLoop
 from speculative_eft.cli import main
 from speculative_eft.decoding import EFTConfig, EFTDecoder, NaiveEFTDecoder
 from speculative_eft.kernels import backend
-from speculative_eft.models import EFTModels, IncompatibleModelsError, ModelRunner, inspect_trio
+from speculative_eft.models import (
+    EFTModels,
+    IncompatibleModelsError,
+    ModelRunner,
+    UnavailableModelsError,
+    inspect_trio,
+)
 from speculative_eft.models import adapters as adapters_module
 from speculative_eft.models.llama import LlamaBody
 
@@ -609,6 +615,21 @@ def test_adapter_folders_that_cannot_work_are_refused(
     assert "needs peft (pip install -c constraints.txt '.[peft]' in the checkout" in refusal(adapter)
     (adapter / "adapter_model.safetensors").unlink()
     assert "but no adapter_model.safetensors" in refusal(adapter)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin"])
+@pytest.mark.parametrize("contents", [b"", b"version https://git-lfs.github.com/spec/v1\n"])
+def test_an_adapter_whose_file_is_broken_is_refused(
+    name: str, contents: bytes, folders: tuple[Path, Path, Path]
+) -> None:
+    (folders[1] / "adapter_model.safetensors").unlink()
+    (folders[1] / name).write_bytes(contents)
+    with pytest.raises(UnavailableModelsError) as caught:
+        EFTModels.from_pretrained(*folders)
+    assert str(caught.value).startswith(f"small_tuned: cannot read {folders[1] / name} (")
+    assert "\n" not in str(caught.value) and "weights_only" not in str(caught.value)
+    report = inspect_trio(*folders)
+    assert not report.checked and report.problems == [str(caught.value)]
 
 
 def test_our_modules_do_not_import_peft(monkeypatch: pytest.MonkeyPatch) -> None:

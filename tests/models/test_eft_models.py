@@ -224,6 +224,57 @@ def test_broken_weights_are_reported_in_a_sentence(folders: tuple[Path, Path, Pa
     assert inspect_trio(*folders).problems
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 12345\n"
+
+
+def cut_short(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda file: file.write_bytes(b""), "header too small"),
+        (lambda file: file.write_bytes(LFS_POINTER), "header too large"),
+        (cut_short, "file not fully covered"),
+    ],
+    ids=["empty", "pointer", "cut"],
+)
+def test_broken_files_of_weights_are_reported_in_a_sentence(
+    spoil: Callable[[Path], object], reason: str, folders: tuple[Path, Path, Path]
+) -> None:
+    spoil(folders[1] / "model.safetensors")
+    said = refusal(*folders)
+    assert said.startswith(f"small_tuned: {folders[1]} cannot be loaded (") and reason in said
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda file: file.write_bytes(b""), "no file that torch.save wrote"),
+        (lambda file: file.write_bytes(LFS_POINTER), "no file that torch.save wrote"),
+        (cut_short, "failed reading zip archive"),
+    ],
+    ids=["empty", "pointer", "cut"],
+)
+def test_broken_files_of_torch_are_reported_in_a_sentence(
+    spoil: Callable[[Path], object], reason: str, folders: tuple[Path, Path, Path]
+) -> None:
+    file = folders[2] / "pytorch_model.bin"
+    torch.save(load_file(folders[2] / "model.safetensors"), file)
+    (folders[2] / "model.safetensors").unlink()
+    assert EFTModels.from_pretrained(*folders)
+    spoil(file)
+    said = refusal(*folders)
+    assert said.startswith(f"small_base: {folders[2]} cannot be loaded (") and reason in said
+    assert "weights_only" not in said
+
+
+def test_a_tokenizer_that_cannot_be_loaded_is_named(folders: tuple[Path, Path, Path]) -> None:
+    (folders[0] / "tokenizer.json").write_text('{"model": {}}')
+    assert refusal(*folders).startswith(f"large_base: the tokenizer of {folders[0]} cannot be loaded (")
+
+
 Weights = dict[str, torch.Tensor]
 
 

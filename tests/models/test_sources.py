@@ -77,6 +77,50 @@ def test_folders_that_are_not_models_are_refused(tmp_path: Path) -> None:
     assert refusal(good, [], good) == "small_tuned must name at least one model."
 
 
+@pytest.mark.parametrize(
+    ("contents", "reason"),
+    [
+        ("{", "Expecting property name"),
+        ("[]", "it holds no object but a list"),
+        ("{}", "it has no weight_map from weights to files"),
+        ('{"weight_map": ["model.safetensors"]}', "it has no weight_map from weights to files"),
+        ('{"weight_map": {"a": 1}}', "it has no weight_map from weights to files"),
+    ],
+)
+def test_an_index_that_cannot_be_read_is_refused(contents: str, reason: str, tmp_path: Path) -> None:
+    good, bad = write_model(tmp_path / "good"), write_model(tmp_path / "bad")
+    index = bad / "model.safetensors.index.json"
+    index.write_text(contents)
+    assert refusal(good, [good, bad], good).startswith(f"small_tuned[1]: cannot read {index} ({reason}")
+
+
+@pytest.mark.parametrize(
+    ("contents", "reason"),
+    [
+        ("[]", "it holds no object but a list"),
+        ('{"model": []}', "it is not as tokenizers writes it: AttributeError"),
+        ('{"model": {"vocab": 3}}', "it is not as tokenizers writes it: TypeError"),
+        ('{"model": {"vocab": {"a": "b"}}}', "it is not as tokenizers writes it: ValueError"),
+        ('{"model": {"vocab": [[]]}}', "it is not as tokenizers writes it: IndexError"),
+        ('{"added_tokens": [{}]}', "it is not as tokenizers writes it: KeyError"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_read_is_refused(contents: str, reason: str, tmp_path: Path) -> None:
+    good, bad = write_model(tmp_path / "good"), write_model(tmp_path / "bad")
+    (bad / "tokenizer.json").write_text(contents)
+    wanted = f"small_base: cannot read {bad / 'tokenizer.json'} ({reason}"
+    assert refusal(good, good, bad).startswith(wanted)
+
+
+@pytest.mark.parametrize("name", ["config.json", "adapter_config.json"])
+def test_a_configuration_that_is_no_object_is_refused(name: str, tmp_path: Path) -> None:
+    good, bad = write_model(tmp_path / "good"), write_model(tmp_path / "bad")
+    (bad / "adapter_model.safetensors").write_bytes(b"")
+    (bad / name).write_text("[]")
+    wanted = f"small_tuned: cannot read {bad / name} (it holds no object but a list)."
+    assert refusal(good, bad, good) == wanted
+
+
 @pytest.mark.parametrize("name", ["", "/no/such/folder", "./nothing", "~/nothing", "a/b/c", "a b/c", "x\\y"])
 def test_paths_that_lead_nowhere_are_refused(name: str, tmp_path: Path) -> None:
     good = write_model(tmp_path / "good")
