@@ -32,6 +32,8 @@ BROKEN_WEIGHTS = (SafetensorError, RuntimeError, EOFError, UnpicklingError)
 """What safetensors and torch raise for a file that is empty, cut short, or no file of weights."""
 
 _PREFIX = "base_model.model."
+_KINDS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+"""Where a layer of peft's keeps what its adapters' files hold."""
 _LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 """Of layers that several models share, by the first of them."""
 
@@ -301,13 +303,22 @@ def load_adapters(base: PreTrainedModel, sources: Sequence[Source]) -> list[tupl
             raise IncompatibleModelsError(
                 f"{source.argument}: {source.name} cannot be loaded ({first_line(error)})."
             ) from error
-        filled = {key.removeprefix(_PREFIX).partition(".lora_")[0] for key in adapter_shapes(source)}
+        filled: dict[str, set[str]] = {}
+        for key in adapter_shapes(source):
+            path, _, kind = key.removeprefix(_PREFIX).partition(".lora_")
+            filled.setdefault(path, set()).add(f"lora_{kind.partition('.')[0]}")
         for path, module in base.named_modules():
-            held = name in getattr(module, "lora_A", ()) or name in getattr(module, "lora_embedding_A", ())
-            if held and path not in filled and ".experts" not in path:
+            held = {kind for kind in _KINDS if name in getattr(module, kind, ())}
+            if not held or ".experts" in path:
+                continue
+            if path not in filled:
                 raise IncompatibleModelsError(
                     f"{source.argument}: the adapter {source.name} is not of small_base's shape (it has no "
                     f"weights for {path}); give the model it was trained on as small_base."
+                )
+            for kind in sorted(held - filled[path]):  # peft would leave them as a new adapter has them
+                raise IncompatibleModelsError(
+                    f"{source.argument}: the adapter {source.name} lacks the weights of {path}.{kind}."
                 )
         loaded.append((model, name))
     return loaded

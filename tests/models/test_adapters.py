@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from speculative_eft.bench.baselines import TransformersLoop
@@ -615,6 +616,27 @@ def test_adapter_folders_that_cannot_work_are_refused(
     assert "needs peft (pip install -c constraints.txt '.[peft]' in the checkout" in refusal(adapter)
     (adapter / "adapter_model.safetensors").unlink()
     assert "but no adapter_model.safetensors" in refusal(adapter)
+
+
+@pytest.mark.parametrize("lacking", [
+    "q_proj.lora_A", "down_proj.lora_B", "v_proj.lora_magnitude_vector", "embed_tokens.lora_embedding_B",
+])  # fmt: skip
+def test_an_adapter_that_lacks_a_part_of_a_layer_is_refused(
+    lacking: str, folders: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    large, _, base = folders
+    targets = ["q_proj", "v_proj", "down_proj", "embed_tokens"]
+    adapter = saved_adapter(tmp_path / "other", 2, target_modules=targets, use_dora=True)
+    file = adapter / "adapter_model.safetensors"
+    # The embedding itself, which peft saves beside its adapter, is refused elsewhere.
+    weights = {key: w for key, w in load_file(file).items() if "embed_tokens.base_layer" not in key}
+    save_file(weights, file)
+    assert EFTModels.from_pretrained(large, adapter, base)
+    left = {key: w for key, w in weights.items() if lacking not in key}
+    assert len(left) < len(weights)
+    save_file(left, file)
+    with pytest.raises(IncompatibleModelsError, match=f"^small_tuned: the adapter .* lacks .*{lacking}[.]$"):
+        EFTModels.from_pretrained(large, adapter, base)
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin"])
