@@ -129,15 +129,25 @@ def find_sources(
 
     Raises UnavailableModelsError, an IncompatibleModelsError, within about three seconds, also without a
     network: for a folder that is missing or holds no weights, and a name that the Hub does not answer for.
-    Raises IncompatibleModelsError itself for an architecture that cannot be run, an adapter that cannot share
-    the small base's weights (`adapter_problem`) or stands for a base, tokenizers that differ, and
-    vocabularies whose sizes differ by more than `VOCABULARY_PADDING`.
+    Raises IncompatibleModelsError itself for what is no name, such as a loaded model, an architecture that
+    cannot be run, an adapter that cannot share the small base's weights (`adapter_problem`) or stands for a
+    base, tokenizers that differ, and vocabularies whose sizes differ by more than `VOCABULARY_PADDING`.
     """
-    tuned = [small_tuned] if isinstance(small_tuned, str | os.PathLike) else list(small_tuned)
+    if isinstance(small_tuned, Iterable) and not isinstance(small_tuned, str | bytes | os.PathLike):
+        tuned = list(small_tuned)
+    else:
+        tuned = [small_tuned]
     if not tuned:
         raise IncompatibleModelsError("small_tuned must name at least one model.")
     asked = [("large_base", large_base), *zip(tuned_arguments(len(tuned)), tuned, strict=True)]
     asked.append(("small_base", small_base))
+    for argument, name in asked:
+        if not isinstance(name, str | os.PathLike):
+            given = None if name is None else type(name).__name__
+            raise IncompatibleModelsError(
+                f"{argument} must be a folder or a name on the Hugging Face Hub, not {given}; "
+                "loaded models go to EFTModels(...)."
+            )
     with ThreadPoolExecutor(len(asked)) as pool:
         found = list(pool.map(lambda one: _find(one[0], os.fspath(one[1])), asked))
     sources = [replace(source, base=found[-1]) if source.is_adapter else source for source in found]

@@ -100,6 +100,33 @@ def test_a_bad_option_is_named_before_anything_is_looked_for(options: dict[str, 
         EFTModels.from_pretrained("/nowhere", "/nowhere", "/nowhere", **options)
 
 
+@pytest.mark.parametrize("position", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("given", "kind"),
+    [
+        (None, "None"),
+        (3, "int"),
+        (b"/nowhere", "bytes"),
+        (tiny_model("qwen2"), "Qwen2ForCausalLM"),
+        ([tiny_model("qwen2"), "/nowhere"], "list"),
+    ],
+    ids=["None", "number", "bytes", "model", "models"],
+)
+def test_what_is_no_name_of_a_model_is_named(given: Any, kind: str, position: int) -> None:
+    names: list[Any] = ["/nowhere"] * 3
+    names[position] = given
+    argument = ["large_base", "small_tuned", "small_base"][position]
+    if isinstance(given, list) and position == 1:
+        argument, kind = (r"small_tuned\[0\]", "Qwen2ForCausalLM") if position == 1 else (argument, "list")
+    words = (
+        f"{argument} must be a folder or a name on the Hugging Face Hub, not {kind}; "
+        r"loaded models go to EFTModels\(...\)."
+    )
+    with pytest.raises(IncompatibleModelsError, match=f"^{words}$"):
+        EFTModels.from_pretrained(*names)
+    assert re.fullmatch(words, inspect_trio(*names).problems[0])
+
+
 def test_a_bad_attention_is_named_for_loaded_models() -> None:
     with pytest.raises(ValueError, match="attention must be one of"):
         EFTModels(tiny_model("llama"), tiny_model("qwen2"), tiny_model("qwen2"), attention="flash")
