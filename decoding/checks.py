@@ -55,7 +55,8 @@ def between(name: str, value: Any, low: float, high: float, other: str = "") -> 
     To a user a `high` of `LARGEST_TEMPERATURE` or more is any finite number, and the least float is 0.
     `other` says what else the caller would take.
     """
-    good = isinstance(value, Real) and not isinstance(value, bool) and low <= value <= high
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    good = is_number and low <= value <= high
     if not good or not math.isfinite(value):
         above_zero = low == math.ulp(0.0)
         if high >= LARGEST_TEMPERATURE:

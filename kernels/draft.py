@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .backend import backend
 from .early_stop import EarlyStop
-from .filters import Sampling, plain_or_warped, warp
+from .filters import Sampling, largest_of, plain_or_warped, warp
 from .memory import DraftMemory
 from .mix import Coefficients, draft_logits
 from .noise import NoiseKey, Stream
@@ -122,8 +122,10 @@ def _race(
         return mixed[:, 0].argmax(dim=-1)
     gumbel = noise.gumbel(stream, torch.full((1,), row, device=mixed.device), vocab_size)[:, 0]
     if not sampling.filtered:
-        # Scaling the noise instead of the logits makes temperature 0 the argmax without a branch.
-        return torch.addcmul(mixed[:, 0], gumbel, sampling.temperature[:, None]).argmax(dim=-1)
+        # Scaling the noise instead of the logits makes temperature 0 the argmax without a branch. That of a
+        # cold one would be lost beside large logits, of which differences alone matter.
+        raced = mixed[:, 0] - largest_of(mixed[:, 0])
+        return torch.addcmul(raced, gumbel, sampling.temperature[:, None]).argmax(dim=-1)
     tokens = (warp(mixed, sampling)[:, 0] + gumbel).argmax(dim=-1)
     if sampling.any_greedy:
         tokens = torch.where(sampling.temperature == 0, mixed[:, 0].argmax(dim=-1), tokens)

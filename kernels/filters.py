@@ -11,11 +11,12 @@ from torch import Tensor
 from .mix import log_softmax, top_p_set
 
 __all__ = [
-    "LARGEST_TEMPERATURE", "Sampling", "batch_sampling", "plain_or_warped", "usable_temperature", "warp",
+    "LARGEST_TEMPERATURE", "Sampling", "batch_sampling", "largest_of", "plain_or_warped",
+    "usable_temperature", "warp",
 ]  # fmt: skip
 
 LARGEST_TEMPERATURE = torch.finfo(torch.float32).max
-_SMALLEST_TEMPERATURE = 1e-30
+_COLDEST, _HOTTEST = 1e-30, 1e30
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,18 @@ class Sampling:
         )
 
 
-def usable_temperature(temperature: float) -> float:
-    """A temperature by which logits can be divided in float32, of the same law as `temperature`; 0 stays 0.
+def largest_of(logits: Tensor) -> Tensor:
+    """The largest of each row's logits, float32 [..., 1]; of a row of only -inf a finite number."""
+    return logits.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
 
-    At 1e-30 all mass lies on the largest logits already, and those of up to 1e8 stay finite.
+
+def usable_temperature(temperature: float) -> float:
+    """A temperature to calculate with in float32, of the same law as `temperature`; 0 stays 0.
+
+    At 1e-30 all mass lies on the largest logits already, and those of up to 1e8 stay finite. At 1e30 all
+    finite logits weigh the same, and noise that is scaled by it stays finite.
     """
-    return max(temperature, _SMALLEST_TEMPERATURE) if temperature > 0 else 0.0
+    return min(max(temperature, _COLDEST), _HOTTEST) if temperature > 0 else 0.0
 
 
 def batch_sampling(
@@ -116,7 +123,8 @@ def warp(logits: Tensor, sampling: Sampling) -> Tensor:
     temperature = sampling.temperature[:, None, None]
     if sampling.any_greedy:
         temperature = torch.where(temperature == 0, 1.0, temperature)
-    logits = logits / temperature
+    # Divided by a cold temperature large logits would be rounded by more than they differ.
+    logits = (logits - largest_of(logits)) / temperature
     empty = logits.amax(dim=-1) == -torch.inf
     logits[..., 0].masked_fill_(empty, 0.0)
     log_law = log_softmax(logits)

@@ -50,31 +50,35 @@ def mix(table: Any, weights: Any, sequence: int, row: int, out: Any) -> None:
 
 @compiled(f"float32({VECTOR}, float32, {VECTOR})")
 def softmax(logits: Any, temperature: float, law: Any) -> Any:
-    """Divide `logits` by the temperature, write their probabilities to `law`, and return their normaliser.
+    """Divide `logits`, less their largest, by the temperature, write their probabilities to `law`, and return
+    their normaliser.
 
-    A row of only -inf, which is no law, becomes the point mass on id 0.
+    Less the largest, since a cold temperature would have large ones rounded by more than they differ. A row
+    of only -inf, which is no law, becomes the point mass on id 0.
     """
     size = logits.shape[0]
-    if temperature != FLOAT(1):
-        for token in range(size):
-            logits[token] /= temperature
     highest = largest(logits)
     if highest == FLOAT(-np.inf):
         logits[0] = highest = FLOAT(0)
+    if temperature != FLOAT(1):
+        for token in range(size):
+            logits[token] = (logits[token] - highest) / temperature
+        highest = FLOAT(0)
     # In pieces, since the terms of a large vocabulary added up in float32 are digits short.
     whole = 0.0
     for first in range(0, size, _PIECE):
         piece, shares = logits[first : first + _PIECE], law[first : first + _PIECE]
         part = FLOAT(0)
         for token in range(piece.shape[0]):
-            shares[token] = exp(piece[token] - highest)
+            piece[token] -= highest
+            shares[token] = exp(piece[token])
             part += shares[token]
         whole += np.float64(part)
     total = FLOAT(whole)
     scale = FLOAT(1) / total
     for token in range(size):
         law[token] *= scale
-    return highest + log(total)
+    return log(total)
 
 
 @compiled(f"float32({VECTOR}, float32, {VECTOR})")
@@ -128,7 +132,9 @@ def mix_conservatively(
         if delta_weights[model] != FLOAT(0):
             alone[model] = FLOAT(1)
             mix(table, alone, sequence, row, scratch)
-            shift += delta_weights[model] * normalise(scratch, FLOAT(1), law)
+            highest = largest(scratch)
+            own = normalise(scratch, FLOAT(1), law)
+            shift += delta_weights[model] * (own + (highest if highest > FLOAT(-np.inf) else FLOAT(0)))
             alone[model] = FLOAT(0)
     for token in ids[:count]:
         out[token] += room[token] - shift

@@ -6,7 +6,18 @@ from typing import Any
 
 import numpy as np
 
-from .jit import FLOAT, VECTOR, WORDS, argmax, bits_of_float, compiled, log, strictly_compiled
+from .jit import (
+    FLOAT,
+    LARGEST_FLOAT,
+    VECTOR,
+    WORDS,
+    argmax,
+    bits_of_float,
+    compiled,
+    largest,
+    log,
+    strictly_compiled,
+)
 
 __all__ = ["race_of_logits", "race_of_weights", "uniform"]
 
@@ -91,10 +102,17 @@ def _any_reaches(bounds: Any, least: Any) -> Any:
     return count > 0
 
 
+@strictly_compiled("float32(float32, float32, float32)")
+def _less(logit: Any, top: Any, noise: Any) -> Any:
+    """`logit` less the largest, then less the noise, which would be lost if it were added to that first."""
+    return (logit - top) - noise
+
+
 @compiled(f"int64({VECTOR}, float32, int64, int64, int64, int64)")
 def race_of_logits(logits: Any, scale: float, seed: int, counter: int, row: int, stream: int) -> Any:
     """The first id of the largest logits[id] - scale log(E[id]), E being unit exponential draws; `scale` > 0.
 
+    Logits are taken less their largest, beside which the noise of a small `scale` would be rounded away.
     Without two logarithms for every id: E = -log(1 - u) is at least its uniform draw u = (1 + m) 2^e, and
     log2(u) at least e + m, which are u's bits. So much an id can reach at most, and few could reach what the
     one that could reach most does reach.
@@ -103,17 +121,19 @@ def race_of_logits(logits: Any, scale: float, seed: int, counter: int, row: int,
     units = _uniforms(size, seed, counter, row, stream)
     bounds = np.empty(size, FLOAT)
     slope = scale * FLOAT(np.log(2) * 2.0**-23)
+    top = max(largest(logits), -LARGEST_FLOAT)
     for token in range(size):
-        bounds[token] = logits[token] - slope * FLOAT(np.int32(bits_of_float(units[token]) - _BITS_OF_ONE))
+        reach = slope * FLOAT(np.int32(bits_of_float(units[token]) - _BITS_OF_ONE))
+        bounds[token] = _less(logits[token], top, reach)
     winner = argmax(bounds)
-    highest = logits[winner] - scale * log(_exponential(units[winner]))
+    highest = _less(logits[winner], top, scale * log(_exponential(units[winner])))
     # Bounds are rounded, the more the larger the logits.
     least = highest - FLOAT(0.01) * scale - FLOAT(1e-5) * abs(highest)
     for first in range(0, size, _PIECE):
         if _any_reaches(bounds[first : first + _PIECE], least):
             for token in range(first, min(first + _PIECE, size)):
                 if bounds[token] >= least:
-                    score = logits[token] - scale * log(_exponential(units[token]))
+                    score = _less(logits[token], top, scale * log(_exponential(units[token])))
                     if score > highest or (score == highest and token < winner):
                         highest, winner = score, token
     return winner

@@ -15,6 +15,7 @@ from .filters import draft_records
 from .noise import exponential_tile
 from .specialisation import Specialisation, models_signature
 from .tile import (
+    LARGEST_FLOAT,
     MORE_REGISTERS,
     NO_ID,
     arrive,
@@ -33,8 +34,8 @@ from .tile import (
 
 __all__ = ["draft", "specialisations"]
 
-_FIELDS = 2
-"""Partial results of a split: best score and its id."""
+_FIELDS = 3
+"""Partial results of a split: its largest logit, the best score less that, and its id."""
 
 
 class Step(NamedTuple):
@@ -84,8 +85,10 @@ def _choose(step, drawn, splits, sequence, valid, SPLITS: tl.constexpr):
     all_splits = tl.arange(0, SPLITS)[None, :]
     wanted = valid & (all_splits < splits)
     places = drawn.partials + sequence * splits + all_splits
-    scores = tl.load(places, mask=wanted, other=float("-inf"))
-    winners = tl.load(places + field, mask=wanted, other=0.0).to(tl.int32)
+    largest = tl.load(places, mask=wanted, other=-LARGEST_FLOAT)
+    scores = tl.load(places + field, mask=wanted, other=float("-inf"))
+    winners = tl.load(places + 2 * field, mask=wanted, other=0.0).to(tl.int32)
+    scores += largest - tl.max(largest, axis=1, keep_dims=True)
     _, token = best_split(scores, tl.where(wanted, winners, NO_ID), 1)
     tl.store(drawn.tokens + sequence, token.to(tl.int64), mask=valid)
 
@@ -122,13 +125,16 @@ def _draft(
     seed = tl.load(step.seeds + sequence)
     counter = tl.load(step.counters + sequence)
     noise = exponential_tile(seed, counter, tl.zeros_like(seed) + step.row, STREAM, split, COLUMNS)
-    # Noise that is scaled instead of logits makes temperature 0 the argmax.
-    score -= temperature * tl.log(noise)
+    # Noise that is scaled instead of logits makes temperature 0 the argmax. That of a cold one would be lost
+    # beside large logits, of which differences alone matter.
+    largest = tl.maximum(tl.max(score, axis=1, keep_dims=True), -LARGEST_FLOAT)
+    score = score - largest - temperature * tl.log(noise)
     best, winner = best_split(score, ids, 1)
     field = step.batch.to(tl.int64) * splits
     place = drawn.partials + sequence * splits + split
-    tl.store(place, best, mask=valid)
-    tl.store(place + field, winner.to(tl.float32), mask=valid)
+    tl.store(place, largest, mask=valid)
+    tl.store(place + field, best, mask=valid)
+    tl.store(place + 2 * field, winner.to(tl.float32), mask=valid)
 
     if arrive(drawn.arrivals, tile, splits):
         _choose(step, drawn, splits, sequence, valid, SPLITS)
