@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from threading import Lock
+from threading import Lock, RLock
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 import torch
@@ -125,6 +125,7 @@ class EFTModels:
         self._with_template: set[str] = set()
         self._runners: EFTRunners | None = None
         self._making_runners = Lock()
+        self._modules = RLock()
         self._step_costs: dict[tuple[bool, int, bool], StepCosts] = {}
         if not tuned:
             raise IncompatibleModelsError("small_tuned must hold at least one model.")
@@ -229,7 +230,10 @@ class EFTModels:
                     ModelRunner(network.model, self.attention, network.adapters, self.compile_bodies)
                     for network in self._networks
                 )
-                self._runners = EFTRunners(large, list(tuned), base)
+                every = (large, *tuned, base)
+                own = all(runner.is_compiled for runner in every)
+                modules = nullcontext() if own else self._modules
+                self._runners = EFTRunners(large, list(tuned), base, modules=modules)
             return self._runners
 
     def drafting_runners(self, pair: bool) -> list[ModelRunner]:

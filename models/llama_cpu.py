@@ -122,6 +122,7 @@ class CompiledLlama:
         self.head = head
         self.vocab_size = linear_of(head, body.adapters).weight.shape[0]
         self._dtype = body.decoder.embed_tokens.weight.dtype
+        self._kinds = self._kinds_of_weights()
         config = body.decoder.config
         widths = (config.hidden_size, config.intermediate_size)
         self._sizes = np.array([body.heads, body.kv_heads, body.dim, *widths])
@@ -134,16 +135,28 @@ class CompiledLlama:
         self._added: list[list[_LowRankRows]] = []
         self._network: NetworkArrays
 
+    def _kinds_of_weights(self) -> list[tuple[torch.dtype, torch.Size, bool]]:
+        """What compiled functions take for granted of each weight, which they know by its address."""
+        parts = [self.body.decoder, self.head]
+        # Copies of eight bits are no modules, and made anew when what they are of changes.
+        weights = [
+            weight
+            for part in parts
+            if isinstance(part, nn.Module)
+            for weight in parameters_with(part, self.body.adapters)
+        ]
+        return [(weight.dtype, weight.shape, weight.is_contiguous()) for weight in weights]
+
     def prepare(self, cache: SlotCache) -> None:
         """Find the weights, and the storage of `cache`, after the body has prepared for it.
 
-        Raises ValueError if the model has been given another dtype.
+        Raises ValueError if a weight has been given another dtype, shape or layout.
         """
         body = self.body
-        if body.decoder.embed_tokens.weight.dtype != self._dtype:
+        if self._kinds_of_weights() != self._kinds:
             raise ValueError(
-                f"{type(body.decoder).__name__} was {self._dtype} when its runner was made, and now is "
-                f"{body.decoder.embed_tokens.weight.dtype}: make EFTModels anew"
+                f"weights of {type(body.decoder).__name__} have another dtype, shape or layout than when its "
+                "runner was made: make EFTModels anew"
             )
         self._added = []
         for row, layer in zip(self._weights, body.layers, strict=True):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from threading import Lock, RLock, get_ident
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -208,6 +208,7 @@ class EFTRunners:
             each a network over that runner's cache, which is not reserved or filled itself. Without any they
             draft themselves.
         turns: who decodes takes one, since the caches are one batch's at a time.
+        modules: what others that run the same modules wait for, where passes change these while they last.
     """
 
     large: Runner
@@ -215,11 +216,13 @@ class EFTRunners:
     base: Runner
     drafters: list[Runner] = field(default_factory=list)
     turns: Turns = field(default_factory=Turns, repr=False, compare=False)
+    modules: AbstractContextManager[Any] = field(default_factory=nullcontext, repr=False, compare=False)
 
     @contextmanager
     def turn(self) -> Iterator[None]:
         """Have the caches, and their GPU, to oneself; raises RuntimeError for a call within a call."""
-        with self.turns, on_device(self.large.device):
+        # What others may hold comes first: who waits for it has no turn that another is waiting for.
+        with on_device(self.large.device), self.modules, self.turns:
             yield
 
     @property

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from time import perf_counter
+from threading import Event, RLock, Thread
+from time import perf_counter, sleep
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from speculative_eft.decoding import EFTConfig, EFTDecoder, EFTOutput, NaiveEFTDecoder
-from speculative_eft.models import EFTModels
+from speculative_eft.models import EFTModels, protocol
 
 from ..device import skip_unless_compiled
 from ..exactness.sampling import table_runners
@@ -428,3 +429,52 @@ def test_calls_of_several_threads_take_turns() -> None:
             pool.map(lambda job: decoders[job[0] % 2].generate(job[1], max_new_tokens=24), enumerate(prompts))
         )
     assert all(torch.equal(own, other) for own, other in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_threads_with_caches_of_their_own_share_the_modules(family: str) -> None:
+    """transformers' modules are changed for the length of a pass, which another must not meet."""
+    models, ids = tiny_trio(family), torch.tensor([[5, 6, 7]])
+    decoders = [EFTDecoder(own, EFTConfig(draft_tokens=3)) for own in (models, models.with_own_caches())]
+    logits = models.large_base(ids).logits
+    wanted = decoders[0].generate(ids, max_new_tokens=24)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda turn: decoders[turn % 2].generate(ids, max_new_tokens=24), range(12)))
+    assert all(torch.equal(own, wanted) for own in found)
+    assert torch.equal(models.large_base(ids).logits, logits)
+
+
+def test_who_waits_for_the_device_has_no_caches_that_another_waits_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A GPU is one call's at a time, and a call within a call takes caches that another thread wants."""
+    device = RLock()
+    monkeypatch.setattr(protocol, "on_device", lambda _: device)
+    models, ids = tiny_trio("llama"), torch.tensor([[5, 6, 7]])
+    outer, inner = EFTDecoder(models), EFTDecoder(models.with_own_caches())
+    wanted = inner.generate(ids, max_new_tokens=4)
+    asked, found = Event(), []
+
+    def within(*_: object) -> None:
+        if not found:
+            asked.set()
+            # Time for the other thread to take what it can before it waits.
+            sleep(0.2)
+            found.append(inner.generate(ids, max_new_tokens=4))
+
+    def beside() -> None:
+        asked.wait()
+        inner.generate(ids, max_new_tokens=4)
+
+    threads = [
+        Thread(
+            target=outer.generate, args=(ids,), kwargs={"max_new_tokens": 4, "streamer": within}, daemon=True
+        ),
+        Thread(target=beside, daemon=True),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    assert torch.equal(found[0], wanted)

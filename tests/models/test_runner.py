@@ -482,3 +482,21 @@ def test_settings_that_a_family_does_not_know_change_nothing(family: str, tmp_pa
 def test_unknown_attention_is_refused() -> None:
     with pytest.raises(ValueError, match=r"attention must be one of 'auto', 'sdpa', .* not 'flash'"):
         ModelRunner(tiny_model("llama"), attention="flash")
+
+
+@pytest.mark.parametrize("change", ["dtype", "layout", "shape"])
+def test_weights_that_compiled_functions_would_misread_are_refused(change: str) -> None:
+    skip_unless_compiled(torch.float32)
+    model = tiny_model("llama")
+    runner = ModelRunner(model)
+    layer = model.model.layers[0].self_attn.q_proj
+    weight = layer.weight.detach()
+    changed = {
+        "dtype": lambda: weight.to(torch.bfloat16),
+        "layout": lambda: weight.t().contiguous().t(),
+        "shape": lambda: weight[:-1].clone(),
+    }[change]()
+    runner.reserve(1, 8)
+    layer.weight = torch.nn.Parameter(changed)
+    with pytest.raises(ValueError, match="another dtype, shape or layout"):
+        runner.reserve(1, 8)
