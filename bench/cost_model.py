@@ -16,7 +16,8 @@ from itertools import pairwise
 import torch
 
 from .comparison import Comparison
-from .shapes import SHAPES, random_model, step_bytes
+from .published import SHAPES
+from .shapes import random_model, step_bytes
 
 __all__ = [
     "Projection",

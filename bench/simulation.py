@@ -17,7 +17,8 @@ from transformers import AutoConfig, PreTrainedModel
 
 from speculative_eft.models import EFTModels, EFTRunners, Runner, StepByStep, check_device
 
-from .shapes import SHAPES, random_model
+from .published import SHAPES
+from .shapes import random_model
 
 __all__ = ["forced_runners", "random_models"]
 

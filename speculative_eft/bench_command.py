@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from .bench.published import SHAPES
 from .command_options import (
     DRAFTING,
     LAW,
@@ -68,6 +69,9 @@ def _projection(value: str) -> tuple[str, str, int]:
     large, _, small = pair.partition("/")
     if not (large and small) or not (devices or "1").isdigit() or int(devices or 1) < 1:
         raise typer.BadParameter(f"{value!r} is not LARGE/SMALL@DEVICES, such as llama-2-70b/llama-2-7b@2.")
+    for name in (large, small):
+        if name not in SHAPES:
+            raise typer.BadParameter(f"{name!r} is not one of {', '.join(SHAPES)}.")
     return large, small, int(devices or 1)
 
 

@@ -28,9 +28,9 @@ from speculative_eft.bench.cost_model import (
 )
 from speculative_eft.bench.plan import AGAIN, ASSISTED, LARGE, NAIVE, SPECULATION, TUNED
 from speculative_eft.bench.plots import figures, svg
+from speculative_eft.bench.published import SHAPES
 from speculative_eft.bench.regressions import changes
 from speculative_eft.bench.report import html_page
-from speculative_eft.bench.shapes import SHAPES
 
 from .conftest import PLAN
 

@@ -65,6 +65,7 @@ def assert_one_line(outcome: Outcome, *words: str) -> None:
         (["generate", "--draft-tokens", "0", "x"], ["--draft-tokens", "at least 1"]),
         (["generate", "--beta", "nan", "x"], ["--beta", "finite"]),
         (["generate", "--large", "/nowhere", "x"], ["--large", "/nowhere"]),
+        (["bench", "--project", "lama2-70b/llama-2-7b"], ["--project", "lama2-70b"]),
     ],
 )
 def test_answers_at_once(arguments: list[str], words: list[str]) -> None:

@@ -142,6 +142,8 @@ def test_a_simulation_says_so(
         (("--acceptance", "best"), "not one of"),
         (("--conservative-top-p", "2"), "at most 1"),
         (("--project", "llama-2-70b"), "LARGE/SMALL@DEVICES"),
+        (("--project", "lama2-70b/llama-2-7b"), "'--project': 'lama2-70b' is not one of llama-2-7b, "),
+        (("--project", "llama-2-70b/llama-2-7@2"), "'--project': 'llama-2-7' is not one of llama-2-7b, "),
         (("--beta", "1", "--beta", "1"), "twice"),
         (("--large", "somewhere/model"), "all three"),
         (("--resume",), "does not exist"),
