@@ -8,6 +8,7 @@ Needs the extra `[eval]`. Importing this module registers the model; as a progra
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,6 +26,8 @@ from speculative_eft.models import EFTModels
 __all__ = ["SpeculativeEFT", "main"]
 
 _LONGEST = 2048
+
+_log = logging.getLogger(__name__)
 
 
 class _Until(StoppingCriteria):
@@ -49,6 +52,7 @@ class SpeculativeEFT(TemplateLM):  # type: ignore[misc]
         demo: the bundled trio instead.
         alpha, beta, conservative_top_p, acceptance, draft_tokens: as in `EFTConfig`; several alphas with ";"
             between them.
+        device: where the models are; on a machine without CUDA, "cuda..." is transformers' own choice there.
         batch_size: prompts that run together.
         max_length: longest sequence, None for the models' context.
         max_gen_toks: most tokens to generate where a task does not say.
@@ -93,7 +97,7 @@ class SpeculativeEFT(TemplateLM):  # type: ignore[misc]
                     small_tuned.split(";"),
                     small_base,
                     dtype=dtype,
-                    device_map=device,
+                    device_map=_usable(device),
                     trust_remote_code=trust_remote_code,
                 )
             alphas = tuple(map(float, alpha.split(";"))) if isinstance(alpha, str) else alpha
@@ -214,6 +218,19 @@ class SpeculativeEFT(TemplateLM):  # type: ignore[misc]
         )
         texts = self.tokenizer.batch_decode(generated, skip_special_tokens=True)
         return [_before(text, until) for text in texts]
+
+
+def _usable(device: str | None) -> str | None:
+    """`device`, but None for a GPU of CUDA where torch has no CUDA.
+
+    The harness passes cuda:0 unless it is told a device, and nothing tells its choice from a user's.
+    """
+    if device is None or not device.startswith("cuda") or torch.cuda.is_available():
+        return device
+    _log.warning(
+        "torch has no CUDA here: %s, the harness's own choice unless --device says it, is left out", device
+    )
+    return None
 
 
 def _before(text: str, strings: Sequence[str]) -> str:

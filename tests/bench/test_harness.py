@@ -140,3 +140,29 @@ def test_the_harness_finds_the_model() -> None:
     assert get_model("speculative_eft") is SpeculativeEFT
     with pytest.raises(ValueError, match="model_args must name large_base, small_tuned and small_base"):
         SpeculativeEFT.create_from_arg_string("large_base=x")
+
+
+@pytest.mark.parametrize(
+    ("device", "there_is_cuda", "wanted"),
+    [
+        ("cuda:0", False, None),
+        ("cuda", False, None),
+        ("cuda:0", True, "cuda:0"),
+        ("cpu", False, "cpu"),
+        (None, False, None),
+    ],
+)
+def test_the_harnesss_own_device_is_left_out_where_torch_has_no_cuda(
+    device: str | None, there_is_cuda: bool, wanted: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str | None] = []
+
+    def load(*_: Any, device_map: str | None, **__: Any) -> Any:
+        asked.append(device_map)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("speculative_eft.models.EFTModels.from_pretrained", load)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there_is_cuda)
+    with pytest.raises(KeyboardInterrupt):
+        SpeculativeEFT.create_from_arg_string("large_base=l,small_tuned=f,small_base=b", {"device": device})
+    assert asked == [wanted]
