@@ -31,6 +31,11 @@ class Line:
         self._on_end = on_end
         self._is_open = True
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the other had not left when it was last waited for."""
+        return self._is_open
+
     def wait(self) -> None:
         """Wait for one's turn; it never ends once the other has left."""
         if not self._is_open:
@@ -59,32 +64,42 @@ def inherited_line() -> Line | None:
 
 
 @contextmanager
-def other_version(program: str, arguments: Sequence[str]) -> Iterator[Line]:
+def other_version(program: str, arguments: Sequence[str], is_done: bool = False) -> Iterator[Line]:
     """Start another version's `speculative-eft`, and come back when it gives way for the first time.
 
-    At the end it goes on alone, and its end is waited for; after an exception it is ended.
+    At the end it goes on alone, and its end is waited for; after an exception it is ended. With `is_done` it
+    may have nothing left to measure, and so end without having had a turn.
 
     Raises:
-        ValueError: if it ends with a status other than 0, whenever that is noticed.
+        ValueError: if it cannot be started, ends with a status other than 0, whenever that is noticed, or
+            ends before its first turn although it is not done.
     """
     ours, theirs = socket.socketpair()
     with ours:
         with theirs:
-            process = subprocess.Popen(
-                [program, *arguments],
-                env=os.environ | {_VARIABLE: str(theirs.fileno())},
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-            )
+            try:
+                process = subprocess.Popen(
+                    [program, *arguments],
+                    env=os.environ | {_VARIABLE: str(theirs.fileno())},
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                )
+            except OSError as error:
+                raise ValueError(f"--against: {program} cannot be started ({error.strerror})") from error
 
         def check() -> None:
             if status := process.wait():
-                raise ValueError(f"{program} ended with status {status}, so there is nothing to compare with")
+                raise ValueError(
+                    f"--against: {program} ended with status {status}, so there is nothing to compare with"
+                )
 
         try:
             line = Line(ours, check)
             line.wait()
+            # What is no speculative-eft takes no turns, and may end as if all were well.
+            if not line.is_open and not is_done:
+                raise ValueError(f"--against: {program} ended before its first turn, so it measured nothing")
             yield line
             ours.close()
             check()

@@ -20,7 +20,16 @@ from .prompts import prompt_batches, with_context
 from .timing import copy_bandwidth
 from .turns import can_pause
 
-__all__ = ["FORMAT", "Report", "Result", "check_contexts", "new_report", "run_benchmark", "total_runs"]
+__all__ = [
+    "FORMAT",
+    "Report",
+    "Result",
+    "check_contexts",
+    "missing_settings",
+    "new_report",
+    "run_benchmark",
+    "total_runs",
+]
 
 FORMAT = 3
 """Of the JSON; grows when a reader of the old one would go wrong."""
@@ -166,11 +175,12 @@ def total_runs(report: Report, prompts: int) -> int:
     simulated = report.simulated_acceptance is not None
     return sum(
         len(decoder_names(report.plan, setting, simulated)) * (report.plan.runs(setting, prompts) + 1)
-        for setting in _missing(report)
+        for setting in missing_settings(report)
     )
 
 
-def _missing(report: Report) -> list[Setting]:
+def missing_settings(report: Report) -> list[Setting]:
+    """What its plan has and the report does not have yet."""
     measured = {result.setting for result in report.results}
     return [setting for setting in report.plan.settings() if setting not in measured]
 
@@ -205,7 +215,7 @@ def run_benchmark(
     """
     plan = report.plan
     device = models.runners().large.device
-    for setting in _missing(report):
+    for setting in missing_settings(report):
         on_setting(setting)
         ids = prompts if setting.context is None else with_context(prompts, setting.context)
         pausing = device.type == "cpu" and can_pause() and _fits_many_times(report, setting, ids)

@@ -370,12 +370,15 @@ def _measure(
     """What the report does not have yet, in turns with the version at the line's other end, or `against`."""
     from . import console_tables as tables
     from .bench.against import other_version
-    from .bench.benchmark import run_benchmark, total_runs
+    from .bench.benchmark import Report, missing_settings, run_benchmark, total_runs
 
     with ExitStack() as stack:
         if against is not None:
             arguments = [*sys.argv[1:], "--output", str(_with_suffix(output, "-against")), "--no-html"]
-            line = stack.enter_context(other_version(against, arguments))
+            # What is resumed may have been interrupted after the other version's last setting.
+            other_file = _with_suffix(output, "-against.json")
+            is_done = other_file.exists() and not missing_settings(Report.load(other_file))
+            line = stack.enter_context(other_version(against, arguments, is_done))
         progress = stack.enter_context(tables.progress_bar(err))
         task = progress.add_task("Measuring", total=total_runs(report, len(ids)))
         run_benchmark(

@@ -56,6 +56,24 @@ def test_a_program_that_fails_is_told_whenever_it_does(tmp_path: Path, turns: in
         line.give_way()
 
 
+def test_a_program_that_takes_no_turn_is_refused_unless_it_is_done(tmp_path: Path) -> None:
+    arguments = [str(tmp_path / "log"), "0", "0"]
+    refusal = pytest.raises(ValueError, match=r"^--against: .*other ended before its first turn")
+    with refusal, other_version(program(tmp_path), arguments):
+        pytest.fail("a turn began")
+    with other_version(program(tmp_path), arguments, is_done=True) as line:
+        line.give_way()
+
+
+def test_a_program_that_cannot_be_started_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "other"
+    file.write_bytes(b"\x7fELF")
+    file.chmod(0o755)
+    refusal = pytest.raises(ValueError, match=r"^--against: .*other cannot be started \(Exec format error\)")
+    with refusal, other_version(str(file), []):
+        pytest.fail("it was started")
+
+
 def test_an_exception_ends_the_other(tmp_path: Path) -> None:
     log = tmp_path / "log"
     with pytest.raises(KeyboardInterrupt), other_version(program(tmp_path), [str(log), "9", "0"]):

@@ -110,6 +110,13 @@ def test_two_versions_take_turns_and_are_compared(
     assert own == others and both[0]["plan"] == both[1]["plan"]
     assert both[1]["derived"]
 
+    # It was interrupted when only the other version had measured everything.
+    (tmp_path / "b.json").write_text(json.dumps({**both[0], "results": []}))
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--resume"])
+    resumed = run(*command, *options, "--resume")
+    assert resumed.status in (0, 1) and " of 8 slower" in resumed.out, resumed.err
+    monkeypatch.setattr(sys, "argv", sys.argv[:-1])
+
     again = run(*command, *options)
     assert again.status == 2 and "b.json exists" in again.err
     (tmp_path / "b.json").unlink()
@@ -118,7 +125,11 @@ def test_two_versions_take_turns_and_are_compared(
     other.write_text("#!/bin/sh\nexit 2\n")
     (tmp_path / "b-against.json").unlink()
     failed = run(*command, *options)
-    assert failed.status == 2 and f"{other} ended with status 2" in failed.err
+    assert failed.status == 2 and f"--against: {other} ended with status 2" in failed.err
+    other.write_text("#!/bin/sh\n")
+    idle = run(*command, *options)
+    assert idle.status == 2 and f"--against: {other} ended before its first turn" in idle.err
+    assert len(idle.err.splitlines()) == 1 and not (tmp_path / "b.json").exists()
 
 
 def test_a_simulation_says_so(
