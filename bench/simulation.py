@@ -7,15 +7,28 @@ no measurement of acceptance, and everything that reports it says "simulated".
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from speculative_eft.models import EFTModels, EFTRunners, Runner, StepByStep, check_device
+from speculative_eft.models import (
+    EFTModels,
+    EFTRunners,
+    IncompatibleModelsError,
+    Runner,
+    StepByStep,
+    UnavailableModelsError,
+    check_device,
+)
+from speculative_eft.models.describe import vocabulary_rows
+from speculative_eft.models.eft_models import check_model
+from speculative_eft.models.errors import first_line
+from speculative_eft.models.sources import check_architecture, find_configuration, size_problems
 
 from .published import SHAPES
 from .shapes import random_model
@@ -31,28 +44,67 @@ _PERIOD, _STRIDE = 4093, 997
 def random_models(large: str, tuned: list[str], base: str, dtype: str, device: str | None) -> EFTModels:
     """Models of random weights: of a name in `SHAPES`, or of the configuration a folder or Hub name has.
 
+    All that configurations tell is checked before any weights are drawn.
+
     Raises:
-        ValueError: if there is no such configuration, or torch cannot use `device`.
+        ValueError: if there is no such configuration, or torch cannot use `device`; naming the option if the
+            models cannot be run, or not together.
     """
     check_device(device or "cpu")
+    asked = [("--large", large), *(("--tuned", name) for name in tuned), ("--base", base)]
+    # At once, so that a Hub that does not answer is waited for only once.
+    with ThreadPoolExecutor(len(asked)) as pool:
+        found = list(pool.map(lambda one: _find_configuration(*one), asked))
+    configurations = [_read_configuration(*one, where) for one, where in zip(asked, found, strict=True)]
+    sizes = {}
+    for (option, name), config in zip(asked, configurations, strict=True):
+        check_architecture(option, config.to_dict())
+        model = _build(option, config, dtype, "meta")
+        check_model(option, model)
+        sizes[f"{option} {name}"] = vocabulary_rows(model)
+    for problem in size_problems(sizes):
+        raise IncompatibleModelsError(problem)
     torch.manual_seed(0)
+    drawn = [
+        _build(option, config, dtype, device or "cpu")
+        for (option, _), config in zip(asked, configurations, strict=True)
+    ]
+    return EFTModels(drawn[0], drawn[1:-1], drawn[-1])
 
-    def build(name: str) -> PreTrainedModel:
-        config: Any
-        if name in SHAPES:
+
+def _find_configuration(option: str, name: str) -> Path | None:
+    """The config.json of a model; None for one of `SHAPES`."""
+    if name in SHAPES:
+        return None
+    try:
+        return find_configuration(option, name)
+    except UnavailableModelsError as error:
+        raise UnavailableModelsError(f"{error} Nor is it one of {', '.join(SHAPES)}.") from error
+
+
+def _read_configuration(option: str, name: str, file: Path | None) -> PretrainedConfig:
+    try:
+        if file is None:
             config = AutoConfig.for_model(**SHAPES[name])
         else:
-            try:
-                config = AutoConfig.from_pretrained(os.path.expanduser(name))
-            except OSError as error:
-                known = ", ".join(SHAPES)
-                raise ValueError(f"{name!r} has no configuration, and is not one of {known}") from error
-        config.name_or_path = name
-        wanted = config.dtype or torch.float32 if dtype == "auto" else getattr(torch, dtype)
-        with torch.device(device or "cpu"):
-            return random_model(config, wanted)
+            config = AutoConfig.from_pretrained(file.parent)
+    except (OSError, ValueError) as error:
+        raise UnavailableModelsError(
+            f"{option}: the configuration of {name} cannot be read ({first_line(error)})."
+        ) from error
+    config.name_or_path = name
+    return config
 
-    return EFTModels(build(large), [build(name) for name in tuned], build(base))
+
+def _build(option: str, config: PretrainedConfig, dtype: str, device: str) -> PreTrainedModel:
+    wanted: Any = config.dtype or torch.float32 if dtype == "auto" else getattr(torch, dtype)
+    try:
+        with torch.device(device):
+            return random_model(config, wanted)
+    except ValueError as error:
+        raise IncompatibleModelsError(
+            f"{option}: no model can be made of {config.name_or_path} ({first_line(error)})."
+        ) from error
 
 
 def forced_runners(runners: EFTRunners, acceptance: float, drafters: Sequence[Runner] = ()) -> EFTRunners:

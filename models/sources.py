@@ -17,7 +17,7 @@ from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any
 
-from .errors import IncompatibleModelsError, UnavailableModelsError
+from .errors import IncompatibleModelsError, UnavailableModelsError, first_line
 
 VOCABULARY_PADDING = 1024
 """Output heads may differ by this many rows: some sizes of a family are padded further than others."""
@@ -161,6 +161,23 @@ def find_sources(
     return sources
 
 
+def find_configuration(argument: str, name: str) -> Path:
+    """The config.json of a model whose weights need not be there, found as by `find_sources`.
+
+    Raises UnavailableModelsError, within about three seconds also without a network.
+    """
+    source = _find(argument, name, with_weights=False)
+    try:
+        path = source.find("config.json")
+    except OSError as error:  # the Hub's, of a model that may not be read
+        raise UnavailableModelsError(
+            f"{argument}: config.json of {name!r} is not to be had ({first_line(error)})."
+        ) from error
+    if path is None:
+        raise UnavailableModelsError(f"{argument}: {name} has no config.json.")
+    return path
+
+
 def tuned_arguments(count: int) -> list[str]:
     """What errors and tables call the tuned models."""
     return ["small_tuned"] if count == 1 else [f"small_tuned[{i}]" for i in range(count)]
@@ -281,16 +298,16 @@ def token_differences(sources: Sequence[Source]) -> list[str]:
     return found
 
 
-def _find(argument: str, name: str) -> Source:
+def _find(argument: str, name: str, with_weights: bool = True) -> Source:
     path = Path(name).expanduser()
     if name and path.is_dir():
-        return Source(argument, name, path, _check_folder(argument, path))
+        return Source(argument, name, path, with_weights and _check_folder(argument, path))
     if name and path.exists():
         raise UnavailableModelsError(f"{argument}: {name} is a file; give the folder of a saved model.")
     parts = name.split("/")
     if not name or len(parts) > 2 or not all(parts) or name[0] in ".~" or "\\" in name:
         raise UnavailableModelsError(f"{argument}: there is no folder {name!r}.")
-    return _find_on_hub(argument, name)
+    return _find_on_hub(argument, name, with_weights)
 
 
 def _check_folder(argument: str, folder: Path) -> bool:
@@ -321,7 +338,7 @@ def _check_folder(argument: str, folder: Path) -> bool:
     return False
 
 
-def _find_on_hub(argument: str, name: str) -> Source:
+def _find_on_hub(argument: str, name: str, with_weights: bool) -> Source:
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
@@ -342,11 +359,13 @@ def _find_on_hub(argument: str, name: str) -> Source:
             cached = try_to_load_from_cache(name, filename)
             if isinstance(cached, str):
                 folder = Path(cached).parent
-                return Source(argument, name, folder, _check_folder(argument, folder))
+                return Source(argument, name, folder, with_weights and _check_folder(argument, folder))
         raise UnavailableModelsError(
             f"{argument}: {name!r} is not a folder, and the Hugging Face Hub cannot be reached to look for "
             f"it ({type(error).__name__})."
         ) from error
+    if not with_weights:
+        return Source(argument, name, None)
     files = [sibling.rfilename for sibling in siblings]
     if "adapter_config.json" in files and any(file in files for file in _ADAPTER_WEIGHTS):
         return Source(argument, name, None, is_adapter=True)

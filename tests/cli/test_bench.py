@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import HfApi
 
 from .conftest import Outcome, Trio
 
@@ -142,6 +143,20 @@ def test_a_simulation_says_so(
     assert "SIMULATED" in outcome.out and "(simulated)" in outcome.out
     assert json.loads((tmp_path / "s.json").read_text())["simulated_acceptance"] == 0.8
     assert "Simulated:" in (tmp_path / "s.html").read_text()
+
+
+def test_a_shape_mistyped_is_told_in_a_line(
+    run: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def silence(*_: object, **__: object) -> None:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(HfApi, "model_info", silence)
+    names = ("--large", "lama-2-7b", "--tuned", "llama-2-7b", "--base", "llama-2-7b")
+    outcome = run("bench", "--simulate-acceptance", "0.9", *names, "--output", str(tmp_path / "s"))
+    assert outcome.status == 2 and outcome.out == "" and not list(tmp_path.iterdir())
+    assert "--large: 'lama-2-7b' is not a folder" in outcome.err.splitlines()[-1]
+    assert len(outcome.err.splitlines()) == 1 and "llama-2-7b, llama-2-13b" in outcome.err
 
 
 @pytest.mark.parametrize(
