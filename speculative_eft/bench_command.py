@@ -33,6 +33,7 @@ from .command_options import (
     finite_numbers,
     in_a_folder,
     load_models,
+    may_compile,
     option,
     seed_value,
     tokenizer_of,
@@ -322,6 +323,7 @@ def _models(
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     with err.status("Drawing random weights"):
         models = random_models(*named, device)
+    with may_compile("Preparing the models", err):
         models.runners()
     return models
 

@@ -43,6 +43,7 @@ from .command_options import (
     choice,
     finite_numbers,
     load_models,
+    may_compile,
     model_name,
     model_names,
     new_file,
@@ -265,8 +266,10 @@ def generate(
     if not as_json:
         sources_shown = has_colours(out) if show_sources is None else show_sources
         streamer = SourceStreamer(tokenizer, input_ids[0].tolist(), out, sources_shown)
+    with may_compile("Preparing to decode", err):
+        decoder = (NaiveEFTDecoder if naive else EFTDecoder)(models, config)
     continuation = continue_prompt(
-        (NaiveEFTDecoder if naive else EFTDecoder)(models, config),
+        decoder,
         tokenizer,
         input_ids,
         seed,

@@ -6,8 +6,8 @@ Nothing here imports torch before the options have been read.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
@@ -42,6 +42,7 @@ __all__ = [
     "finite_numbers",
     "in_a_folder",
     "load_models",
+    "may_compile",
     "model_name",
     "model_names",
     "new_file",
@@ -51,6 +52,11 @@ __all__ = [
     "tokenizer_of",
     "trio_or_demo",
 ]
+
+_COMPILING = "compiling for this processor, the first time: a minute or two"
+
+# A process may say it once: hundreds of functions are compiled, in several places.
+_is_told = False
 
 _ROLES: tuple[Literal["large_base", "small_tuned", "small_base"], ...] = (
     "large_base",
@@ -213,8 +219,7 @@ def load_models(
     find_sources(large, tuned, base)
     local = all(Path(name).expanduser().is_dir() for name in (large, *tuned, base))
     # The Hub's own bars tell more about downloads.
-    loading = "Loading the models (and compiling them for this processor, the first time: half a minute)"
-    with err.status(loading) if local else nullcontext():
+    with err.status("Loading the models") if local else nullcontext():
         from transformers.utils import logging
 
         from .models import EFTModels
@@ -223,8 +228,40 @@ def load_models(
         if local:
             logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         models = EFTModels.from_pretrained(large, tuned, base, dtype=dtype, device_map=device_map)
+    with may_compile("Preparing the models", err):
         models.runners()
     return models
+
+
+@contextmanager
+def may_compile(doing: str, err: Console) -> Iterator[None]:
+    """Says on a terminal what goes on; elsewhere, in one line, that something is compiled, if anything is."""
+    if err.is_terminal:
+        with err.status(f"{doing} (and {_COMPILING})"):
+            yield
+        return
+    import torch
+
+    from .kernels import backend
+
+    if backend(torch.device("cpu")) != "numba":
+        yield
+        return
+    from numba.core import event
+
+    class Teller(event.Listener):  # type: ignore[misc]
+        def on_start(self, _: object) -> None:
+            global _is_told
+            if not _is_told:
+                _is_told = True
+                err.print(f"{doing}, and {_COMPILING}.", soft_wrap=True)
+
+        def on_end(self, _: object) -> None:
+            pass
+
+    # What Numba has kept is loaded without this event.
+    with event.install_listener("numba:compile", Teller()):
+        yield
 
 
 def tokenizer_of(models: EFTModels) -> Any:

@@ -101,6 +101,8 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     """Runs the command line in this process, with `stdin` as if piped."""
 
     def run_main(*arguments: str, stdin: str = "") -> Outcome:
+        # On a machine where nothing is compiled yet, the first run would say so.
+        monkeypatch.setattr("speculative_eft.command_options._is_told", True)
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
         status = main(arguments)
         captured = capsys.readouterr()

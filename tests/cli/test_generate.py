@@ -7,7 +7,8 @@ import json
 import random
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from rich.console import Console
 from speculative_eft.cli import main
 from speculative_eft.console_text import has_colours
 from speculative_eft.continuation import SourceStreamer
+from speculative_eft.decoding import EFTDecoder
+from speculative_eft.models import ModelRunner
 
 from .conftest import Outcome, Trio
 
@@ -92,6 +95,35 @@ def test_several_tuned_models_take_an_alpha_each(run: Callable[..., Outcome], tr
     options = (*trio.options, "--tuned", str(trio.base), "--alpha", "0.7", "--alpha", "0.3")
     record = json.loads(run("generate", PROMPT, *options, *OPTIONS, "--json").out)
     assert record["config"]["alpha"] == [0.7, 0.3] and len(record["trace"]["tuned"]) == 2
+
+
+def test_models_and_decoder_are_made_where_compiling_is_told(
+    run: Callable[..., Outcome], trio: Trio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+
+    @contextmanager
+    def told(*_: object) -> Iterator[None]:
+        events.append("begin")
+        yield
+        events.append("end")
+
+    def noted(name: str, function: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            if not events or events[-1] != name:
+                events.append(name)
+            return function(*arguments, **options)
+
+        return call
+
+    monkeypatch.setattr("speculative_eft.command_options.may_compile", told)
+    monkeypatch.setattr("speculative_eft.cli.may_compile", told)
+    monkeypatch.setattr(EFTDecoder, "__init__", noted("decoder", EFTDecoder.__init__))
+    monkeypatch.setattr(
+        "speculative_eft.models.runner.ModelRunner.__init__", noted("runner", ModelRunner.__init__)
+    )
+    assert run("generate", PROMPT, *trio.options, *OPTIONS, "--draft-weights", "own").status == 0
+    assert events == ["begin", "runner", "end", "begin", "decoder", "end"]
 
 
 def stream(tokens: list[int], tokenizer: Any, console: Console, show_sources: bool) -> None:
