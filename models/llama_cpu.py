@@ -536,33 +536,18 @@ def _softmax(scores: Any, first: int, begin: int, end: int, scale: float) -> Non
         scores[column] = FLOAT(0)
 
 
-@compiled(
-    f"void({MATRIX}, {TABLE}, {TABLE}, {TABLE}, int64, float64, int64, {MATRIX}, {TABLE}, int64, {MATRIX}, "
-    "int64, int64, boolean)"
-)
-def _attend(
-    projected: Any,
-    starts: Any,
-    lengths: Any,
-    table: Any,
-    element: int,
-    eps: float,
-    window: int,
-    rotation: Any,
-    stores: Any,
-    kv_heads: int,
-    mixed: Any,
-    pieces: int,
-    share: int,
-    attends: bool,
-) -> None:
+@compiled(f"void({MATRIX}, {MATRIX}, int64, boolean, _Layer)")
+def _attend(projected: Any, mixed: Any, share: int, attends: bool, layer: Any) -> None:
     """Write the new keys and values of one sequence's group of heads; attend to them and the past, or not.
 
-    Of several `pieces`, shares of its queries, each writes all keys and values that it will read.
+    Of several pieces, shares of its queries, each writes all keys and values that it will read.
     """
+    table, element, eps, window = layer.table, layer.element, layer.eps, layer.window
+    starts, rotation, stores, kv_heads = layer.starts, layer.rotation, layer.stores, layer.kv_heads
     capacity, dim = rotation.shape[0], rotation.shape[1] // 2
     heads = mixed.shape[1] // dim
     groups = heads // kv_heads
+    pieces = layer.pieces
     share, piece = share // pieces, share % pieces
     sequence, kv_head = share // kv_heads, share % kv_heads
     own, length = starts[sequence], starts[sequence + 1] - starts[sequence]
@@ -579,7 +564,7 @@ def _attend(
     first_query, last_query = piece * length // pieces, (piece + 1) * length // pieces
     queries, key = np.empty(((last_query - first_query) * groups, dim), FLOAT), np.empty(dim, FLOAT)
     last = capacity - 1
-    start = lengths[sequence]
+    start = layer.lengths[sequence]
     for step in range(last_query):
         position = min(start + step, last)
         turn = rotation[position]
@@ -637,10 +622,7 @@ def _share(stage: int, threads: int, share: int, buffers: Any, layer: Any) -> No
         for matrix, column in ((_KEY, query_size), (_VALUE, query_size + key_size)):
             _product(inputs, table, matrix, key_size, projected, column, share, threads, False, layer)
     elif stage in (_ATTEND, _KEEP):
-        _attend(
-            projected, layer.starts, layer.lengths, table, element, eps, layer.window, layer.rotation,
-            layer.stores, layer.kv_heads, mixed, layer.pieces, share, stage == _ATTEND,
-        )  # fmt: skip
+        _attend(projected, mixed, share, stage == _ATTEND, layer)
     elif stage == _JOIN:
         _product(mixed, table, _OUTPUT, hidden.shape[1], hidden, 0, share, threads, True, layer)
     elif stage == _GATE_UP:

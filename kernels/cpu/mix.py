@@ -104,26 +104,17 @@ def filtered_law(logits: Any, law: Any, sampling: Any, sequence: int) -> Any:
     return FLOAT(0)
 
 
-@compiled(f"void({TABLES}, {VECTOR}, {VECTOR}, float32, int64, int64, {VECTOR}, {VECTOR})")
-def mix_conservatively(
-    table: Any,
-    plain_weights: Any,
-    delta_weights: Any,
-    top_p: Any,
-    sequence: int,
-    row: int,
-    out: Any,
-    room: Any,
-) -> None:
+@compiled(f"void({TABLES}, ConservativeArrays, int64, int64, {VECTOR}, {VECTOR})")
+def mix_conservatively(table: Any, conservative: Any, sequence: int, row: int, out: Any, room: Any) -> None:
     """Log-probabilities of the small pair, to which the large model's delta is added inside their top-p set.
 
     `room` is overwritten.
     """
-    size = out.shape[0]
-    mix(table, plain_weights, sequence, row, out)
+    size, delta_weights = out.shape[0], conservative.delta_weights[sequence]
+    mix(table, conservative.plain_weights[sequence], sequence, row, out)
     normalise(out, FLOAT(1), room)
     ids = np.arange(size)
-    count = cut_top_p(out.copy(), room, ids, size, top_p)
+    count = cut_top_p(out.copy(), room, ids, size, conservative.top_p[sequence])
     mix(table, delta_weights, sequence, row, room)
     # The delta is one of log-probabilities: of raw logits but for their normalisers.
     shift, alone = FLOAT(0), np.zeros_like(delta_weights)

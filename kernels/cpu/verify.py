@@ -187,10 +187,7 @@ def _row_laws(
     logits, law, table = log_target[row], target[row], submitted.table
     size = logits.shape[0]
     if conservative.top_p.shape[0] > 0:
-        mix_conservatively(
-            table, conservative.plain_weights[sequence], conservative.delta_weights[sequence],
-            conservative.top_p[sequence], sequence, row, logits, law,
-        )  # fmt: skip
+        mix_conservatively(table, conservative, sequence, row, logits, law)
     else:
         mix(table, submitted.target_weights[sequence], sequence, row, logits)
     if sampling.temperature[sequence] == FLOAT(0):
