@@ -136,10 +136,10 @@ class LlamaBody:
         kind = type(decoder)
         if f"{kind.__module__}.{kind.__qualname__}" not in _DECODERS or changes_with_length(decoder.config):
             return False
-        projections = [module for name, module in decoder.named_modules() if name.endswith("_proj")]
+        linears = [module for name, module in decoder.named_modules() if name.endswith("_proj")]
         return (
-            all(type(module) is nn.Linear or is_low_rank(module, adapters) for module in projections)
-            and all(layer in projections for layer in adapter_layers(decoder))
+            all(type(module) is nn.Linear or is_low_rank(module, adapters) for module in linears)
+            and all(layer in linears for layer in adapter_layers(decoder))
             and all(map(is_plain, decoder.modules()))
             and all(map(is_ordinary, decoder.parameters()))
         )
