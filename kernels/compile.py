@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -251,8 +252,9 @@ def faults(report: Report, checks_loads: bool) -> list[str]:
     return found
 
 
-def _specialisations(operation: str) -> list[Specialisation]:
-    return list(import_module(f"{__package__}.gpu.{operation}").specialisations())
+@cache
+def _specialisations(operation: str) -> tuple[Specialisation, ...]:
+    return tuple(import_module(f"{__package__}.gpu.{operation}").specialisations())
 
 
 def _every_third(variants: list[tuple[str, int]]) -> list[tuple[str, int]]:

@@ -16,7 +16,7 @@ class Specialisation:
     """One variant of a kernel that runs in practice.
 
     A path names an argument or, with dots, what lies inside a tuple or named tuple: "logits.0",
-        "models.strides".
+    "models.strides".
 
     Attributes:
         operation: what the kernel is part of, such as "verify".
