@@ -15,10 +15,15 @@ from torch import Tensor
 
 from .backend import backend
 
-__all__ = ["DraftMemory", "new_draft_memory", "recall", "remember"]
+__all__ = [
+    "LAST_WEIGHT", "LAST_WEIGHT_AFTER_TWO", "MEAN_FADING", "MEAN_WEIGHT", "DraftMemory", "new_draft_memory",
+    "recall", "remember",
+]  # fmt: skip
 
 MEAN_FADING = 0.9
+"""What a mean keeps of itself with each row that is added to it: it is chiefly of the last ten."""
 MEAN_WEIGHT = 0.5
+"""Of the mean. This and the weights below were chosen on texts that the bundled trio drew (docs/math.md)."""
 LAST_WEIGHT, LAST_WEIGHT_AFTER_TWO = 0.4, 0.75
 """Of the last log-ratio after the same token, and after the same two tokens."""
 
