@@ -7,7 +7,7 @@ if __name__ == "kernels":
     stand_aside()
 else:
     from .attention import HEAD_DIMS, LARGEST_HEAD_DIM, MOST_ROWS, append, attention
-    from .backend import Backend, backend, warm_up
+    from .backend import backend, warm_up
     from .commit import DraftLengthRule, RoundState, commit, committed_tokens
     from .draft import DraftLoop, draft_step
     from .early_stop import EarlyStop, end_drafts, learn, new_early_stop
@@ -26,7 +26,6 @@ __all__ = [
     "LARGEST_TEMPERATURE",
     "MOST_ROWS",
     "AcceptanceRule",
-    "Backend",
     "Coefficients",
     "DraftLengthRule",
     "DraftLoop",

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["GRADES", "EarlyStop", "end_drafts", "learn", "new_early_stop"]
+__all__ = [
+    "GRADES", "PRIOR_ACCEPTED", "PRIOR_TESTED", "EarlyStop", "end_drafts", "learn", "new_early_stop",
+]  # fmt: skip
 
 GRADES = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Chances at which a drafted token's grade goes up by one."""

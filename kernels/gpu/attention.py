@@ -40,7 +40,22 @@ from .tile import (
     zeros_kept,
 )
 
-__all__ = ["Tile", "append", "attention", "attention_tile", "specialisations"]
+__all__ = [
+    "LOG2_E",
+    "Tile",
+    "add_columns",
+    "append",
+    "attention",
+    "attention_tile",
+    "finish_split",
+    "is_seen",
+    "load_vectors",
+    "range_seen",
+    "registers_of",
+    "room_for_parts",
+    "specialisations",
+    "strides_of",
+]
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -437,6 +452,7 @@ def registers_of(tile: Tile) -> int:
 
 
 def strides_of(tensor: Tensor) -> tuple[int, int, int]:
+    """The strides of all dimensions but the last of four, in which `tensor` has to be contiguous."""
     if tensor.stride(3) != 1:
         raise ValueError("query, keys, values and out must be contiguous in their last dimension")
     return tensor.stride(0), tensor.stride(1), tensor.stride(2)

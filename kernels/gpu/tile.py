@@ -32,6 +32,7 @@ from triton.runtime import driver
 __all__ = [
     "INTERPRETED",
     "LARGEST_FLOAT",
+    "LARGEST_SPLIT",
     "MORE_REGISTERS",
     "NO_ID",
     "RECORD",
@@ -72,6 +73,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether kernels run in Triton's interpreter, on a CPU; as Triton itself reads it."""
 
 LARGEST_SPLIT = 4096
+"""Ids of a split, and of the largest vocabulary that has one."""
 REGISTERS, MORE_REGISTERS = 128, 200
 """What a thread may have, where NVIDIA's assembler, left to itself, spills a few at far fewer."""
 RECORD = tl.constexpr(8)
