@@ -17,7 +17,7 @@ else:
     from .mix import Coefficients, draft_logits, target_logits
     from .noise import NoiseKey, Stream, derive_seeds, exponential_noise, gumbel_noise, uniform_noise
     from .quantised import QuantisedWeight, Weight, product, quantise, quantised
-    from .streams import side_by_side
+    from .side_by_side import side_by_side
     from .verify import AcceptanceRule, Verdict, verify
 
 __all__ = [
