@@ -12,11 +12,12 @@ else:
     from .draft import DraftLoop, draft_step
     from .early_stop import EarlyStop, end_drafts, learn, new_early_stop
     from .filters import LARGEST_TEMPERATURE, Sampling, batch_sampling, usable_temperature, warp
-    from .layers import projections, rotated_attention
+    from .layers import projections
     from .memory import DraftMemory, new_draft_memory, recall, remember
     from .mix import Coefficients, draft_logits, target_logits
     from .noise import NoiseKey, Stream, derive_seeds, exponential_noise, gumbel_noise, uniform_noise
     from .quantised import QuantisedWeight, Weight, product, quantise, quantised
+    from .rotated_attention import rotated_attention
     from .side_by_side import side_by_side
     from .verify import AcceptanceRule, Verdict, verify
 
