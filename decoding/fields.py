@@ -65,7 +65,7 @@ FIELDS: Mapping[str, Field] = {
     "cache_implementation": _refused(_CACHE, "dynamic"),
     "cache_config": _refused(_CACHE),
     "max_cache_len": _refused(_CACHE),
-    "temperature": _fused("0 is greedy decoding; what lies between it and 1e-30 counts as 1e-30"),
+    "temperature": _fused("0 is greedy decoding; else what is below 1e-30 or above 1e30 counts as that"),
     "top_k": _fused("50 unless something else is asked for, as in transformers"),
     "top_p": _fused(),
     "min_p": _fused(),
