@@ -122,6 +122,17 @@ class CompiledLlama:
         self.head = head
         self.vocab_size = linear_of(head, body.adapters).weight.shape[0]
         self._dtype = body.decoder.embed_tokens.weight.dtype
+        # Copies of eight bits are no modules, and made anew when what they are of changes.
+        parts = [part for part in (body.decoder, head) if isinstance(part, nn.Module)]
+        wanted = {id(weight) for part in parts for weight in parameters_with(part, body.adapters)}
+        # To go through all modules before each call would take longer than to look at their weights.
+        self._places = [
+            (module._parameters, name)
+            for part in parts
+            for module in part.modules()
+            for name, weight in module._parameters.items()
+            if id(weight) in wanted
+        ]
         self._kinds = self._kinds_of_weights()
         config = body.decoder.config
         widths = (config.hidden_size, config.intermediate_size)
@@ -135,17 +146,13 @@ class CompiledLlama:
         self._added: list[list[_LowRankRows]] = []
         self._network: NetworkArrays
 
-    def _kinds_of_weights(self) -> list[tuple[torch.dtype, torch.Size, bool]]:
+    def _kinds_of_weights(self) -> list[tuple[torch.dtype, torch.Size, bool] | None]:
         """What compiled functions take for granted of each weight, which they know by its address."""
-        parts = [self.body.decoder, self.head]
-        # Copies of eight bits are no modules, and made anew when what they are of changes.
-        weights = [
-            weight
-            for part in parts
-            if isinstance(part, nn.Module)
-            for weight in parameters_with(part, self.body.adapters)
+        weights = [parameters.get(name) for parameters, name in self._places]
+        return [
+            None if weight is None else (weight.dtype, weight.shape, weight.is_contiguous())
+            for weight in weights
         ]
-        return [(weight.dtype, weight.shape, weight.is_contiguous()) for weight in weights]
 
     def prepare(self, cache: SlotCache) -> None:
         """Find the weights, and the storage of `cache`, after the body has prepared for it.
