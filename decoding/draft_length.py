@@ -81,8 +81,7 @@ class DraftLengthPolicy:
         Minus infinity where drafts do not pay at the prior acceptance: where nothing is drafted nothing is
         learnt, so such sequences take plain steps whatever their neighbours do.
         """
-        acceptance = _PRIOR_ACCEPTANCE_OF_GREEDY if greedy else _PRIOR_ACCEPTANCE
-        return self._prior_tested(ends_early) * acceptance if self._pays(acceptance) else -torch.inf
+        return _prior_accepted(self, ends_early, greedy)
 
     def first(self, ends_early: bool, greedy: bool) -> int:
         """The draft length with which sequences begin, of which nothing is known."""
@@ -132,6 +131,12 @@ def _rule(policy: DraftLengthPolicy, device: torch.device, ends_early: bool) -> 
         fading=_FADING_IN_A_BATCH if policy.is_batched else _FADING,
         prior_tested=policy._prior_tested(ends_early),
     )
+
+
+@cache
+def _prior_accepted(policy: DraftLengthPolicy, ends_early: bool, greedy: bool) -> float:
+    acceptance = _PRIOR_ACCEPTANCE_OF_GREEDY if greedy else _PRIOR_ACCEPTANCE
+    return policy._prior_tested(ends_early) * acceptance if policy._pays(acceptance) else -torch.inf
 
 
 @cache
