@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -42,11 +42,11 @@ _LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 class LowRank:
     """What an adapter adds to a linear layer: `scaling * (up @ (down @ x) + bias)`."""
 
-    down: nn.Parameter
+    down: Tensor
     """[rank, in]"""
-    up: nn.Parameter
+    up: Tensor
     """[out, rank]"""
-    bias: nn.Parameter | None
+    bias: Tensor | None
     """[out]"""
     scaling: float
 

@@ -10,8 +10,8 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 TESTED_FAMILIES = frozenset({
-    "falcon", "gemma2", "gemma3", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "olmo2",
-    "opt", "phi3", "qwen2", "qwen3",
+    "falcon", "gemma", "gemma2", "gemma3", "gemma3_text", "gpt2", "gpt_neox", "granite", "llama", "mistral",
+    "mixtral", "olmo2", "olmo3", "opt", "phi3", "qwen2", "qwen3",
 })  # fmt: skip
 """Values of `config.model_type` whose runner the tests compare with the plain model."""
 
@@ -89,6 +89,13 @@ def position_limit(config: PreTrainedConfig) -> int | None:
 def changes_with_length(config: PreTrainedConfig) -> bool:
     """Whether transformers chooses the frequencies of the rotation by the longest input of a batch."""
     return any(_is(rope, "longrope") or _is(rope, "dynamic") for rope in _ropes(config))
+
+
+def rotates_whole_heads(config: PreTrainedConfig) -> bool:
+    """Whether the rotation turns all of each head's numbers."""
+    shares = [declared(config, "partial_rotary_factor")]
+    shares += [rope.get("partial_rotary_factor") for rope in _ropes(config)]
+    return all(share in (None, 1) for share in shares)
 
 
 def _is(rope: dict[str, Any], kind: str) -> bool:

@@ -34,7 +34,7 @@ _DRAFTED, _DRAFTED_BY_MANY = 4, 2
 beyond those of short ones may cost a pass more than theirs do."""
 _FEW = 4
 _LEAST_COST = 1 / 128
-_VERSION = 12
+_VERSION = 13
 """Of the measurement: results that were kept by another version are ignored."""
 
 Pass: TypeAlias = Callable[[], object]

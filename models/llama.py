@@ -1,13 +1,15 @@
 """A short way through decoders built like Llama: their weights, without their modules.
 
-One step of a small model costs more in Python and in small operations than in arithmetic. This body does
-what the modules of Llama, Mistral, Qwen2 and Qwen3 do in a third of the operations.
+One step of a small model costs more in Python and in small operations than in arithmetic. `LlamaBody` does
+what the modules of Llama, Mistral, Qwen2 and Qwen3 do in a third of the operations, and `LlamaWeights` knows
+for `models.llama_cpu` where these, the Gemmas, Granite, OLMo-2, OLMo-3 and Phi-3 have their weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from inspect import signature
 from typing import Any
 
 import torch
@@ -28,14 +30,21 @@ from speculative_eft.kernels import (
 from .adapters import LowRank, adapter_layers, is_low_rank, low_ranks
 from .attention import Attention, attend, attend_ragged, attention_for, ragged_bias, visible_lengths
 from .bodies import Block
-from .configs import changes_with_length, layer_windows
+from .configs import changes_with_length, declared, layer_windows, rotates_whole_heads
 from .slot_cache import SlotCache
 
-# By name: importing four modelling modules to recognise one costs seconds.
+# By name: importing their modelling modules to recognise one costs seconds.
 _DECODERS = {
-    f"transformers.models.{name.lower()}.modeling_{name.lower()}.{name}Model"
-    for name in ("Llama", "Mistral", "Qwen2", "Qwen3")
-}
+    f"transformers.models.{family}.modeling_{family}.{name}Model": family
+    for family, name in (
+        ("llama", "Llama"), ("mistral", "Mistral"), ("qwen2", "Qwen2"), ("qwen3", "Qwen3"),
+        ("gemma", "Gemma"), ("gemma2", "Gemma2"), ("gemma3", "Gemma3Text"), ("granite", "Granite"),
+        ("olmo2", "Olmo2"), ("olmo3", "Olmo3"), ("phi3", "Phi3"),
+    )
+}  # fmt: skip
+_SHORT = {"llama", "mistral", "qwen2", "qwen3"}
+"""What `LlamaBody` runs."""
+_GEMMAS = {"gemma", "gemma2", "gemma3"}
 
 
 @dataclass
@@ -43,7 +52,7 @@ class Linear:
     """A linear layer: weight [out, in], bias [out], and what adapters add."""
 
     weight: Weight
-    bias: nn.Parameter | None
+    bias: Tensor | None
     low_ranks: list[LowRank]
 
     def __call__(self, inputs: Tensor) -> Tensor:
@@ -56,6 +65,20 @@ class Linear:
             narrow = F.linear(inputs.to(part.down.dtype), part.down)
             out = out + F.linear(narrow, part.up, part.bias) * part.scaling
         return out.to(plain.dtype)
+
+    def split(self, sizes: Sequence[int]) -> list[Linear]:
+        """Layers that give so many of this one's outputs each, in turn; `weight` is a tensor."""
+        assert isinstance(self.weight, Tensor)
+        parts, first = [], 0
+        for size in sizes:
+            own = slice(first, first + size)
+            bias, first = None if self.bias is None else self.bias[own], first + size
+            low_ranks = [
+                replace(part, up=part.up[own], bias=None if part.bias is None else part.bias[own])
+                for part in self.low_ranks
+            ]
+            parts.append(Linear(self.weight[own], bias, low_ranks))
+        return parts
 
 
 class EightBitCopies:
@@ -80,20 +103,26 @@ class EightBitCopies:
 
 @dataclass
 class Layer:
-    """The weights of one decoder layer, and what else tells it from the others."""
+    """The weights of one decoder layer, and what else tells it from the others.
+
+    Norms are of what goes into a part of the layer or, `.._end_norm`, of what it adds; None where a family
+    has none there. Those of queries and keys are of each head, or in OLMo of all together.
+    """
 
     kind: str
-    attention_norm: nn.Parameter
+    attention_norm: nn.Parameter | None
     query: Linear
     key: Linear
     value: Linear
     query_norm: nn.Parameter | None
     key_norm: nn.Parameter | None
     output: Linear
-    mlp_norm: nn.Parameter
+    attention_end_norm: nn.Parameter | None
+    mlp_norm: nn.Parameter | None
     gate: Linear
     up: Linear
     down: Linear
+    mlp_end_norm: nn.Parameter | None
     activation: Callable[[Tensor], Tensor]
 
     @property
@@ -122,19 +151,33 @@ class Layer:
         return replace(self, **changes)
 
 
-class LlamaBody:
-    """Runs a `LlamaModel`, `MistralModel`, `Qwen2Model` or `Qwen3Model`; see `fits`."""
+class LlamaWeights:
+    """What passes of our own through a decoder built like Llama read, and how its family differs.
+
+    Attributes:
+        decoder, adapters, copies: as given.
+        heads, kv_heads, groups, dim: of attention; `groups` heads share keys and values.
+        windows: of each kind of layer, as `configs.layer_windows` has them; `kinds` has each layer's.
+        eps, norm_offset: of all norms, and what they add to their weights.
+        activation: the name of that between the layers' products, as configurations have it.
+        embedding_scale: what embeddings are multiplied by, rounded as the model does.
+        residual_scale: what is multiplied by it before it is added to the hidden state.
+        attention_scale, softcap: what scores are multiplied by, and what they are squeezed into, if anything.
+        layers: the weights, found by `prepare`.
+        rotations: for each kind of layer [capacity, 2 * dim], cosines and sines, of which the first half has
+            changed its sign.
+    """
 
     @staticmethod
     def fits(decoder: PreTrainedModel, adapters: Sequence[str] | None = None) -> bool:
         """Whether `decoder` is one of these models as transformers builds it, on one device.
 
         Quantised layers, adapted ones other than linear layers with plain LoRAs, hooks (also those that
-        spread a model over devices) and rotations that change with the length of the input are left to the
-        model's own modules. `adapters` are as for the runner.
+        spread a model over devices), rotations that change with the length of the input, and those of a part
+        of each head are left to the model's own modules. `adapters` are as for the runner.
         """
-        kind = type(decoder)
-        if f"{kind.__module__}.{kind.__qualname__}" not in _DECODERS or changes_with_length(decoder.config):
+        config = decoder.config
+        if _family(decoder) is None or changes_with_length(config) or not rotates_whole_heads(config):
             return False
         linears = [module for name, module in decoder.named_modules() if name.endswith("_proj")]
         return (
@@ -145,19 +188,13 @@ class LlamaBody:
         )
 
     def __init__(
-        self,
-        decoder: Any,
-        attention: Attention,
-        adapters: Sequence[str] | None = None,
-        copies: EightBitCopies | None = None,
+        self, decoder: Any, adapters: Sequence[str] | None = None, copies: EightBitCopies | None = None
     ) -> None:
         """Take a `decoder` that `fits` with these `adapters`, to run by `copies` of its weights if given."""
         self.copies = copies
         config = decoder.config
         self.adapters = adapters or ()
-        self.attention = attention
         self.decoder = decoder
-        self.eps = config.rms_norm_eps
         self.heads = config.num_attention_heads
         self.kv_heads = config.num_key_value_heads
         self.groups = self.heads // self.kv_heads
@@ -165,27 +202,116 @@ class LlamaBody:
         self.windows = layer_windows(config)
         uniform = list(self.windows) * config.num_hidden_layers
         self.kinds = config.layer_types if len(self.windows) > 1 else uniform
+        self.eps = config.rms_norm_eps
+        self.norm_offset, self.embedding_scale = 0.0, declared(config, "embedding_multiplier") or 1.0
+        if _family(decoder) in _GEMMAS:
+            weight = decoder.embed_tokens.weight
+            self.norm_offset = 1.0
+            self.embedding_scale = float(torch.tensor(config.hidden_size**0.5).to(weight.dtype))
+        self.activation: str = declared(config, "hidden_activation") or config.hidden_act
+        scale = declared(config, "attention_multiplier")
+        self.attention_scale = scale or (declared(config, "query_pre_attn_scalar") or self.dim) ** -0.5
+        self.residual_scale = declared(config, "residual_multiplier") or 1.0
+        self.softcap: float | None = declared(config, "attn_logit_softcapping")
         self.layers: list[Layer] = []
-        self.is_fusable = False
-        self.rotations = torch.empty(0)
+        self.rotations: dict[str, Tensor] = {}
+        self._capacity = -1
 
     def prepare(self, cache: SlotCache) -> None:
         """Find the weights again and make a rotation for every position of `cache`."""
         layers = zip(self.decoder.layers, self.kinds, strict=True)
-        self.layers = [_read(layer, kind, self.adapters) for layer, kind in layers]
+        self.layers = [self._read(layer, kind) for layer, kind in layers]
         if self.copies is not None:
             self.layers = [
                 layer.quantised(self.copies, str(index)) for index, layer in enumerate(self.layers)
             ]
-        self.is_fusable = all(layer.is_fusable for layer in self.layers)
-        if self.rotations.shape[0] == cache.capacity:
+        if self._capacity == cache.capacity:
             return
-        # The sines' first half changes sign: rotating halves is then a roll, times these.
+        self._capacity = cache.capacity
+        rotary = self.decoder.rotary_emb
+        if "layer_type" in signature(rotary.forward).parameters:
+            self.rotations = {kind: self._rotation(kind) for kind in self.windows}
+        else:
+            self.rotations = dict.fromkeys(self.windows, self._rotation())
+
+    def _rotation(self, *kind: str) -> Tensor:
         weight = self.decoder.embed_tokens.weight
-        positions = torch.arange(cache.capacity, device=weight.device)
-        cos, sin = self.decoder.rotary_emb(weight, positions[None])
+        positions = torch.arange(self._capacity, device=weight.device)
+        cos, sin = self.decoder.rotary_emb(weight, positions[None], *kind)
+        # The sines' first half changes sign: rotating halves is then a roll, times these.
         first, second = sin[0].chunk(2, -1)
-        self.rotations = torch.cat((cos[0], -first, second), -1)
+        return torch.cat((cos[0], -first, second), -1)
+
+    def _read(self, layer: Any, kind: str) -> Layer:
+        # Before each prompt: by attributes, which modules look up in Python, it takes three times as long.
+        parts = layer._modules
+        attention, mlp = parts["self_attn"]._modules, parts["mlp"]._modules
+
+        def norm(module: Any) -> Any:
+            return None if module is None else module._parameters["weight"]
+
+        def linear(module: Any) -> Linear:
+            return linear_of(module, self.adapters)
+
+        if "qkv_proj" in attention:
+            sizes = [self.heads * self.dim, *[self.kv_heads * self.dim] * 2]
+            query, key, value = linear(attention["qkv_proj"]).split(sizes)
+            joined = linear(mlp["gate_up_proj"])
+            gate, up = joined.split([joined.weight.shape[0] // 2] * 2)
+        else:
+            query, key, value, gate, up = (
+                linear(part)
+                for part in (
+                    attention["q_proj"], attention["k_proj"], attention["v_proj"], mlp["gate_proj"],
+                    mlp["up_proj"],
+                )
+            )  # fmt: skip
+        # Llama's norm of this name is of what goes into its second part, Gemma-2's of what the first adds.
+        after_attention = norm(parts["post_attention_layernorm"])
+        has_end_norms = "post_feedforward_layernorm" in parts
+        return Layer(
+            kind=kind,
+            attention_norm=norm(parts.get("input_layernorm")),
+            query=query,
+            key=key,
+            value=value,
+            query_norm=norm(attention.get("q_norm")),
+            key_norm=norm(attention.get("k_norm")),
+            output=linear(attention["o_proj"]),
+            attention_end_norm=after_attention if has_end_norms else None,
+            mlp_norm=norm(parts.get("pre_feedforward_layernorm")) if has_end_norms else after_attention,
+            gate=gate,
+            up=up,
+            down=linear(mlp["down_proj"]),
+            mlp_end_norm=norm(parts.get("post_feedforward_layernorm")),
+            activation=F.silu if self.activation == "silu" else parts["mlp"].act_fn,
+        )
+
+
+class LlamaBody(LlamaWeights):
+    """Runs a `LlamaModel`, `MistralModel`, `Qwen2Model` or `Qwen3Model`; see `fits`."""
+
+    @staticmethod
+    def fits(decoder: PreTrainedModel, adapters: Sequence[str] | None = None) -> bool:
+        """`LlamaWeights.fits`, of these models."""
+        return _family(decoder) in _SHORT and LlamaWeights.fits(decoder, adapters)
+
+    def __init__(
+        self,
+        decoder: Any,
+        attention: Attention,
+        adapters: Sequence[str] | None = None,
+        copies: EightBitCopies | None = None,
+    ) -> None:
+        """Take what `LlamaWeights` takes, and how attention is computed."""
+        super().__init__(decoder, adapters, copies)
+        self.attention = attention
+        self.is_fusable = False
+
+    def prepare(self, cache: SlotCache) -> None:
+        """Find the weights again and make a rotation for every position of `cache`."""
+        super().prepare(cache)
+        self.is_fusable = all(layer.is_fusable for layer in self.layers)
 
     def fill(self, block: Block, cache: SlotCache) -> None:
         """Run `block` for its keys and values alone, with which the last layer ends where it is not fused."""
@@ -206,7 +332,8 @@ class LlamaBody:
             }
         else:
             lengths = visible_lengths(attention, cache.lengths, length, block.columns.shape[0])
-        rotation = self.rotations.index_select(0, block.positions.view(-1)).unsqueeze(1)
+        # All kinds of layers of these families turn alike.
+        rotation = self.rotations[self.kinds[0]].index_select(0, block.positions.view(-1)).unsqueeze(1)
         cos, sin = rotation[..., :dim], rotation[..., dim:]
 
         for index, layer in enumerate(self.layers):
@@ -269,7 +396,7 @@ class LlamaBody:
             for member, (body, cache) in enumerate(members):
                 own = slice(member * batch, (member + 1) * batch)
                 mixed.append(rotated_attention(
-                    query[own], key[own], value[own], body.rotations,
+                    query[own], key[own], value[own], body.rotations[layer.kind],
                     *cache.layer_storage(index, body.kv_heads, dim, key.dtype), cache.lengths, span,
                     body.windows[layer.kind],
                 ))  # fmt: skip
@@ -309,7 +436,7 @@ class LlamaBody:
                         out.add_(added.bias, alpha=added.scaling)
         return [F.silu(parts[0]) * parts[1]] if gated else parts
 
-    def _norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
+    def _norm(self, hidden: Tensor, weight: Tensor | None) -> Tensor:
         return F.rms_norm(hidden, (hidden.shape[-1],), weight, self.eps)
 
 
@@ -323,33 +450,9 @@ def is_ordinary(weight: nn.Parameter) -> bool:
     return type(weight) is nn.Parameter
 
 
-def _read(layer: Any, kind: str, adapters: Sequence[str]) -> Layer:
-    # Before each prompt: by attributes, which a module looks up in Python, this takes three times as long.
-    parts = layer._modules
-    attention, mlp = parts["self_attn"]._modules, parts["mlp"]._modules
-    config = parts["mlp"].config
-
-    def norm(module: Any) -> Any:
-        return None if module is None else module._parameters["weight"]
-
-    def linear(module: Any) -> Linear:
-        return linear_of(module, adapters)
-
-    return Layer(
-        kind=kind,
-        attention_norm=norm(parts["input_layernorm"]),
-        query=linear(attention["q_proj"]),
-        key=linear(attention["k_proj"]),
-        value=linear(attention["v_proj"]),
-        query_norm=norm(attention.get("q_norm")),
-        key_norm=norm(attention.get("k_norm")),
-        output=linear(attention["o_proj"]),
-        mlp_norm=norm(parts["post_attention_layernorm"]),
-        gate=linear(mlp["gate_proj"]),
-        up=linear(mlp["up_proj"]),
-        down=linear(mlp["down_proj"]),
-        activation=F.silu if config.hidden_act == "silu" else parts["mlp"].act_fn,
-    )
+def _family(decoder: PreTrainedModel) -> str | None:
+    kind = type(decoder)
+    return _DECODERS.get(f"{kind.__module__}.{kind.__qualname__}")
 
 
 def linear_of(module: Any, adapters: Sequence[str]) -> Linear:

@@ -1,4 +1,4 @@
-"""Decoding steps of Llama-like models on a CPU, compiled by Numba: what a step costs is reading its weights.
+"""Steps of decoders built like Llama on a CPU, compiled by Numba: what one costs is reading its weights.
 
 A step of a small model is a few hundred kilobytes to a few tens of megabytes of weights, read in less time
 than torch needs to dispatch its operations. Here one call runs the whole network, its products are made for
@@ -57,39 +57,43 @@ from speculative_eft.kernels.cpu.products import ask_for, dot_products, quantise
 from speculative_eft.kernels.cpu.team import claim, finish, meetings, wait
 
 from .adapters import is_low_rank, parameters_with
-from .llama import Linear, LlamaBody, is_ordinary, is_plain, linear_of
+from .llama import Linear, LlamaWeights, is_ordinary, is_plain, linear_of
 from .slot_cache import SlotCache
 
 
-@record(TABLE, "int64", "float64", TABLE, TABLE, TABLES, TABLES, MATRIX, "int64[:, :, ::1]")
+@record(TABLE, "int64", VECTOR, TABLE, TABLE, TABLES, TABLES, CUBE, TABLE, "int64[:, :, ::1]")
 class NetworkArrays(NamedTuple):
     """What passes of a network read.
 
     Attributes:
-        sizes: int64 [5]: heads, those of keys and values, a head's width, and the widths of the network and
-            of its inner layers.
+        sizes: int64 [8]: heads, those of keys and values, a head's width, and the widths of the network and
+            of its inner layers; then whether gates go through a GELU and not a SiLU, whether all queries, and
+            all keys, are normalised together and not by heads, and whether something is done to what a part
+            of a layer adds before it is added.
         element: what its weights and its caches hold, but for weights of eight bits.
-        eps: of the norms.
+        numbers: float32, the numbers by which families differ.
         windows: int64 [layers], positions that a layer attends to; 0 for all.
         ends: int64, addresses of what stands before and after the layers.
         weights, stores: int64 [layers, columns], addresses of a layer's weights, and of its keys and values.
-        rotation: float32 [positions, 2 x a head's width], cosines and sines with their signs.
+        rotations: float32 [kinds, positions, 2 x a head's width], cosines and sines with their signs.
+        kinds: int64 [layers], which of them each layer has.
         low_ranks: int64 [layers, most of a layer, columns], what adapters add.
     """
 
     sizes: Any
     element: int
-    eps: float
+    numbers: Any
     windows: Any
     ends: Any
     weights: Any
     stores: Any
-    rotation: Any
+    rotations: Any
+    kinds: Any
     low_ranks: Any
 
 
 class CompiledLlama:
-    """Runs blocks of any number of rows for a `LlamaBody`, from its weights and its cache as they are.
+    """Runs blocks of any number of rows by `LlamaWeights`, from the weights and a cache as they are.
 
     Weights are read where the model has them: nothing is copied, and what is done to them in place is seen.
     Half of what adapters add is copied by `prepare`, which sees what was done to it before; all of it, if it
@@ -100,31 +104,37 @@ class CompiledLlama:
     """
 
     @staticmethod
-    def fits(body: LlamaBody, head: Any) -> bool:
-        """Whether `body` with output layer `head` is a model on a CPU that these functions know."""
-        if type(head) is not nn.Linear and not (body.adapters and is_low_rank(head, body.adapters)):
+    def fits(weights: LlamaWeights, head: Any) -> bool:
+        """Whether `weights` with output layer `head` are a model on a CPU that these functions know."""
+        if type(head) is not nn.Linear and not (weights.adapters and is_low_rank(head, weights.adapters)):
             return False
-        parameters = [*body.decoder.parameters(), *head.parameters()]
-        without_adapters = [*parameters_with(body.decoder, ()), *parameters_with(head, ())]
+        parameters = [*weights.decoder.parameters(), *head.parameters()]
+        without_adapters = [*parameters_with(weights.decoder, ()), *parameters_with(head, ())]
         return (
             is_plain(head)
             and all(map(is_ordinary, head.parameters()))
             and len({p.dtype for p in without_adapters}) == 1
             and all(p.dtype in ELEMENTS and p.device.type == "cpu" for p in parameters)
             and all(p.is_contiguous() for p in parameters)
-            and body.decoder.config.hidden_act == "silu"
-            and body.dim % 2 == 0
+            and weights.activation in ("silu", "gelu_pytorch_tanh")
+            and weights.dim % 2 == 0
         )
 
-    def __init__(self, body: LlamaBody, head: Any) -> None:
-        """Take a `body` and a `head` that fit, or copies of such with weights of eight bits."""
-        self.body = body
+    def __init__(
+        self, weights: LlamaWeights, head: Any, logit_scale: float = 1.0, logit_softcap: float | None = None
+    ) -> None:
+        """Take `weights` and a `head` that fit, or copies of such of eight bits.
+
+        Logits are what `head` gives, times `logit_scale`, and then squeezed into +-`logit_softcap`.
+        """
+        self.weights = weights
         self.head = head
-        self.vocab_size = linear_of(head, body.adapters).weight.shape[0]
-        self._dtype = body.decoder.embed_tokens.weight.dtype
+        self._changes = logit_scale, logit_softcap
+        self.vocab_size = linear_of(head, weights.adapters).weight.shape[0]
+        self._dtype = weights.decoder.embed_tokens.weight.dtype
         # Copies of eight bits are no modules, and made anew when what they are of changes.
-        parts = [part for part in (body.decoder, head) if isinstance(part, nn.Module)]
-        wanted = {id(weight) for part in parts for weight in parameters_with(part, body.adapters)}
+        parts = [part for part in (weights.decoder, head) if isinstance(part, nn.Module)]
+        wanted = {id(weight) for part in parts for weight in parameters_with(part, weights.adapters)}
         # To go through all modules before each call would take longer than to look at their weights.
         self._places = [
             (module._parameters, name)
@@ -134,17 +144,24 @@ class CompiledLlama:
             if id(weight) in wanted
         ]
         self._kinds = self._kinds_of_weights()
-        config = body.decoder.config
-        widths = (config.hidden_size, config.intermediate_size)
-        self._sizes = np.array([body.heads, body.kv_heads, body.dim, *widths])
-        windows = [body.windows[kind] for kind in body.kinds]
+        self._sizes: np.ndarray[Any, Any]
+        self._numbers = np.array([
+            weights.eps, weights.norm_offset, weights.embedding_scale, weights.attention_scale,
+            weights.softcap or 0.0, weights.residual_scale, logit_scale, logit_softcap or 0.0,
+        ], dtype=FLOAT)  # fmt: skip
+        windows = [weights.windows[kind] for kind in weights.kinds]
         self._windows = np.array([0 if window is None else window for window in windows])
         self._weights = np.zeros((len(windows), _WEIGHTS), dtype=np.int64)
         self._ends = np.zeros(_ENDS, dtype=np.int64)
         self._stores: np.ndarray[Any, Any] = np.zeros((len(windows), 2), dtype=np.int64)
         self._rotations = torch.empty(0)
+        self._kinds_of_layers = np.array([list(weights.windows).index(kind) for kind in weights.kinds])
         self._added: list[list[_LowRankRows]] = []
         self._network: NetworkArrays
+
+    def of(self, weights: LlamaWeights, head: Any) -> CompiledLlama:
+        """The same network by other copies of its weights and its head."""
+        return CompiledLlama(weights, head, *self._changes)
 
     def _kinds_of_weights(self) -> list[tuple[torch.dtype, torch.Size, bool] | None]:
         """What compiled functions take for granted of each weight, which they know by its address."""
@@ -155,37 +172,45 @@ class CompiledLlama:
         ]
 
     def prepare(self, cache: SlotCache) -> None:
-        """Find the weights, and the storage of `cache`, after the body has prepared for it.
+        """Find the weights, and the storage of `cache`.
 
         Raises ValueError if a weight has been given another dtype, shape or layout.
         """
-        body = self.body
+        weights = self.weights
         if self._kinds_of_weights() != self._kinds:
             raise ValueError(
-                f"weights of {type(body.decoder).__name__} have another dtype, shape or layout than when its "
-                "runner was made: make EFTModels anew"
+                f"weights of {type(weights.decoder).__name__} have another dtype, shape or layout than when "
+                "its runner was made: make EFTModels anew"
             )
+        weights.prepare(cache)
         self._added = []
-        for row, layer in zip(self._weights, body.layers, strict=True):
-            norms = (layer.attention_norm, layer.query_norm, layer.key_norm, layer.mlp_norm)
+        brought: Tensor | None = None
+        for row, layer in zip(self._weights, weights.layers, strict=True):
+            norms = (
+                brought, layer.attention_norm, layer.query_norm, layer.key_norm, layer.attention_end_norm,
+                layer.mlp_norm,
+            )  # fmt: skip
+            brought = layer.mlp_end_norm
             linears = (
                 layer.query, layer.key, layer.value, layer.output, layer.gate, layer.up, layer.down,
             )  # fmt: skip
             row[:] = _addresses(*norms, *(part for linear in linears for part in _parts(linear)))
             columns = range(_QUERY, _WEIGHTS, _PARTS)
-            self._added.append(_low_ranks(dict(zip(columns, linears, strict=True))) if body.adapters else [])
-        decoder, head = body.decoder, linear_of(self.head, body.adapters)
-        self._ends[:] = _addresses(decoder.embed_tokens.weight, decoder.norm.weight, *_parts(head))
+            own = _low_ranks(dict(zip(columns, linears, strict=True))) if weights.adapters else []
+            self._added.append(own)
+        decoder, head = weights.decoder, linear_of(self.head, weights.adapters)
+        self._ends[:] = _addresses(brought, decoder.embed_tokens.weight, decoder.norm.weight, *_parts(head))
         # Of the first layer are the tables with which the head runs.
         self._added[0] += _low_ranks({_HEAD: head})
-        self._rotations = body.rotations.float()
+        self._sizes = _sizes(weights)
+        self._rotations = torch.stack([*weights.rotations.values()]).float()
         self.use_storage(cache)
 
     def use_storage(self, cache: SlotCache) -> None:
         """Go on with `cache`, of as many positions as the one that was prepared for."""
-        body = self.body
+        weights = self.weights
         for index, row in enumerate(self._stores):
-            row[:] = _addresses(*cache.layer_storage(index, body.kv_heads, body.dim, self._dtype))
+            row[:] = _addresses(*cache.layer_storage(index, weights.kv_heads, weights.dim, self._dtype))
         self._network = _network([self])
 
     def __call__(self, tokens: Tensor, cache: SlotCache) -> Tensor:
@@ -220,8 +245,8 @@ class CompiledLlama:
         return (
             np.array_equal(self._weights, other._weights)
             and np.array_equal(self._ends, other._ends)
-            and self.body.decoder is other.body.decoder
-            and self.body.rotations.shape == other.body.rotations.shape
+            and self.weights.decoder is other.weights.decoder
+            and self._rotations.shape == other._rotations.shape
         )
 
     @staticmethod
@@ -308,19 +333,34 @@ def _network(members: Sequence[CompiledLlama]) -> NetworkArrays:
         # A row without a matrix stands for none.
         table[: len(rows)] = np.array(rows, dtype=np.int64).reshape(-1, _LOW_RANK)
     return NetworkArrays(
-        first._sizes, ELEMENTS[first._dtype], first.body.eps, first._windows, first._ends, first._weights,
-        np.hstack([member._stores for member in members]), first._rotations.numpy(), low_ranks,
+        first._sizes, ELEMENTS[first._dtype], first._numbers, first._windows, first._ends, first._weights,
+        np.hstack([member._stores for member in members]), first._rotations.numpy(), first._kinds_of_layers,
+        low_ranks,
     )  # fmt: skip
 
 
+def _sizes(weights: LlamaWeights) -> np.ndarray[Any, Any]:
+    config, layer = weights.decoder.config, weights.layers[0]
+    norms_all_heads = layer.query_norm is not None and layer.query_norm.shape[0] != weights.dim
+    return np.array([
+        weights.heads, weights.kv_heads, weights.dim, config.hidden_size, config.intermediate_size,
+        weights.activation != "silu", norms_all_heads,
+        layer.attention_end_norm is not None or weights.residual_scale != 1.0,
+    ], dtype=np.int64)  # fmt: skip
+
+
+# Of `NetworkArrays.sizes` those that tell families apart, and of `numbers` all; a cap of 0 is none.
+_IS_GELU, _NORMS_ALL_HEADS, _ADDS_LATER = range(5, 8)
+_EPS, _NORM_OFFSET, _EMBEDDING_SCALE, _SCALE, _CAP, _RESIDUAL_SCALE, _LOGIT_SCALE, _LOGIT_CAP = range(8)
+
 # Columns of the table of addresses. After a matrix come its bias and the scales of one of eight bits; what a
-# layer does not have is 0.
+# layer does not have is 0. The first is of what the layer before has added.
 _PARTS = 3
-_ATTENTION_NORM, _QUERY_NORM, _KEY_NORM, _MLP_NORM = range(4)
-_QUERY, _KEY, _VALUE, _OUTPUT, _GATE, _UP, _DOWN = range(4, 25, _PARTS)
-_WEIGHTS = 25
-_EMBEDDING, _FINAL_NORM, _HEAD = range(3)
-_ENDS = 5
+_BROUGHT_NORM, _ATTENTION_NORM, _QUERY_NORM, _KEY_NORM, _JOINED_NORM, _MLP_NORM = range(6)
+_QUERY, _KEY, _VALUE, _OUTPUT, _GATE, _UP, _DOWN = range(6, 27, _PARTS)
+_WEIGHTS = 27
+_EMBEDDING, _FINAL_NORM, _HEAD = range(1, 4)
+_ENDS = 6
 
 # Columns of the table of what adapters add: to which product, for which of how many networks, and what.
 _MATRIX_COLUMN, _NETWORK_INDEX, _NETWORKS, _RANK, _UP_ROWS, _DOWN_AT, _UP_AT = range(7)
@@ -338,11 +378,17 @@ _LEAST_QUERIES = 32
 _PROJECT, _ATTEND, _JOIN, _GATE_UP, _CLOSE, _READ_OUT, _PROJECT_KEPT, _KEEP = range(8)
 
 
-@record(*[MATRIX] * 6)
+@record(*[MATRIX] * 8)
 class _Buffers(NamedTuple):
-    """What the stages of a pass hand on, a row a token."""
+    """What the stages of a pass hand on, a row a token.
+
+    `middle` and `joined` are `hidden`, but where something is done to what a part of a layer adds. Then that
+    is left in `joined`, and the next part adds it to `middle` for `hidden`, or halfway the other way round.
+    """
 
     hidden: Any
+    middle: Any
+    joined: Any
     projected: Any
     mixed: Any
     gated: Any
@@ -350,40 +396,68 @@ class _Buffers(NamedTuple):
     logits: Any
 
 
-@record(TABLE, TABLE, "int64", "float64", TABLE, TABLE, "int64", MATRIX, TABLE, "int64", TABLES, "int64")
+@record(TABLE, TABLE, TABLE, "int64", VECTOR, TABLE, TABLE, "int64", MATRIX, TABLE, TABLES, "int64")
 class _Layer(NamedTuple):
     """What the stages of one layer read: parts of `NetworkArrays`, and where each sequence's rows stand.
 
     `pieces` is by how many shares a sequence attends with each of its heads of keys.
     """
 
+    sizes: Any
     table: Any
     ends: Any
     element: int
-    eps: float
+    numbers: Any
     starts: Any
     lengths: Any
     window: int
     rotation: Any
     stores: Any
-    kv_heads: int
     low_ranks: Any
     pieces: int
 
 
-@compiled(f"{MATRIX}({MATRIX}, int64, int64, float64)")
-def _normalised(hidden: Any, address: int, element: int, eps: float) -> Any:
-    """RMS norm of the rows of `hidden`, times the weight at `address`, in new memory."""
+@compiled(f"float32({VECTOR}, float32)")
+def _inverse_size(values: Any, eps: float) -> Any:
+    """What an RMS norm multiplies these `values` by."""
+    total = FLOAT(0)
+    for k in range(values.shape[0]):
+        total += values[k] * values[k]
+    return FLOAT(1) / np.sqrt(total / FLOAT(values.shape[0]) + eps)
+
+
+@compiled(f"{MATRIX}({MATRIX}, int64, int64, {VECTOR})")
+def _normalised(hidden: Any, address: int, element: int, numbers: Any) -> Any:
+    """RMS norm of the rows of `hidden`, times the weight at `address`, in new memory; without one they."""
+    if address == 0:
+        return hidden
     rows, width = hidden.shape
-    weight = floats_at(address, element, width)
+    weight, offset = floats_at(address, element, width), numbers[_NORM_OFFSET]
     out = np.empty((rows, width), FLOAT)
     for r in range(rows):
-        total = FLOAT(0)
+        scale = _inverse_size(hidden[r], numbers[_EPS])
         for k in range(width):
-            total += hidden[r, k] * hidden[r, k]
-        scale = FLOAT(1) / np.sqrt(total / FLOAT(width) + FLOAT(eps))
-        for k in range(width):
-            out[r, k] = hidden[r, k] * scale * weight[k]
+            out[r, k] = hidden[r, k] * scale * (offset + weight[k])
+    return out
+
+
+@compiled(f"{MATRIX}({MATRIX}, {MATRIX}, int64, {MATRIX}, int64, _Layer)")
+def _added_up(before: Any, joined: Any, norm: int, after: Any, share: int, layer: Any) -> Any:
+    """What goes into a part of a layer: `before`, and what was `joined` since and is not in it yet.
+
+    Each share makes it for itself, and the first also leaves it in `after`.
+    """
+    if layer.sizes[_ADDS_LATER] == 0:
+        return before
+    added, scale = _normalised(joined, norm, layer.element, layer.numbers), layer.numbers[_RESIDUAL_SCALE]
+    out = np.empty(joined.shape, FLOAT)
+    for r in range(out.shape[0]):
+        for k in range(out.shape[1]):
+            out[r, k] = before[r, k] + scale * added[r, k]
+    if share == 0:
+        for r in range(out.shape[0]):
+            for k in range(out.shape[1]):
+                after[r, k] = out[r, k]
     return out
 
 
@@ -456,31 +530,35 @@ def _product(
                 _add_low_rank(inputs[begin:end], part, size, first, last, out[begin:end], column)
 
 
-@compiled(f"void({VECTOR}, {VECTOR}, float64, {VECTOR}, {VECTOR})")
-def _rotate(head: Any, weight: Any, eps: float, turn: Any, out: Any) -> None:
-    """Put `head`, normalised if there is a weight for it, and turned, in `out`."""
-    dim = out.shape[0]
+@compiled(f"void({VECTOR}, int64, int64, int64, {VECTOR}, {VECTOR}, {VECTOR}, _Layer)")
+def _rotate(row: Any, first: int, at: int, size: int, weight: Any, turn: Any, out: Any, layer: Any) -> None:
+    """Put the head of `row` that begins `at`, normalised and turned, in `out`.
+
+    It is one of those in the `size` numbers from `first` on, and normalised if there is a weight for it.
+    """
+    dim, numbers = out.shape[0], layer.numbers
     half = dim // 2
-    scale = FLOAT(1)
+    head = row[at : at + dim]
     if weight.shape[0] > 0:
-        total = FLOAT(0)
+        offset = numbers[_NORM_OFFSET]
+        if layer.sizes[_NORMS_ALL_HEADS] != 0:
+            scale, own = _inverse_size(row[first : first + size], numbers[_EPS]), weight[at - first :]
+        else:
+            scale, own = _inverse_size(head, numbers[_EPS]), weight
         for k in range(dim):
-            total += head[k] * head[k]
-        scale /= np.sqrt(total / FLOAT(dim) + FLOAT(eps))
-        for k in range(dim):
-            out[k] = head[k] * scale * weight[k]
+            out[k] = head[k] * scale * (offset + own[k])
     else:
         for k in range(dim):
             out[k] = head[k]
     # Views, since an index that is a sum might be negative, and a loop that must look is not vectorised.
-    first, second = out[:half], out[half:]
+    left_half, right_half = out[:half], out[half:]
     cos_first, cos_second, sin_first, sin_second = (
         turn[:half], turn[half:dim], turn[dim : dim + half], turn[dim + half :],
     )  # fmt: skip
     for k in range(half):
-        left, right = first[k], second[k]
-        first[k] = left * cos_first[k] + right * sin_first[k]
-        second[k] = right * cos_second[k] + left * sin_second[k]
+        left, right = left_half[k], right_half[k]
+        left_half[k] = left * cos_first[k] + right * sin_first[k]
+        right_half[k] = right * cos_second[k] + left * sin_second[k]
 
 
 @strictly_compiled(f"void({MATRIX}, int64, int64, int64, int64, {MATRIX})")
@@ -526,14 +604,32 @@ def _weighted_sums(weights: Any, values_at: int, element: int, first: int, last:
                     out_0[k] += weight * value[k]
 
 
-@compiled(f"void({VECTOR}, int64, int64, int64, float32)")
-def _softmax(scores: Any, first: int, begin: int, end: int, scale: float) -> None:
-    """Softmax of scores[begin:end] times `scale`; the other scores from `first` on become 0."""
-    seen = scores[begin:end]
+@compiled(f"void({VECTOR}, float32, float32)")
+def _squeeze(values: Any, scale: float, cap: float) -> None:
+    """Multiply `values` by `scale`, and squeeze them into +-`cap` by a hyperbolic tangent if it is not 0."""
+    if cap == FLOAT(0):
+        for k in range(values.shape[0]):
+            values[k] *= scale
+        return
+    factor = FLOAT(2) * scale / cap
+    for k in range(values.shape[0]):
+        values[k] = cap - FLOAT(2) * cap / (FLOAT(1) + exp(values[k] * factor))
+
+
+@compiled(f"void({VECTOR}, int64, int64, int64, float32, float32)")
+def _softmax(scores: Any, first: int, begin: int, end: int, scale: Any, cap: Any) -> None:
+    """Softmax of scores[begin:end] times `scale`, squeezed into +-`cap` if it is not 0.
+
+    The other scores from `first` on become 0.
+    """
+    seen, factor = scores[begin:end], scale
+    if cap != FLOAT(0):
+        _squeeze(seen, scale, cap)
+        factor = FLOAT(1)
     highest = largest(seen)
     total = FLOAT(0)
     for k in range(seen.shape[0]):
-        seen[k] = exp((seen[k] - highest) * scale)
+        seen[k] = exp((seen[k] - highest) * factor)
         total += seen[k]
     for k in range(seen.shape[0]):
         seen[k] /= total
@@ -549,10 +645,10 @@ def _attend(projected: Any, mixed: Any, share: int, attends: bool, layer: Any) -
 
     Of several pieces, shares of its queries, each writes all keys and values that it will read.
     """
-    table, element, eps, window = layer.table, layer.element, layer.eps, layer.window
-    starts, rotation, stores, kv_heads = layer.starts, layer.rotation, layer.stores, layer.kv_heads
+    table, element, window, starts = layer.table, layer.element, layer.window, layer.starts
+    rotation, stores, sizes, numbers = layer.rotation, layer.stores, layer.sizes, layer.numbers
     capacity, dim = rotation.shape[0], rotation.shape[1] // 2
-    heads = mixed.shape[1] // dim
+    heads, kv_heads = sizes[0], sizes[1]
     groups = heads // kv_heads
     pieces = layer.pieces
     share, piece = share // pieces, share % pieces
@@ -565,9 +661,11 @@ def _attend(projected: Any, mixed: Any, share: int, attends: bool, layer: Any) -
     row_bytes = element_bytes(element) * dim
     at, offset = share // shares * 2, share % shares * capacity * row_bytes
     keys, values = stores[at] + offset, stores[at + 1] + offset
+    all_queries, all_keys = heads * dim, kv_heads * dim
     # Of models without these norms there is nothing at 0.
-    query_norm = floats_at(table[_QUERY_NORM], element, dim if table[_QUERY_NORM] != 0 else 0)
-    key_norm = floats_at(table[_KEY_NORM], element, dim if table[_KEY_NORM] != 0 else 0)
+    normed_queries, normed_keys = (all_queries, all_keys) if sizes[_NORMS_ALL_HEADS] != 0 else (dim, dim)
+    query_norm = floats_at(table[_QUERY_NORM], element, normed_queries if table[_QUERY_NORM] != 0 else 0)
+    key_norm = floats_at(table[_KEY_NORM], element, normed_keys if table[_KEY_NORM] != 0 else 0)
     first_query, last_query = piece * length // pieces, (piece + 1) * length // pieces
     queries, key = np.empty(((last_query - first_query) * groups, dim), FLOAT), np.empty(dim, FLOAT)
     last = capacity - 1
@@ -577,17 +675,16 @@ def _attend(projected: Any, mixed: Any, share: int, attends: bool, layer: Any) -
         turn = rotation[position]
         row = projected[own + step]
         key_at, value_at = (heads + kv_head) * dim, (heads + kv_heads + kv_head) * dim
-        _rotate(row[key_at : key_at + dim], key_norm, eps, turn, key)
+        _rotate(row, all_queries, key_at, all_keys, key_norm, turn, key, layer)
         put_floats(key, keys + position * row_bytes, element)
         put_floats(row[value_at : value_at + dim], values + position * row_bytes, element)
         for group in range(groups if attends and step >= first_query else 0):
             query_at = (kv_head * groups + group) * dim
             query = queries[(step - first_query) * groups + group]
-            _rotate(row[query_at : query_at + dim], query_norm, eps, turn, query)
+            _rotate(row, 0, query_at, all_queries, query_norm, turn, query, layer)
     if not attends:
         return
 
-    scale = FLOAT(1) / np.sqrt(FLOAT(dim))
     step = max(1, _QUERIES_AT_ONCE // groups)
     for begun in range(first_query, last_query, step):
         ended = min(begun + step, last_query)
@@ -603,7 +700,7 @@ def _attend(projected: Any, mixed: Any, share: int, attends: bool, layer: Any) -
         for index in range(rows):
             end = min(start + begun + index // groups, last) + 1
             begin = first if window == 0 else max(0, end - window)
-            _softmax(scores[index], first, begin, end, scale)
+            _softmax(scores[index], first, begin, end, numbers[_SCALE], numbers[_CAP])
         _weighted_sums(scores, values, element, first, span, sums)
         for index in range(rows):
             at = (kv_head * groups + index % groups) * dim
@@ -612,15 +709,32 @@ def _attend(projected: Any, mixed: Any, share: int, attends: bool, layer: Any) -
                 out[k] = sums[index, k]
 
 
+@compiled(f"void({VECTOR}, {VECTOR}, boolean)")
+def _gate(gate: Any, factor: Any, is_gelu: bool) -> None:
+    """Multiply the SiLU of `gate`, or its GELU as made of a hyperbolic tangent, by `factor`."""
+    if is_gelu:
+        # x (1 + tanh(y)) / 2 = x / (1 + exp(-2 y)) with y = sqrt(2 / pi) (x + 0.044715 x^3).
+        for k in range(gate.shape[0]):
+            x = gate[k]
+            twice = x * (FLOAT(1.5957691216057308) + FLOAT(0.07135481282052803) * x * x)
+            gate[k] = x / (FLOAT(1) + exp(-twice)) * factor[k]
+        return
+    for k in range(gate.shape[0]):
+        gate[k] = gate[k] / (FLOAT(1) + exp(-gate[k])) * factor[k]
+
+
 @compiled("void(int64, int64, int64, _Buffers, _Layer)")
 def _share(stage: int, threads: int, share: int, buffers: Any, layer: Any) -> None:
     """What one thread does of one stage."""
     stay_a_function()
-    table, element, eps = layer.table, layer.element, layer.eps
-    hidden, projected, mixed, gated = buffers.hidden, buffers.projected, buffers.mixed, buffers.gated
+    table, element, numbers, sizes = layer.table, layer.element, layer.numbers, layer.sizes
+    hidden, middle, joined = buffers.hidden, buffers.middle, buffers.joined
+    projected, mixed, gated = buffers.projected, buffers.mixed, buffers.gated
+    adds = sizes[_ADDS_LATER] == 0
     if stage in (_PROJECT, _PROJECT_KEPT):
-        inputs = _normalised(hidden, table[_ATTENTION_NORM], element, eps)
-        key_size = layer.kv_heads * layer.rotation.shape[1] // 2
+        total = _added_up(middle, joined, table[_BROUGHT_NORM], hidden, share, layer)
+        inputs = _normalised(total, table[_ATTENTION_NORM], element, numbers)
+        key_size = sizes[1] * sizes[2]
         query_size, width = projected.shape[1] - 2 * key_size, inputs.shape[1]
         for matrix in (_KEY, _VALUE):
             _ask_for_product(table, element, matrix, key_size, width, share, threads)
@@ -631,23 +745,28 @@ def _share(stage: int, threads: int, share: int, buffers: Any, layer: Any) -> No
     elif stage in (_ATTEND, _KEEP):
         _attend(projected, mixed, share, stage == _ATTEND, layer)
     elif stage == _JOIN:
-        _product(mixed, table, _OUTPUT, hidden.shape[1], hidden, 0, share, threads, True, layer)
+        _product(mixed, table, _OUTPUT, hidden.shape[1], joined, 0, share, threads, adds, layer)
     elif stage == _GATE_UP:
-        inputs, up = _normalised(hidden, table[_MLP_NORM], element, eps), buffers.up
+        total = _added_up(hidden, joined, table[_JOINED_NORM], middle, share, layer)
+        inputs, up = _normalised(total, table[_MLP_NORM], element, numbers), buffers.up
         rows, inner = gated.shape
         _ask_for_product(table, element, _UP, inner, inputs.shape[1], share, threads)
         _product(inputs, table, _GATE, inner, gated, 0, share, threads, False, layer)
         _product(inputs, table, _UP, inner, up, 0, share, threads, False, layer)
         first, last = share * inner // threads, (share + 1) * inner // threads
         for row in range(rows):
-            gate, factor = gated[row, first:last], up[row, first:last]
-            for k in range(gate.shape[0]):
-                gate[k] = gate[k] / (FLOAT(1) + exp(-gate[k])) * factor[k]
+            _gate(gated[row, first:last], up[row, first:last], sizes[_IS_GELU] != 0)
     elif stage == _CLOSE:
-        _product(gated, table, _DOWN, hidden.shape[1], hidden, 0, share, threads, True, layer)
+        _product(gated, table, _DOWN, hidden.shape[1], joined, 0, share, threads, adds, layer)
     else:
-        inputs, logits = _normalised(hidden, layer.ends[_FINAL_NORM], element, eps), buffers.logits
-        _product(inputs, layer.ends, _HEAD, logits.shape[1], logits, 0, share, threads, False, layer)
+        total = _added_up(middle, joined, layer.ends[_BROUGHT_NORM], hidden, share, layer)
+        inputs, logits = _normalised(total, layer.ends[_FINAL_NORM], element, numbers), buffers.logits
+        size = logits.shape[1]
+        _product(inputs, layer.ends, _HEAD, size, logits, 0, share, threads, False, layer)
+        if numbers[_LOGIT_SCALE] != FLOAT(1) or numbers[_LOGIT_CAP] != FLOAT(0):
+            first, last = share * size // threads, (share + 1) * size // threads
+            for row in range(logits.shape[0]):
+                _squeeze(logits[row, first:last], numbers[_LOGIT_SCALE], numbers[_LOGIT_CAP])
 
 
 @compiled("UniTuple(int64, 2)(int64, int64, boolean)")
@@ -698,8 +817,8 @@ def _pass_through(
     for step in range(steps):
         layer, stage = _place(step, layers, reads_out)
         own = _Layer(
-            network.weights[layer], network.ends, network.element, network.eps, starts, lengths,
-            network.windows[layer], network.rotation, network.stores[layer], kv_heads,
+            network.sizes, network.weights[layer], network.ends, network.element, network.numbers, starts,
+            lengths, network.windows[layer], network.rotations[network.kinds[layer]], network.stores[layer],
             network.low_ranks[layer], pieces if stage == _ATTEND else 1,
         )  # fmt: skip
         shares = sequences * kv_heads * own.pieces if stage in (_ATTEND, _KEEP) else threads
@@ -737,7 +856,7 @@ def _forward(
     threads: int,
 ) -> None:
     """Run the first `counts` of each sequence's tokens; their logits stand where those of all would."""
-    heads, kv_heads, dim, width, inner = network.sizes
+    heads, kv_heads, dim, width, inner = network.sizes[:5]
     batch, length = tokens.shape
     starts = np.zeros(batch + 1, np.int64)
     for sequence in range(batch):
@@ -745,10 +864,17 @@ def _forward(
     rows = starts[batch]
     row_bytes = element_bytes(network.element) * width
     hidden = np.empty((rows, width), FLOAT)
+    middle, joined = hidden, hidden
+    if network.sizes[_ADDS_LATER] != 0:
+        middle, joined = np.empty((rows, width), FLOAT), np.zeros((rows, width), FLOAT)
+    scale = network.numbers[_EMBEDDING_SCALE]
     for sequence in range(batch):
         for step in range(counts[sequence]):
             address = network.ends[_EMBEDDING] + tokens[sequence, step] * row_bytes
-            read_floats(address, network.element, hidden[starts[sequence] + step])
+            row = middle[starts[sequence] + step]
+            read_floats(address, network.element, row)
+            for k in range(width):
+                row[k] *= scale
     projected = np.empty((rows, (heads + 2 * kv_heads) * dim), FLOAT)
     mixed = np.empty((rows, heads * dim), FLOAT)
     gated = np.empty((rows, inner), FLOAT)
@@ -757,7 +883,7 @@ def _forward(
     # One sequence's stand in their places as they are.
     is_ragged = rows < logits.shape[0] and batch > 1
     packed = np.empty((rows, logits.shape[1]), FLOAT) if is_ragged else logits[:rows]
-    buffers = _Buffers(hidden, projected, mixed, gated, up, packed)
+    buffers = _Buffers(hidden, middle, joined, projected, mixed, gated, up, packed)
     # Without room for logits none are made.
     steps = _READ_OUT * layers + 1 if logits.shape[0] > 0 else _READ_OUT * (layers - 1) + 2
     _together(threads, starts, lengths, network, buffers, meetings(steps, threads))

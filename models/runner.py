@@ -24,7 +24,7 @@ from .attention import Attention, attention_for, choose_attention
 from .bodies import Block, Body, FalconAlibiBody, TransformersBody
 from .configs import TESTED_FAMILIES, declared, logit_scale, longest_window, position_limit, text_config
 from .describe import cache_bytes_per_token, vocabulary_rows
-from .llama import EightBitCopies, LlamaBody, is_ordinary, is_plain, linear_of
+from .llama import EightBitCopies, LlamaBody, LlamaWeights, is_ordinary, is_plain, linear_of
 from .placement import home_device
 from .protocol import Runner
 from .slot_cache import SlotCache, round_up
@@ -102,9 +102,7 @@ class ModelRunner:
             self._adapted = AdapterSwitch(model, adapters)
         self._softcap = declared(config, "final_logit_softcapping")
         self._scale = logit_scale(config)
-        logits_change = self._scale != 1.0 or self._softcap is not None
-        plain = self.attention == "sdpa" and not logits_change
-        self._compiled = _compile_for_cpu(self._body, self._head) if plain else None
+        self._compiled = self._compile_for_cpu(adapters)
         self._quantised: ModelRunner | None = None
         self._copies = EightBitCopies()
         self._storage = _Storage(SlotCache(0, 0, self.device, self.attention))
@@ -114,9 +112,25 @@ class ModelRunner:
                 "cannot be run with one length for each sequence: its logits would not be its own; give a "
                 f"model of a tested family ({', '.join(sorted(TESTED_FAMILIES))})"
             )
-        if compile_body and isinstance(self._body, TransformersBody):
+        if compile_body and self._compiled is None and isinstance(self._body, TransformersBody):
             self._body.compile()
             self._compare_with_model("cannot be run by torch.compile here; leave out compile_bodies")
+
+    def _compile_for_cpu(self, adapters: Sequence[str] | None) -> CompiledLlama | None:
+        decoder = self.model.get_decoder()
+        if self.attention != "sdpa" or backend(decoder.device) != "numba":
+            return None
+        if isinstance(self._body, LlamaBody):
+            weights: LlamaWeights = self._body
+        elif LlamaWeights.fits(decoder, adapters):
+            weights = LlamaWeights(decoder, adapters)
+        else:
+            return None
+        from .llama_cpu import CompiledLlama
+
+        if not CompiledLlama.fits(weights, self._head):
+            return None
+        return CompiledLlama(weights, self._head, self._scale, self._softcap)
 
     @property
     def cache(self) -> SlotCache:
@@ -166,9 +180,7 @@ class ModelRunner:
             self._quantised._prepare()
 
     def _prepare(self) -> None:
-        self._body.prepare(self.cache)
-        if self._compiled is not None:
-            self._compiled.prepare(self.cache)
+        (self._compiled or self._body).prepare(self.cache)
 
     def use(self, batch: int) -> None:
         """Go on with the first `batch` sequences alone; the caches of the others stay as they are."""
@@ -211,12 +223,19 @@ class ModelRunner:
         return self._compiled is not None
 
     @property
+    def _weights(self) -> LlamaWeights | None:
+        """Where passes of our own find the model's."""
+        if self._compiled is not None:
+            return self._compiled.weights
+        return self._body if isinstance(self._body, LlamaBody) else None
+
+    @property
     def can_quantise(self) -> bool:
         """Whether there is a `quantised`: for Llama-like models without adapters."""
-        body, head = self._body, self._head
+        weights, head = self._weights, self._head
         return (
-            isinstance(body, LlamaBody)
-            and not body.adapters
+            weights is not None
+            and not weights.adapters
             and type(head) is nn.Linear
             and is_plain(head)
             and is_ordinary(cast(nn.Parameter, head.weight))
@@ -236,13 +255,15 @@ class ModelRunner:
         They are copied in the first call, and anew by a `reserve` that finds the model's own changed.
         """
         if self._quantised is None:
-            body = self._body
-            assert isinstance(body, LlamaBody)
+            own = self._weights
+            assert own is not None
             other = copy.copy(self)
-            other._body = LlamaBody(body.decoder, self.attention, body.adapters, self._copies)
             other._head = self._copies.of("head", linear_of(self._head, ()))
-            if self._compiled is not None:
-                other._compiled = type(self._compiled)(other._body, other._head)
+            if self._compiled is None:
+                other._body = LlamaBody(own.decoder, self.attention, own.adapters, self._copies)
+            else:
+                weights = LlamaWeights(own.decoder, own.adapters, self._copies)
+                other._compiled = self._compiled.of(weights, other._head)
             other._prepare()
             self._quantised = other
         return self._quantised
@@ -412,11 +433,3 @@ def _choose_body(model: PreTrainedModel, attention: Attention, adapters: Sequenc
     if decoder.config.model_type == "falcon" and decoder.config.alibi:
         return FalconAlibiBody(decoder, attention)
     return TransformersBody(decoder, attention, model._supports_attention_backend)
-
-
-def _compile_for_cpu(body: Body, head: Any) -> CompiledLlama | None:
-    if not isinstance(body, LlamaBody) or backend(body.decoder.device) != "numba":
-        return None
-    from .llama_cpu import CompiledLlama
-
-    return CompiledLlama(body, head) if CompiledLlama.fits(body, head) else None

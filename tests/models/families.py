@@ -12,10 +12,14 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -24,6 +28,8 @@ from transformers import (
     MixtralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     Phi3Config,
@@ -100,12 +106,41 @@ _FAMILIES: dict[str, tuple[type[PreTrainedModel], Any, dict[str, Any]]] = {
     "qwen2-sliding": (Qwen2ForCausalLM, Qwen2Config, {**_GROUPED, **_TWO_KINDS, "use_sliding_window": True}),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, {**_GROUPED, "head_dim": 16}),
     "mistral": (MistralForCausalLM, MistralConfig, {**_GROUPED, "sliding_window": WINDOW}),
+    "gemma": (GemmaForCausalLM, GemmaConfig, {**_GROUPED, "head_dim": 16}),
     "gemma2": (Gemma2ForCausalLM, Gemma2Config, _GEMMA2),
     "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig, _GEMMA),
     "gpt2": (GPT2LMHeadModel, GPT2Config, _COMMON),
     "gpt-neox": (GPTNeoXForCausalLM, GPTNeoXConfig, {**_COMMON, "intermediate_size": 64}),
     "opt": (OPTForCausalLM, OPTConfig, {**_COMMON, "ffn_dim": 64, "word_embed_proj_dim": 32}),
+    "granite": (
+        GraniteForCausalLM,
+        GraniteConfig,
+        {
+            **_GROUPED,
+            "attention_multiplier": 0.2,
+            "embedding_multiplier": 2.0,
+            "logits_scaling": 3.0,
+            "residual_multiplier": 0.7,
+        },
+    ),
     "olmo2": (Olmo2ForCausalLM, Olmo2Config, _GROUPED),
+    "olmo3": (
+        Olmo3ForCausalLM,
+        Olmo3Config,
+        {
+            **_GROUPED,
+            **_TWO_KINDS,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+                "full_attention": {
+                    "rope_type": "yarn",
+                    "rope_theta": 10_000.0,
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 16,
+                },
+            },
+        },
+    ),
     "phi3": (Phi3ForCausalLM, Phi3Config, _GROUPED),
     "phi3-longrope": (
         Phi3ForCausalLM,
@@ -130,6 +165,11 @@ _FAMILIES: dict[str, tuple[type[PreTrainedModel], Any, dict[str, Any]]] = {
 }
 
 FAMILIES = tuple(_FAMILIES)
+COMPILED = (
+    "llama", "llama3-rope", "qwen2", "qwen2-sliding", "qwen3", "mistral", "gemma", "gemma2", "gemma3",
+    "granite", "olmo2", "olmo3", "phi3",
+)  # fmt: skip
+"""Those that run compiled on a CPU."""
 
 
 def tiny_model(name: str, seed: int = 0, vocab_size: int = 101, context: int = CONTEXT) -> PreTrainedModel:
@@ -146,4 +186,14 @@ def tiny_model(name: str, seed: int = 0, vocab_size: int = 101, context: int = C
             for parameter in model.parameters():
                 if parameter.dim() > 1:
                     parameter.normal_(0.0, 0.15)
+    return model
+
+
+def with_uneven_norms(model: PreTrainedModel) -> PreTrainedModel:
+    """`model`, after whose weights of norms, and biases, are all different."""
+    choose = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn(parameter.shape, generator=choose), alpha=0.2)
     return model

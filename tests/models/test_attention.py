@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from transformers import GraniteConfig, GraniteForCausalLM, PreTrainedModel
+from transformers import CohereConfig, CohereForCausalLM, PreTrainedModel
 
 from speculative_eft.models import EFTModels, ModelRunner
 from speculative_eft.models import attention as attention_module
@@ -97,13 +97,13 @@ def test_half_precision_is_as_close_as_the_model_itself(family: str, chosen: str
     assert error < 1.5 * plain_error
 
 
-def granite() -> PreTrainedModel:
-    return GraniteForCausalLM(GraniteConfig(vocab_size=101, hidden_size=32, num_attention_heads=4))
+def cohere() -> PreTrainedModel:
+    return CohereForCausalLM(CohereConfig(vocab_size=101, hidden_size=32, num_attention_heads=4))
 
 
 def test_auto_is_sdpa_on_a_processor() -> None:
     assert ModelRunner(tiny_model("llama")).attention == "sdpa"
-    assert ModelRunner(granite()).attention == "sdpa"
+    assert ModelRunner(cohere()).attention == "sdpa"
 
 
 def test_auto_is_triton_on_a_gpu_for_known_heads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +116,7 @@ def test_auto_is_triton_on_a_gpu_for_known_heads(monkeypatch: pytest.MonkeyPatch
     model.config.head_dim = 160
     assert attention_module.choose_attention("auto", model) == "sdpa"
     model.config.head_dim = 128
-    model.config.model_type = "granite"
+    model.config.model_type = "cohere"
     assert attention_module.choose_attention("auto", model) == "sdpa"
     model.config.model_type = "llama"
     monkeypatch.setattr(attention_module, "backend", lambda device: "torch")
@@ -134,10 +134,10 @@ def test_triton_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("family", "reason"),
-    [("falcon-multi-query", "have an attention of their own"), ("granite", "not tested with granite models")],
+    [("falcon-multi-query", "have an attention of their own"), ("cohere", "not tested with cohere models")],
 )
 def test_models_that_only_sdpa_can_run_are_refused(family: str, reason: str, chosen: str) -> None:
-    model = granite() if family == "granite" else tiny_model(family)
+    model = cohere() if family == "cohere" else tiny_model(family)
     with pytest.raises(ValueError, match=f"attention='{chosen}' cannot run .*: .*{reason}"):
         ModelRunner(model, attention=chosen)
 

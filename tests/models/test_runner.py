@@ -16,10 +16,10 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     BloomForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
     GPTNeoConfig,
     GPTNeoForCausalLM,
-    GraniteConfig,
-    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     ModernBertDecoderConfig,
@@ -31,7 +31,7 @@ from transformers import (
 from speculative_eft.models import ModelRunner
 from speculative_eft.models.configs import logit_scale
 from tests.device import skip_unless_compiled, test_device
-from tests.models.families import CONTEXT, FAMILIES, tiny_model
+from tests.models.families import COMPILED, CONTEXT, FAMILIES, tiny_model, with_uneven_norms
 from tests.sync_guard import no_host_sync
 
 VOCABULARY = 101
@@ -82,15 +82,21 @@ def compare_ragged_blocks(runner: ModelRunner, tokens: Tensor, expected: Tensor,
 @pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ragged_blocks_with_roll_backs_give_the_logits_of_a_full_pass(family: str) -> None:
-    model, tokens = tiny_model(family), random_tokens(4, LENGTH)
+    model, tokens = with_uneven_norms(tiny_model(family)), random_tokens(4, LENGTH)
     compare_ragged_blocks(ModelRunner(model), tokens, plain_logits(model, tokens), TOLERANCE)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_that_run_compiled(family: str) -> None:
+    skip_unless_compiled(torch.float32)
+    assert ModelRunner(tiny_model(family)).is_compiled == (family in COMPILED)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", COMPILED)
 def test_compiled_passes_of_16_bits_are_closer_than_the_models_own(family: str, dtype: torch.dtype) -> None:
     skip_unless_compiled(dtype)
-    model, tokens = tiny_model(family).to(dtype), random_tokens(4, LENGTH)
+    model, tokens = with_uneven_norms(tiny_model(family)).to(dtype), random_tokens(4, LENGTH)
     # Without any rounding but that of the weights.
     exact = plain_logits(copy.deepcopy(model).float(), tokens)
     own_error = plain_logits(model, tokens).float() - exact
@@ -128,7 +134,7 @@ def with_wide_heads() -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("family", ["qwen3", "mistral", "wide heads"])
+@pytest.mark.parametrize("family", ["qwen3", "mistral", "gemma2", "gemma3", "olmo2", "wide heads"])
 def test_compiled_rows_do_not_depend_on_those_beside_them(
     family: str, dtype: torch.dtype, several_threads: int
 ) -> None:
@@ -147,7 +153,7 @@ def test_compiled_rows_do_not_depend_on_those_beside_them(
             runner.lengths.add_(end - start)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "olmo2"])
 def test_threads_that_share_a_pass_give_its_logits(family: str, several_threads: int) -> None:
     model = tiny_model(family)
     tokens = random_tokens(3, LENGTH)
@@ -309,7 +315,7 @@ def test_prefill_leaves_the_output_head_alone() -> None:
 @pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prefill_leaves_the_keys_and_values_of_a_whole_pass(family: str) -> None:
-    tokens, runner = random_tokens(3, 12), ModelRunner(tiny_model(family))
+    tokens, runner = random_tokens(3, 12), ModelRunner(with_uneven_norms(tiny_model(family)))
     runner.reserve(3, 12)
     runner.forward(tokens, 12)
     wanted = [tensor.clone() for tensor in runner.cache.storage()]
@@ -386,7 +392,9 @@ def test_copies_of_eight_bits_follow_their_weights() -> None:
     copies = runner.quantised()
     before = copies.forward(tokens, 6)
     layer = model.model.layers[0]
-    addresses = [linear.weight.numbers.data_ptr() for linear in (copies._body.layers[0].gate, copies._head)]
+    addresses = [
+        linear.weight.numbers.data_ptr() for linear in (copies._weights.layers[0].gate, copies._head)
+    ]
     with torch.no_grad():
         layer.mlp.gate_proj.weight.mul_(-1)
         model.lm_head.weight.mul_(2)
@@ -396,25 +404,22 @@ def test_copies_of_eight_bits_follow_their_weights() -> None:
     assert (found - runner.forward(tokens, 6)).abs().max() < 0.02 * found.abs().max()
     # Where graphs and bound calls know them.
     assert addresses == [
-        linear.weight.numbers.data_ptr() for linear in (copies._body.layers[0].gate, copies._head)
+        linear.weight.numbers.data_ptr() for linear in (copies._weights.layers[0].gate, copies._head)
     ]
 
 
 def test_an_untested_architecture_that_agrees_with_itself_is_accepted() -> None:
-    config = GraniteConfig(
+    config = CohereConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        logits_scaling=3.0,
-        attention_multiplier=0.2,
-        residual_multiplier=0.7,
-        embedding_multiplier=2.0,
+        logit_scale=0.3,
     )
     torch.manual_seed(0)
-    model = GraniteForCausalLM(config)
+    model = CohereForCausalLM(config)
     tokens = random_tokens(1, 9)
     runner = ModelRunner(model)
     runner.reserve(1, 9)
