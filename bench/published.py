@@ -43,6 +43,19 @@ def _qwen(rows: int, eps: float, tied: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _gemma_3(rows: int, window: int, rope: dict[str, Any]) -> dict[str, Any]:
+    """What Gemma-3's sizes share; `rope` is how layers that see all positions turn."""
+    return {
+        "model_type": "gemma3_text", "vocab_size": rows, "head_dim": 256, "query_pre_attn_scalar": 256,
+        "sliding_window": window, "max_position_embeddings": 32_768, "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+            "full_attention": {"rope_theta": 1_000_000.0, **rope},
+        },
+    }  # fmt: skip
+
+
 _LLAMA_2 = {"model_type": "llama", "vocab_size": 32_000, "max_position_embeddings": 4096}
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-2-7b": sized(_LLAMA_2, 4096, 11_008, 32, 32, 32),
@@ -51,6 +64,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.2-1b": sized(_llama_3(32.0), 2048, 8192, 16, 32, 8, tie_word_embeddings=True),
     "llama-3.1-8b": sized(_llama_3(8.0), 4096, 14_336, 32, 32, 8),
     "llama-3.1-70b": sized(_llama_3(8.0), 8192, 28_672, 80, 64, 8),
+    "gemma-3-270m": sized(_gemma_3(262_144, 512, {"rope_type": "default"}), 640, 2048, 18, 4, 1),
+    "gemma-3-1b": sized(_gemma_3(262_144, 512, {"rope_type": "default"}), 1152, 6912, 26, 4, 1),
+    "gemma-3-4b": sized(
+        _gemma_3(262_208, 1024, {"rope_type": "linear", "factor": 8.0}), 2560, 10_240, 34, 8, 4
+    ),
     "qwen2.5-0.5b": sized(_qwen(151_936, 1e-6, True), 896, 4864, 24, 14, 2),
     "qwen2.5-1.5b": sized(_qwen(151_936, 1e-6, True), 1536, 8960, 28, 12, 2),
     "qwen2.5-3b": sized(_qwen(151_936, 1e-6, True), 2048, 11_008, 36, 16, 2),

@@ -1,6 +1,7 @@
 """Decoding: what is sampled from, the rounds that sample it, and what they return."""
 
 from .adapter import CUSTOM_GENERATE_FOLDER
+from .chat import Chat, plain_chat
 from .config import DraftWeights, EFTConfig
 from .decoder import EFTDecoder, NaiveEFTDecoder
 from .output import EFTOutput, EFTStats, EFTTrace
@@ -11,6 +12,7 @@ from .streaming import Streamer, TokenCallback
 
 __all__ = [
     "CUSTOM_GENERATE_FOLDER",
+    "Chat",
     "DraftWeights",
     "EFTConfig",
     "EFTDecoder",
@@ -25,4 +27,5 @@ __all__ = [
     "Streamer",
     "TokenCallback",
     "TokenScores",
+    "plain_chat",
 ]

@@ -49,6 +49,7 @@ from .command_options import (
     new_file,
     option,
     seed_value,
+    some_text,
     tokenizer_of,
     trio_or_demo,
 )
@@ -170,6 +171,12 @@ def generate(
         Path | None,
         option("Read the prompt from a file.", "FILE", exists=True, dir_okay=False, readable=True),
     ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat", help="The prompt is a user's turn: in the tuned model's chat template, plain for bases."
+        ),
+    ] = False,
     large: LargeBase = None,
     tuned: SmallTuned = None,
     base: SmallBase = None,
@@ -210,6 +217,10 @@ def generate(
         bool, typer.Option("--naive", rich_help_panel=DRAFTING, help="Do not speculate.")
     ] = False,
     max_new_tokens: MaxNewTokens = 128,
+    stop: Annotated[
+        list[str] | None,
+        option("End with this text; may be repeated.", "TEXT", SAMPLING, callback=some_text),
+    ] = None,
     temperature: Temperature = 1.0,
     top_k: Annotated[int, option("Keep the k most probable tokens; 0 keeps all.", "K", SAMPLING, min=0)] = 0,
     top_p: Annotated[
@@ -248,9 +259,12 @@ def generate(
     out, err = Console(highlight=False), Console(stderr=True, highlight=False)
     models = load_models(*trio_or_demo(large, tuned, base, dtype), device_map, err)
     from .continuation import SourceStreamer, continue_prompt
-    from .decoding import EFTConfig, EFTDecoder, NaiveEFTDecoder
+    from .decoding import EFTConfig, EFTDecoder, NaiveEFTDecoder, plain_chat
 
     tokenizer = tokenizer_of(models)
+    if chat and not getattr(models.chat_tokenizer, "chat_template", None):
+        raise typer.BadParameter("the tuned model's tokenizer has no chat template.", param_hint="'--chat'")
+    messages = [{"role": "user", "content": text}]
     config = EFTConfig(
         alpha=alpha[0] if len(alpha) == 1 else alpha,
         beta=beta,
@@ -261,7 +275,7 @@ def generate(
         draft_temperature=draft_temperature,
         conservative_top_p=conservative_top_p,
     )
-    input_ids = tokenizer(text, return_tensors="pt").input_ids
+    input_ids = tokenizer(plain_chat(messages) if chat else text, return_tensors="pt").input_ids
     streamer = None
     if not as_json:
         sources_shown = has_colours(out) if show_sources is None else show_sources
@@ -275,7 +289,9 @@ def generate(
         seed,
         temperature,
         streamer,
+        messages if chat else None,
         max_new_tokens=max_new_tokens,
+        stop_strings=stop or None,
         top_k=top_k,
         top_p=top_p,
         min_p=min_p,

@@ -49,6 +49,7 @@ __all__ = [
     "one_of",
     "option",
     "seed_value",
+    "some_text",
     "tokenizer_of",
     "trio_or_demo",
 ]
@@ -123,6 +124,12 @@ def model_name(value: str | None) -> str | None:
     return value
 
 
+def _some_characters(value: str) -> str:
+    if not value:
+        raise typer.BadParameter("it needs at least one character.")
+    return value
+
+
 def in_a_folder(path: Path | None) -> Path | None:
     if path is not None and not path.absolute().parent.is_dir():
         raise typer.BadParameter(f"there is no folder {str(path.absolute().parent)!r}.")
@@ -152,6 +159,7 @@ def check_writable(path: Path, param_hint: str | None = None) -> None:
 
 
 finite_numbers = each(between(-math.inf, math.inf))
+some_text = each(_some_characters)
 model_names = each(model_name)
 
 Acceptance = Literal["block", "token", "shared_seed"]

@@ -13,7 +13,7 @@ from rich.style import Style
 from torch import Tensor
 
 from .console_text import LOOKS, TokenText, has_colours, marked, token_pieces
-from .decoding import EFTDecoder, EFTOutput, EFTStats, EFTTrace, Streamer
+from .decoding import Chat, EFTDecoder, EFTOutput, EFTStats, EFTTrace, Streamer
 
 __all__ = ["Continuation", "SourceStreamer", "continue_prompt"]
 
@@ -122,12 +122,17 @@ def continue_prompt(
     seed: int,
     temperature: float,
     streamer: Streamer | None = None,
+    chat: Chat | None = None,
     **generation_kwargs: Any,
 ) -> Continuation:
-    """Continue one prompt, `input_ids` [1, length]; a temperature of 0 is greedy."""
+    """Continue one prompt, `input_ids` [1, length]; a temperature of 0 is greedy.
+
+    With a `chat`, `input_ids` are what the bases are given of it.
+    """
     start = perf_counter()
     output = decoder.generate(
-        input_ids,
+        input_ids if chat is None else None,
+        chat=chat,
         seed=seed,
         streamer=streamer,
         return_dict_in_generate=True,

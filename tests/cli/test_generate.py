@@ -6,6 +6,7 @@ import io
 import json
 import random
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from speculative_eft.cli import main
 from speculative_eft.console_text import has_colours
 from speculative_eft.continuation import SourceStreamer
 from speculative_eft.decoding import EFTDecoder
-from speculative_eft.models import ModelRunner
+from speculative_eft.models import EFTModels, ModelRunner
 
 from .conftest import Outcome, Trio
 
@@ -95,6 +96,47 @@ def test_several_tuned_models_take_an_alpha_each(run: Callable[..., Outcome], tr
     options = (*trio.options, "--tuned", str(trio.base), "--alpha", "0.7", "--alpha", "0.3")
     record = json.loads(run("generate", PROMPT, *options, *OPTIONS, "--json").out)
     assert record["config"]["alpha"] == [0.7, 0.3] and len(record["trace"]["tuned"]) == 2
+
+
+def test_text_that_stops_ends_the_continuation(run: Callable[..., Outcome], trio: Trio) -> None:
+    whole = json.loads(run("generate", PROMPT, *trio.options, *OPTIONS, "--json").out)
+    assert len(whole["tokens"]) == 24
+    # Not in the names of special tokens, which are not shown.
+    found = re.search("[A-Zf-mp-xz]", whole["text"])
+    assert found is not None
+    stop = found[0]
+    outcome = run(
+        "generate", PROMPT, *trio.options, *OPTIONS, "--json", "--stop", "not there", "--stop", stop
+    )
+    ended_early = json.loads(outcome.out)
+    assert ended_early["text"].endswith(stop)
+    assert ended_early["tokens"] == whole["tokens"][: len(ended_early["tokens"])] != whole["tokens"]
+    outcome = run("generate", PROMPT, *trio.options, "--stop", "")
+    assert outcome.status == 2 and "'--stop': it needs at least one character" in outcome.err
+
+
+def test_a_turn_of_a_chat_goes_through_the_tuned_models_template(
+    run: Callable[..., Outcome], trio: Trio, tokenizer: Any, tmp_path: Path
+) -> None:
+    outcome = run("generate", PROMPT, *trio.options, "--chat")
+    assert outcome.status == 2 and "'--chat': the tuned model's tokenizer has no chat template" in outcome.err
+    tuned = shutil.copytree(trio.tuned, tmp_path / "tuned")
+    (tuned / "chat_template.jinja").write_text(
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    )
+    with_template = Trio(trio.large, tuned, trio.base)
+    record = json.loads(run("generate", "add", *with_template.options, *OPTIONS, "--chat", "--json").out)
+    assert record["prompt"] == "add"
+    assert ended(record["text"]) == run("generate", "add", *with_template.options, *OPTIONS, "--chat").out
+    decoder = EFTDecoder(EFTModels.from_pretrained(*with_template.arguments))
+    chat = [{"role": "user", "content": "add"}]
+    given = {"max_new_tokens": 24, "do_sample": True, "top_k": 0, "seed": 5}
+    wanted: Any = decoder.generate(chat=chat, **given)
+    bases = tokenizer("User: add\nAssistant:").input_ids
+    assert wanted[0, : len(bases)].tolist() == bases
+    assert record["tokens"] == wanted[0, len(bases) :].tolist()
+    plain: Any = decoder.generate(torch.tensor([bases]), **given)
+    assert record["tokens"] != plain[0, len(bases) :].tolist()
 
 
 def test_models_and_decoder_are_made_where_compiling_is_told(

@@ -19,7 +19,7 @@ from speculative_eft.models import EFTModels, protocol
 
 from ..device import skip_unless_compiled
 from ..exactness.sampling import table_runners
-from ..models.families import CONTEXT, FAMILIES
+from ..models.families import CONTEXT, FAMILIES, OF_OTHER_LAYERS
 from ..table_models import random_tables
 from ..tiny_models import VOCAB, ragged_prompts, tiny_trio
 from ..uncaptured import as_with_graphs
@@ -39,7 +39,7 @@ def test_greedy_and_shared_seed_equal_naive(family: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", *OF_OTHER_LAYERS])
 def test_compiled_models_of_16_bits_equal_naive(family: str, dtype: torch.dtype) -> None:
     skip_unless_compiled(dtype)
     models, prompts, seeds = tiny_trio(family), ragged_prompts(), list(range(8))
@@ -66,9 +66,12 @@ def test_greedy_equals_naive_by_every_rule_and_draft(acceptance: Any, draft: Any
             assert torch.equal(EFTDecoder(models, config).generate(**prompts, max_new_tokens=24), wanted)
 
 
+@pytest.mark.parametrize("family", ["qwen2", *OF_OTHER_LAYERS])
 @pytest.mark.parametrize("draft", ["tuned", "pair"])
-def test_drafts_of_eight_bits_leave_the_law(draft: Any) -> None:
-    models, prompts = tiny_trio("qwen2"), ragged_prompts()
+def test_drafts_of_eight_bits_leave_the_law(family: str, draft: Any) -> None:
+    if family in OF_OTHER_LAYERS:
+        skip_unless_compiled(torch.float32)
+    models, prompts = tiny_trio(family), ragged_prompts()
     greedy, sampled = {"max_new_tokens": 20}, {"max_new_tokens": 20, "do_sample": True, "seed": 3}
     config = EFTConfig(0.8, draft_tokens=4, draft=draft, draft_weights="int8")
     naive = NaiveEFTDecoder(models, config)

@@ -170,6 +170,8 @@ COMPILED = (
     "granite", "olmo2", "olmo3", "phi3",
 )  # fmt: skip
 """Those that run compiled on a CPU."""
+OF_OTHER_LAYERS = ("gemma2", "gemma3", "granite", "olmo3", "phi3")
+"""Of these some whose layers have other parts than Llama's, or have them elsewhere."""
 
 
 def tiny_model(name: str, seed: int = 0, vocab_size: int = 101, context: int = CONTEXT) -> PreTrainedModel:
