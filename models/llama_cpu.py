@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import prange
 from torch import Tensor, nn
 
 from speculative_eft.kernels import (
@@ -45,16 +44,15 @@ from speculative_eft.kernels.cpu.jit import (
     compiled,
     entry,
     exp,
-    in_parallel,
     integers_at,
     largest,
     record,
     stay_a_function,
     strictly_compiled,
-    use_threads,
 )
 from speculative_eft.kernels.cpu.products import ask_for, dot_products, quantised_products
 from speculative_eft.kernels.cpu.team import claim, finish, meetings, wait
+from speculative_eft.kernels.cpu.threads import in_parallel, use_threads
 
 from .adapters import is_low_rank, parameters_with
 from .llama import Linear, LlamaWeights, is_ordinary, is_plain, linear_of
@@ -801,12 +799,11 @@ def _ask_for_stage(
         _ask_for_product(ends, element, _HEAD, buffers.logits.shape[1], width, share, threads)
 
 
-@compiled(f"void(int64, int64, {TABLE}, {TABLE}, NetworkArrays, _Buffers, {TABLES})")
-def _pass_through(
+@in_parallel(f"void(int64, int64, {TABLE}, {TABLE}, NetworkArrays, _Buffers, {TABLES})")
+def _pass_together(
     thread: int, threads: int, starts: Any, lengths: Any, network: Any, buffers: Any, all_meetings: Any
 ) -> None:
     """What one thread does of a pass, which has logits where its last meeting is for reading out."""
-    stay_a_function()
     layers, kv_heads, steps = network.weights.shape[0], network.sizes[1], all_meetings.shape[0]
     reads_out = steps > _READ_OUT * layers
     sequences = starts.shape[0] - 1
@@ -834,12 +831,6 @@ def _pass_through(
                 stage, network.weights[layer], network.ends, network.element, buffers, thread, threads
             )
         wait(meeting, shares)
-
-
-@in_parallel(f"void(int64, {TABLE}, {TABLE}, NetworkArrays, _Buffers, {TABLES})")
-def _together(threads: int, starts: Any, lengths: Any, network: Any, buffers: Any, all_meetings: Any) -> None:
-    for thread in prange(threads):
-        _pass_through(np.int64(thread), threads, starts, lengths, network, buffers, all_meetings)
 
 
 _FORWARD = f"{TABLES}, {TABLE}, {TABLE}, NetworkArrays, {MATRIX}, int64"
@@ -886,7 +877,7 @@ def _forward(
     buffers = _Buffers(hidden, middle, joined, projected, mixed, gated, up, packed)
     # Without room for logits none are made.
     steps = _READ_OUT * layers + 1 if logits.shape[0] > 0 else _READ_OUT * (layers - 1) + 2
-    _together(threads, starts, lengths, network, buffers, meetings(steps, threads))
+    _pass_together(threads, threads, starts, lengths, network, buffers, meetings(steps, threads))
     for sequence in range(batch if is_ragged else 0):
         for step in range(counts[sequence]):
             row, out = packed[starts[sequence] + step], logits[sequence * length + step]

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numba import prange
 from torch import Tensor
 
 from .filters import filter_law, is_filtered, sampling_arrays
@@ -20,13 +19,12 @@ from .jit import (
     argmax,
     compiled,
     entry,
-    in_parallel,
     logits_table,
     stay_a_function,
-    use_threads,
 )
 from .mix import mix, normalise
 from .noise import race_of_logits
+from .threads import in_parallel, use_threads
 
 if TYPE_CHECKING:
     from ..filters import Sampling
@@ -111,10 +109,11 @@ def draft_share(
 
 
 @in_parallel(
-    f"void({TABLES}, {MATRIX}, SamplingArrays, {TABLE}, {TABLE}, int64, int64, int64, {TABLE}, {TABLE}, "
-    f"{VECTOR})"
+    f"void(int64, {TABLES}, {MATRIX}, SamplingArrays, {TABLE}, {TABLE}, int64, int64, int64, {TABLE}, "
+    f"{TABLE}, {VECTOR})"
 )
 def _draft_together(
+    sequence: int,
     table: Any,
     weights: Any,
     sampling: Any,
@@ -127,12 +126,11 @@ def _draft_together(
     tokens: Any,
     chances: Any,
 ) -> None:
-    for share in prange(tokens.shape[0]):
-        nothing = np.empty(0, FLOAT)
-        draft_share(
-            table, weights, sampling, seeds, counters, row, stream, vocab_size, takes_part, tokens, chances,
-            nothing, np.int64(share),
-        )  # fmt: skip
+    nothing = np.empty(0, FLOAT)
+    draft_share(
+        table, weights, sampling, seeds, counters, row, stream, vocab_size, takes_part, tokens, chances,
+        nothing, sequence,
+    )  # fmt: skip
 
 
 @entry(f"void({TABLES}, {MATRIX}, SamplingArrays, {TABLE}, {TABLE}, int64, int64, int64, {TABLE}, {VECTOR})")
@@ -151,7 +149,8 @@ def _draft_rows(
     takes_part = np.ones(tokens.shape[0], np.int64)
     if tokens.shape[0] > 1:
         _draft_together(
-            table, weights, sampling, seeds, counters, row, stream, vocab_size, takes_part, tokens, chances,
+            tokens.shape[0], table, weights, sampling, seeds, counters, row, stream, vocab_size, takes_part,
+            tokens, chances,
         )  # fmt: skip
     else:
         nothing = np.empty(0, FLOAT)

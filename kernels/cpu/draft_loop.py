@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from numba import prange
 from torch import Tensor
 
 from ..noise import Stream
@@ -24,11 +23,11 @@ from .jit import (
     arrays,
     compiled,
     entry,
-    in_parallel,
     record,
     stay_a_function,
 )
 from .memory import memory_arrays, recall
+from .threads import in_parallel
 
 if TYPE_CHECKING:
     from ..draft import DraftLoop
@@ -152,8 +151,9 @@ def _draw_share(
     )  # fmt: skip
 
 
-@in_parallel(f"void({_SHARES})")
+@in_parallel(f"void(int64, {_SHARES})")
 def _draw_together(
+    sequence: int,
     draws: Any,
     sampling: Any,
     memory: Any,
@@ -165,10 +165,9 @@ def _draw_together(
     drawn: Any,
     chances: Any,
 ) -> None:
-    for share in prange(drawn.shape[0]):
-        _draw_share(
-            draws, sampling, memory, table, counter, step, block, takes_part, drawn, chances, np.int64(share)
-        )  # fmt: skip
+    _draw_share(
+        draws, sampling, memory, table, counter, step, block, takes_part, drawn, chances, sequence
+    )  # fmt: skip
 
 
 @entry(f"int64(int64, {TABLES}, {TABLE}, {TABLE}, {TABLE}, {DRAWS})")
@@ -194,7 +193,9 @@ def draw(
         takes_part[sequence] = step + 1 < counts[sequence]
     chances = np.empty(batch if draws.may_end else 0, FLOAT)
     if batch > 1:
-        _draw_together(draws, sampling, memory, table, counter, step, block, takes_part, drawn, chances)
+        _draw_together(
+            batch, draws, sampling, memory, table, counter, step, block, takes_part, drawn, chances
+        )  # fmt: skip
     else:
         _draw_share(draws, sampling, memory, table, counter, step, block, takes_part, drawn, chances, 0)
     longest = 0

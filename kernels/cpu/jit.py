@@ -19,8 +19,8 @@ from torch import Tensor
 __all__ = [
     "CUBE", "FLAGS", "FLOAT", "LARGEST_FLOAT", "MATRIX", "TABLE", "TABLES", "VECTOR", "WORDS", "argmax",
     "array_at", "arrays", "bits_of_float", "bytes_at", "compiled", "entry", "exp", "external",
-    "in_parallel", "integers_at", "largest", "log", "logits_table", "record", "stay_a_function",
-    "strictly_compiled", "type_of", "use_threads", "words_at",
+    "integers_at", "largest", "log", "logits_table", "record", "stay_a_function", "strictly_compiled",
+    "type_of", "words_at",
 ]  # fmt: skip
 
 _log = logging.getLogger(__name__)
@@ -33,10 +33,6 @@ LARGEST_FLOAT = np.finfo(FLOAT).max
 _FAST = {"reassoc", "contract", "nsz", "arcp"}
 
 _INTERNAL: dict[str, Any] = {"no_cfunc_wrapper": True, "no_cpython_wrapper": True}
-# Only loops over prange run in parallel: to look for more is most of the time that compiling takes.
-_PRANGE = dict.fromkeys(
-    ("comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion"), False
-) | {"prange": True}
 
 # Numba knows numbers that its callers do not: types are its business, in the strings.
 Function: TypeAlias = Callable[..., Any]
@@ -106,9 +102,9 @@ def _decorator(types_: str, **options: Any) -> Callable[[Function], Function]:
     return decorate
 
 
-def entry(types_: str) -> Callable[[Function], Function]:
-    """Compiles what Python calls, for the types given."""
-    return _decorator(types_, fastmath=_FAST, no_cfunc_wrapper=True)
+def entry(types_: str, nogil: bool = False) -> Callable[[Function], Function]:
+    """Compiles what Python calls, for the types given; with `nogil` its other threads go on meanwhile."""
+    return _decorator(types_, fastmath=_FAST, no_cfunc_wrapper=True, nogil=nogil)
 
 
 def compiled(types_: str) -> Callable[[Function], Function]:
@@ -119,11 +115,6 @@ def compiled(types_: str) -> Callable[[Function], Function]:
 def strictly_compiled(types_: str) -> Callable[[Function], Function]:
     """The same for functions whose operations must be done in the order they are written in."""
     return _decorator(types_, fastmath={"contract"}, **_INTERNAL)
-
-
-def in_parallel(types_: str) -> Callable[[Function], Function]:
-    """Compiles a loop over prange, which is best left to call one function."""
-    return _decorator(types_, fastmath=_FAST, parallel=_PRANGE, **_INTERNAL)
 
 
 VECTOR, MATRIX, CUBE = "float32[::1]", "float32[:, ::1]", "float32[:, :, ::1]"
@@ -157,25 +148,6 @@ def logits_table(logits: Sequence[Tensor]) -> tuple[list[Tensor], np.ndarray[Any
         kept.append(rows)
         table.append((rows.data_ptr(), strides[0], strides[1]))
     return kept, np.array(table)
-
-
-def _launch_threads() -> None:
-    # Numba starts them with its first question, and where it shares torch's OpenMP that makes torch forget
-    # how many it was told to use.
-    threads = torch.get_num_threads()
-    numba.get_num_threads()
-    torch.set_num_threads(threads)
-
-
-_launch_threads()
-
-
-def use_threads() -> int:
-    """Let parallel loops use as many threads as torch does, and return how many."""
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-    if threads != numba.get_num_threads():
-        numba.set_num_threads(threads)
-    return int(threads)
 
 
 def _pointer_to(kind: Any) -> Any:

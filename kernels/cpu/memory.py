@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from numba import prange
 from torch import Tensor
 
 from ..memory import LAST_WEIGHT, LAST_WEIGHT_AFTER_TWO, MEAN_FADING, MEAN_WEIGHT
@@ -22,12 +21,11 @@ from .jit import (
     arrays,
     compiled,
     entry,
-    in_parallel,
     logits_table,
     record,
     stay_a_function,
-    use_threads,
 )
+from .threads import in_parallel, use_threads
 
 if TYPE_CHECKING:
     from ..memory import DraftMemory
@@ -139,18 +137,11 @@ def remember_sequence(
         count[sequence] += 1
 
 
-@in_parallel(f"void(MemoryArrays, {TABLES}, {TABLES}, {TABLE}, {FLAGS})")
+@in_parallel(f"void(int64, MemoryArrays, {TABLES}, {TABLES}, {TABLE}, {FLAGS})")
 def _remember_together(
-    memory: Any,
-    table: Any,
-    block: Any,
-    accepted_lens: Any,
-    done: Any,
+    sequence: int, memory: Any, table: Any, block: Any, accepted_lens: Any, done: Any
 ) -> None:
-    for share in prange(block.shape[0]):
-        remember_sequence(
-            memory, table, block, accepted_lens, done, np.int64(share)
-        )  # fmt: skip
+    remember_sequence(memory, table, block, accepted_lens, done, sequence)
 
 
 @entry(f"void(MemoryArrays, {TABLES}, {TABLES}, {TABLE}, {FLAGS})")
@@ -163,6 +154,6 @@ def remember_rows(
 ) -> None:
     """`remember`; the first rows of `table`, as `logits_table` makes it, are of the large and small base."""
     if block.shape[0] > 1:
-        _remember_together(memory, table, block, accepted_lens, done)
+        _remember_together(block.shape[0], memory, table, block, accepted_lens, done)
     else:
         remember_sequence(memory, table, block, accepted_lens, done, 0)

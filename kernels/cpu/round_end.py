@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numba import prange
 from torch import Tensor
 
 from ..verify import AcceptanceRule, Verdict
@@ -25,11 +24,10 @@ from .jit import (
     TABLES,
     arrays,
     entry,
-    in_parallel,
     logits_table,
-    use_threads,
 )
 from .memory import memory_arrays, remember_rows, remember_sequence
+from .threads import in_parallel, use_threads
 from .verify import (
     VERIFICATION,
     LawRoom,
@@ -103,8 +101,9 @@ def _shares(batch: int) -> int:
     return threads if batch >= 2 * threads else 0
 
 
-@in_parallel(f"void({VERIFICATION}, boolean, MemoryArrays, {TABLES}, {FLAGS}, int64)")
+@in_parallel(f"void(int64, {VERIFICATION}, boolean, MemoryArrays, {TABLES}, {FLAGS}, int64)")
 def _verify_and_remember(
+    share: int,
     submitted: Any,
     conservative: Any,
     sampling: Any,
@@ -117,14 +116,10 @@ def _verify_and_remember(
     done: Any,
     shares: int,
 ) -> None:
-    for share in prange(shares):
-        own = np.int64(share)
-        for sequence in range(own, done.shape[0], shares):
-            verify_sequence(
-                submitted, conservative, sampling, draft_sampling, room, verdict, own, sequence
-            )  # fmt: skip
-            if remembers:
-                remember_sequence(memory, pair, submitted.block, verdict.accepted_lens, done, sequence)
+    for sequence in range(share, done.shape[0], shares):
+        verify_sequence(submitted, conservative, sampling, draft_sampling, room, verdict, share, sequence)
+        if remembers:
+            remember_sequence(memory, pair, submitted.block, verdict.accepted_lens, done, sequence)
 
 
 _ARGUMENTS = (
@@ -150,7 +145,7 @@ def _end_round(address: int) -> None:
         pair[0], pair[1] = submitted.table[0], submitted.table[last]
     if shares > 0:
         _verify_and_remember(
-            submitted, conservative, sampling, draft_sampling, room, verdict, remembers, memory, pair,
+            shares, submitted, conservative, sampling, draft_sampling, room, verdict, remembers, memory, pair,
             state.done, shares,
         )  # fmt: skip
     else:

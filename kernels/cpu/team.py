@@ -1,14 +1,13 @@
-"""Threads of one parallel loop that go through stages together.
+"""Threads of one call that go through stages together.
 
-Two parallel loops follow each other within two microseconds, which is what some products of a small model
-take. Threads that stay in one loop meet within a fraction of one. Each takes its own shares of a stage,
-then those that others have not begun: so a stage ends too where the loop has fewer threads than it was
-told, or one is held up.
+Two calls that threads share follow each other within a microsecond or two, which is what some products of a
+small model take. Threads that stay in one call meet within a fraction of one. Each takes its own shares of a
+stage, then those that others have not begun: so a stage ends too where fewer threads come than it was told,
+or one is held up.
 """
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import numpy as np
@@ -16,18 +15,13 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from .jit import TABLE, TABLES, compiled, external
+from .jit import TABLE, TABLES, compiled
+from .threads import has_failed, let_others_run
 
 __all__ = ["claim", "finish", "meetings", "wait"]
 
 _LINE = 8
 """Integers that lie in one line of the caches: threads that count in the same would wait for each other."""
-
-_LOOKS = 300_000
-"""How often a thread looks whether a stage has ended before it gives its core to others that wait for one.
-
-That takes a fraction of a millisecond. Beside other programs, giving it away at once cost more than it saved.
-"""
 
 _WORD = ir.IntType(64)
 
@@ -54,17 +48,6 @@ def _counted(typing_context: Any, address: Any) -> Any:
         return builder.load_atomic(_at(builder, arguments[0]), "acquire", 8)
 
     return types.int64(types.int64), codegen
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _let_others_run(typing_context: Any) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        # Of POSIX: elsewhere a thread that waits goes on looking.
-        if sys.platform != "win32":
-            builder.call(external(builder, "sched_yield", ir.IntType(32)), [])
-        return context.get_dummy_value()
-
-    return types.void(), codegen
 
 
 @compiled(f"{TABLES}(int64, int64)")
@@ -95,9 +78,7 @@ def finish(meeting: Any) -> None:
 
 @compiled(f"void({TABLE}, int64)")
 def wait(meeting: Any, shares: int) -> None:
-    """Return once all shares are done, and what they wrote can be read."""
+    """Return once all shares are done, and what they wrote can be read, or when one has failed."""
     done, looks = meeting.ctypes.data, 0
-    while _counted(done) < shares:
-        looks += 1
-        if looks > _LOOKS:
-            _let_others_run()
+    while _counted(done) < shares and not has_failed():
+        looks = let_others_run(looks)

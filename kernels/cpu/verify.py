@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import prange
 from torch import Tensor
 
 from ..verify import RULES, AcceptanceRule, verification_streams
@@ -28,15 +27,14 @@ from .jit import (
     compiled,
     entry,
     exp,
-    in_parallel,
     logits_table,
     record,
     stay_a_function,
     strictly_compiled,
-    use_threads,
 )
 from .mix import filtered_law, mix, mix_conservatively, softmax
 from .noise import race_of_logits, race_of_weights, uniform
+from .threads import in_parallel, use_threads
 
 if TYPE_CHECKING:
     from ..filters import Sampling
@@ -213,10 +211,11 @@ def _row_laws(
 
 
 @in_parallel(
-    f"void(SubmittedArrays, ConservativeArrays, SamplingArrays, SamplingArrays, LawRoom, {MATRIX}, {MATRIX}, "
-    f"{TABLES}, {TABLE})"
+    f"void(int64, SubmittedArrays, ConservativeArrays, SamplingArrays, SamplingArrays, LawRoom, {MATRIX}, "
+    f"{MATRIX}, {TABLES}, {TABLE})"
 )
 def _laws(
+    share: int,
     submitted: Any,
     conservative: Any,
     sampling: Any,
@@ -227,13 +226,11 @@ def _laws(
     winners: Any,
     wanted: Any,
 ) -> None:
-    for share in prange(wanted.shape[0]):
-        sequence, row = divmod(wanted[np.int64(share)], winners.shape[1])
-        _row_laws(
-            submitted, conservative, sampling, draft_sampling, room.log_target[sequence],
-            room.target[sequence], room.draft[sequence], shifts[sequence], log_ratio[sequence],
-            winners[sequence], sequence, row,
-        )  # fmt: skip
+    sequence, row = divmod(wanted[share], winners.shape[1])
+    _row_laws(
+        submitted, conservative, sampling, draft_sampling, room.log_target[sequence], room.target[sequence],
+        room.draft[sequence], shifts[sequence], log_ratio[sequence], winners[sequence], sequence, row,
+    )  # fmt: skip
 
 
 @compiled(f"int64({VECTOR}, int64, int64, int64, int64)")
@@ -375,24 +372,31 @@ def _skip(verdict: Any, sequence: int) -> None:
         expected[row] = FLOAT(0)
 
 
-@in_parallel(f"void(SubmittedArrays, SamplingArrays, LawRoom, {MATRIX}, {MATRIX}, {TABLES}, VerdictArrays)")
+@in_parallel(
+    f"void(int64, SubmittedArrays, SamplingArrays, LawRoom, {MATRIX}, {MATRIX}, {TABLES}, VerdictArrays)"
+)
 def _decide(
-    submitted: Any, sampling: Any, room: Any, shifts: Any, log_ratio: Any, winners: Any, verdict: Any
+    sequence: int,
+    submitted: Any,
+    sampling: Any,
+    room: Any,
+    shifts: Any,
+    log_ratio: Any,
+    winners: Any,
+    verdict: Any,
 ) -> None:
-    for share in prange(winners.shape[0]):
-        sequence = np.int64(share)
-        if submitted.counts[sequence] == 0:
-            _skip(verdict, sequence)
-        else:
-            target, draft = room.target[sequence], room.draft[sequence]
-            count, scale = _accept(
-                submitted, sampling, target, draft, log_ratio[sequence], winners[sequence],
-                verdict.expected_acceptance[sequence], sequence,
-            )  # fmt: skip
-            _follow(
-                submitted, sampling, room.log_target[sequence], target, draft, shifts[sequence],
-                winners[sequence], count, scale, verdict, sequence,
-            )  # fmt: skip
+    if submitted.counts[sequence] == 0:
+        _skip(verdict, sequence)
+    else:
+        target, draft = room.target[sequence], room.draft[sequence]
+        count, scale = _accept(
+            submitted, sampling, target, draft, log_ratio[sequence], winners[sequence],
+            verdict.expected_acceptance[sequence], sequence,
+        )  # fmt: skip
+        _follow(
+            submitted, sampling, room.log_target[sequence], target, draft, shifts[sequence],
+            winners[sequence], count, scale, verdict, sequence,
+        )  # fmt: skip
 
 
 VERIFICATION = "SubmittedArrays, ConservativeArrays, SamplingArrays, SamplingArrays, LawRoom, VerdictArrays"
@@ -449,13 +453,14 @@ def verify_rows(
     batch, rows = submitted.block.shape
     shifts, log_ratio = np.empty((batch, rows), FLOAT), np.empty((batch, rows), FLOAT)
     winners = np.empty((batch, rows), np.int64)
-    # Threads get equal parts of a loop in order: of all rows some would get none that is not passed over.
     wanted, number = np.empty(batch * rows, np.int64), 0
     for sequence in range(batch):
         for row in range(submitted.counts[sequence]):
             wanted[number] = sequence * rows + row
             number += 1
     _laws(
-        submitted, conservative, sampling, draft_sampling, room, shifts, log_ratio, winners, wanted[:number]
-    )
-    _decide(submitted, sampling, room, shifts, log_ratio, winners, verdict)
+        number, submitted, conservative, sampling, draft_sampling, room, shifts, log_ratio, winners, wanted
+    )  # fmt: skip
+    _decide(
+        winners.shape[0], submitted, sampling, room, shifts, log_ratio, winners, verdict
+    )  # fmt: skip

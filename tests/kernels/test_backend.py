@@ -34,7 +34,7 @@ def test_torch_keeps_its_number_of_threads() -> None:
     pytest.importorskip("numba", reason="the extra [cpu] is not installed")
     code = (
         "import torch; torch.set_num_threads(1); "
-        "from speculative_eft.kernels.cpu.jit import use_threads; "
+        "from speculative_eft.kernels.cpu.threads import use_threads; "
         "assert use_threads() == torch.get_num_threads() == 1"
     )
     subprocess.run([sys.executable, "-P", "-c", code], check=True)

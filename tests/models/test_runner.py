@@ -113,13 +113,13 @@ def test_compiled_passes_of_16_bits_are_closer_than_the_models_own(family: str, 
 
 @pytest.fixture
 def several_threads() -> Iterator[int]:
-    numba = pytest.importorskip("numba", reason="the extra [cpu] is not installed")
-    threads = min(2, numba.config.NUMBA_NUM_THREADS)
-    if threads < 2 or test_device().type != "cpu":
-        pytest.skip("one core, or none that runs models")
+    pytest.importorskip("numba", reason="the extra [cpu] is not installed")
+    if test_device().type != "cpu":
+        pytest.skip("models run elsewhere")
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    yield threads
+    # Some wait for others even where there are fewer cores.
+    torch.set_num_threads(3)
+    yield 3
     torch.set_num_threads(before)
 
 
