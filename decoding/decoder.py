@@ -347,7 +347,9 @@ class EFTDecoder:
             watch = StopWatch(call.criteria, call.input_ids, options.max_new_tokens, options.pad_token_id)
         timer.mark("prefill")
         begin_stream(streamer, call.input_ids)
-        first = first_round_of_own_prompts(self.runners, state, call.prompts, call.tuned_prompts)
+        # On the general path the models draft themselves.
+        runners = self.runners if call.processing is None else dataclasses.replace(self.runners, drafters=[])
+        first = first_round_of_own_prompts(runners, state, call.prompts, call.tuned_prompts)
         longest = max(call.prompts.longest, call.tuned_prompts.longest)
         if call.processing is None:
             buffers = ScoreBuffers(None, None)
@@ -355,7 +357,9 @@ class EFTDecoder:
         else:
             self._report_general(call)
             buffers = new_score_buffers(state, self.vocab_size, options.output_scores, options.output_logits)
-            rounds = self._run_general(state, plan, call, longest, timer, trace, buffers, watch, first)
+            rounds = self._run_general(
+                runners, state, plan, call, longest, timer, trace, buffers, watch, first
+            )
         if watch is not None:
             cut(state, trace, watch.stopped, options.pad_token_id)
         end_stream(streamer)
@@ -600,6 +604,7 @@ class EFTDecoder:
 
     def _run_general(
         self,
+        runners: EFTRunners,
         state: RoundState,
         plan: RoundPlan,
         call: Call,
@@ -610,9 +615,7 @@ class EFTDecoder:
         watch: StopWatch | None,
         first: FirstRound | None,
     ) -> int:
-        # They draft themselves here.
-        own = dataclasses.replace(self.runners, drafters=[])
-        runners = own if first is None else first.runners
+        stepping = runners if first is None else first.runners
         assert call.processing is not None
         drafted = int(state.draft_lens.max())
         rounds = 0
@@ -620,7 +623,7 @@ class EFTDecoder:
         while drafted >= 0:
             span = longest_prompt + max(lengths) + drafted + 1
             report = general_round(
-                runners, state, plan, call.processing, lengths, drafted, span, timer, trace, buffers
+                stepping, state, plan, call.processing, lengths, drafted, span, timer, trace, buffers
             )
             rounds += 1
             rows = report.tolist()
@@ -632,7 +635,7 @@ class EFTDecoder:
             drafted = max(row[1] for row in rows)
             if first is not None:
                 drafted = first.finish(state, drafted)
-                runners, first = own, None
+                stepping, first = runners, None
             timer.mark("other")
         return rounds
 

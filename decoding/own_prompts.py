@@ -1,8 +1,8 @@
-"""The first round of sequences whose tuned models have prompts of their own, ending in another token."""
+"""The first round where tuned models have prompts of their own, some of which end in another token."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -17,30 +17,36 @@ __all__ = ["FirstRound", "first_round_of_own_prompts"]
 
 
 @dataclass(frozen=True)
-class _LastTokenOfItsOwn(StepByStep):
-    """A tuned model's runner for one step on the last token of its own prompt, whatever token it is given."""
+class _EndingInOwnTokens(StepByStep):
+    """A tuned model's runner that reads the last tokens of its own prompts where it is given the bases'."""
 
     runner: Runner
-    token: Tensor
+    tokens: Tensor
+    filled: Tensor
 
     @property
     def lengths(self) -> Tensor:
         return self.runner.lengths
 
     def forward(self, tokens: Tensor, span: int) -> Tensor:
-        return self.runner.forward(self.token[:, None], span)
+        first = torch.where(self.lengths == self.filled, self.tokens, tokens[:, 0])
+        return self.runner.forward(torch.cat([first[:, None], tokens[:, 1:]], dim=1), span)
 
 
 @dataclass(frozen=True)
 class FirstRound:
-    """A round that drafts nothing, after which all models have the same last token: the first generated.
+    """A round after which all models have the same last token in each sequence: the last one generated.
+
+    Sequences whose prompts end in different tokens draft nothing in it, the others what they would alone.
 
     Attributes:
         runners: those of that round.
-        draft_lens: int64 [batch], of the round after it.
+        is_deferred: bool [batch], the sequences that draft from the round after it on.
+        draft_lens: int64 [batch], of these in the round after it.
     """
 
     runners: EFTRunners
+    is_deferred: Tensor
     draft_lens: Tensor
 
     def finish(self, state: RoundState, drafted: int) -> int:
@@ -48,27 +54,30 @@ class FirstRound:
         if drafted < 0:
             return drafted
         useful = (state.limits - state.generated - 1).clamp(min=0)
-        state.draft_lens.copy_(torch.where(state.done, 0, torch.minimum(self.draft_lens, useful)))
+        deferred = torch.where(state.done, 0, torch.minimum(self.draft_lens, useful))
+        state.draft_lens.copy_(torch.where(self.is_deferred, deferred, state.draft_lens))
         if state.offered_lens is not None:
-            # The host has chosen no length for the next round yet.
-            state.offered_lens.copy_(state.draft_lens)
+            # The host has chosen no length for their next round yet.
+            state.offered_lens.copy_(torch.where(self.is_deferred, deferred, state.offered_lens))
         return int(state.draft_lens.max())
 
 
 def first_round_of_own_prompts(
     runners: EFTRunners, state: RoundState, prompts: Prompts, tuned_prompts: Prompts
 ) -> FirstRound | None:
-    """The first round where the tuned models' prompts end otherwise than the bases', else None.
+    """The first round where some tuned models' prompts end otherwise than the bases', else None.
 
-    Zeroes `state.draft_lens` for it.
+    Zeroes `state.draft_lens` of these sequences for it.
     """
     last, tuned_last = (
         part.tokens.gather(1, (part.lengths - 1)[:, None])[:, 0].cpu() for part in (prompts, tuned_prompts)
     )
     if tuned_prompts is prompts or torch.equal(last, tuned_last):
         return None
-    token = tuned_last.to(state.last_token.device)
-    own = [cast(Runner, _LastTokenOfItsOwn(runner, token)) for runner in runners.tuned]
+    device = state.last_token.device
+    tokens, filled = tuned_last.to(device), (tuned_prompts.lengths - 1).to(device)
+    own = [cast(Runner, _EndingInOwnTokens(runner, tokens, filled)) for runner in runners.tuned]
+    is_deferred = (last != tuned_last).to(device)
     draft_lens = state.draft_lens.clone()
-    state.draft_lens.zero_()
-    return FirstRound(EFTRunners(runners.large, own, runners.base), draft_lens)
+    state.draft_lens.masked_fill_(is_deferred, 0)
+    return FirstRound(replace(runners, tuned=own), is_deferred, draft_lens)

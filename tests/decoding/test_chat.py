@@ -167,6 +167,51 @@ def test_tuned_prompts_may_be_padded_on_the_left() -> None:
     assert torch.equal(several, decoder.generate(**each_twice, **{**options, "seed": 0}))
 
 
+@pytest.mark.parametrize("general", [{}, {"repetition_penalty": 1.2}], ids=["fused", "general"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        EFTConfig(draft_tokens=4, draft_weights="own"),
+        EFTConfig(draft_tokens=4, draft_weights="int8", draft="pair"),
+        EFTConfig(draft_tokens="auto", cost_ratio=0.05, expected_batch=3),
+        EFTConfig(draft_tokens=4, alpha=(0.4, 0.7)),
+    ],
+    ids=["own", "int8, pair", "auto", "two tuned models"],
+)
+def test_prompts_of_their_own_are_in_a_batch_what_they_are_alone(
+    config: EFTConfig, general: dict[str, Any]
+) -> None:
+    """The second prompt ends in another token for the tuned models, the others end alike."""
+    models = tiny_trio("llama")
+    if len(config.alphas) > 1:
+        others = [*models.small_tuned, tiny_trio("llama", scale=0.03).small_tuned[0]]
+        models = EFTModels(models.large_base, others, models.small_base)
+    ids = torch.tensor([[3, 4, 5], [6, 7, 8], [5, 9, 5]])
+    tuned = torch.tensor([[9, 4, 5], [6, 7, 9], [1, 2, 5]])
+    options: dict[str, Any] = {
+        "max_new_tokens": 12, "do_sample": True, "top_k": 0, "return_dict_in_generate": True, **general
+    }  # fmt: skip
+    decoder = EFTDecoder(models, config)
+
+    def two_turns(rows: list[int]) -> list[tuple[Tensor, list[Any]]]:
+        prompts = ids[rows], tuned[rows]
+        seeds, past, turns = [row + 1 for row in rows], None, []
+        for _ in range(2):
+            output = decoder.generate(
+                prompts[0], tuned_input_ids=prompts[1], seed=seeds, past_key_values=past, **options
+            )
+            past, added = output.past_key_values, output.sequences[:, -12:]
+            turns.append((added, output.trace.source))
+            prompts = tuple(torch.cat([own, added, own], dim=1) for own in prompts)
+        return turns
+
+    together = two_turns([0, 1, 2])
+    for row in range(3):
+        for (tokens, sources), (all_tokens, all_sources) in zip(two_turns([row]), together, strict=True):
+            assert torch.equal(tokens[0], all_tokens[row])
+            assert sources[0] == all_sources[row]
+
+
 @pytest.mark.parametrize("backend", ["torch", "numba"])
 @pytest.mark.parametrize("general", [{}, {"repetition_penalty": 1.2}], ids=["fused", "general"])
 def test_two_turns_with_re_use_give_a_cold_runs_tokens(
