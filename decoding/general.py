@@ -107,6 +107,8 @@ def general_round(
             plan.vocab_size,
             correction,
         )
+        if plan.coefficients.filtered:
+            mixed = _normalised(mixed)
         wanted = [int(step < length) for length in lens]
         draft_rows.append(
             process_rows(processing.draft, history, [start + step for start in starts], wanted, mixed)
@@ -131,6 +133,8 @@ def general_round(
     base = torch.cat(base_rows, dim=1) if base_rows else runners.base.forward(block, span)
     timer.mark("base")
     logits = target_logits(large, tuned, base, plan.coefficients, plan.vocab_size)
+    if plan.coefficients.filtered:
+        logits = _normalised(logits)
     scores = process_rows(processing.target, history, starts, [length + 1 for length in lens], logits)
     # The row after the last drafted token has no draft law, and none is read there.
     draft = torch.cat([*draft_rows, torch.zeros_like(scores[:, :1])], dim=1)
@@ -156,6 +160,16 @@ def general_round(
             _keep(buffer, rows_of_all, report, state.generated)
     timer.mark("other")
     return report
+
+
+def _normalised(logits: Tensor) -> Tensor:
+    """Log-probabilities; a row of only -inf stays one.
+
+    Under the conservative filter no mix of the models' logits is the target's, and what `target_logits` adds
+    up has a sum of its own: processors, to some of which a score's sign matters, get a law.
+    """
+    law = logits.log_softmax(dim=-1)
+    return torch.where(law.isnan(), -torch.inf, law)
 
 
 def _live_draft_lens(state: RoundState) -> list[int]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from speculative_eft.decoding import EFTConfig, EFTDecoder, EFTOutput
+from speculative_eft.decoding import EFTConfig, EFTDecoder, EFTOutput, NaiveEFTDecoder
 from speculative_eft.models import EFTModels
 
 from ..models.families import tiny_model
@@ -66,6 +66,31 @@ def test_outputs_may_be_written_to(models: EFTModels) -> None:
     assert isinstance(several, EFTOutput) and several.scores is not None and several.logits is not None
     for tensor in (several.sequences, several.scores[0], several.logits[0]):
         tensor.add_(1)
+
+
+@pytest.mark.parametrize("decoder_type", [EFTDecoder, NaiveEFTDecoder])
+def test_with_the_conservative_filter_processors_and_outputs_have_log_probabilities(
+    decoder_type: type[EFTDecoder],
+) -> None:
+    seen: list[Tensor] = []
+
+    def watching(input_ids: Tensor, scores: Tensor) -> Tensor:
+        seen.append(scores)
+        return scores
+
+    decoder = decoder_type(
+        tiny_trio("llama", scale=0.05), EFTConfig(beta=2.0, conservative_top_p=0.5, draft_tokens=3)
+    )
+    output = decoder.generate(
+        torch.tensor([[3, 4, 5]]), max_new_tokens=8, eos_token_id=[], logits_processor=[watching],
+        return_dict_in_generate=True, output_logits=True, output_scores=True,
+    )  # fmt: skip
+    assert isinstance(output, EFTOutput) and output.trace is not None
+    # The first is of zeros: a processor is tried out before any model runs.
+    for law in (*output.logits, *output.scores, *seen[1:]):
+        torch.testing.assert_close(law.exp().sum(dim=-1), torch.ones(1))
+    chosen = torch.stack([law[0].max() for law in output.logits])
+    torch.testing.assert_close(chosen, output.trace.target[0], atol=1e-5, rtol=0)
 
 
 def test_ids_that_only_the_large_base_has_get_no_score() -> None:
