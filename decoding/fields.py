@@ -82,7 +82,7 @@ FIELDS: Mapping[str, Field] = {
     "forced_bos_token_id": _general(why="acts on a prompt of one token, as in transformers"),
     "forced_eos_token_id": _general(),
     "remove_invalid_values": _general(False),
-    "exponential_decay_length_penalty": _general(),
+    "exponential_decay_length_penalty": _general(why="ignored where no token ends sequences"),
     "suppress_tokens": _general(),
     "begin_suppress_tokens": _general(),
     "sequence_bias": _general(),

@@ -289,6 +289,9 @@ def _processing_config(values: Mapping[str, Any], prompt_width: int) -> Generati
         config.watermarking_config = read(config.watermarking_config)
     if config.min_new_tokens is not None:
         config.min_length = config.min_new_tokens + prompt_width
+    if config.eos_token_id is None:
+        # transformers makes a processor of it that needs an end to make likelier.
+        config.exponential_decay_length_penalty = None
     config.num_beams = 1
     return config
 

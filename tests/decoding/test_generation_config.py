@@ -385,6 +385,14 @@ def test_a_models_own_config_counts_and_what_plain_decoding_does_not_read_is_let
         EFTDecoder(models).generate(torch.tensor([[5, 6]]), length_penalty=2.0)
 
 
+def test_a_penalty_on_ends_is_ignored_where_nothing_ends_sequences(models: EFTModels) -> None:
+    options = {"max_new_tokens": 6, "eos_token_id": None, "repetition_penalty": 1.2}
+    output = EFTDecoder(models).generate(
+        torch.tensor([[5, 6]]), **options, exponential_decay_length_penalty=(1, 1.2)
+    )
+    assert torch.equal(output, EFTDecoder(models).generate(torch.tensor([[5, 6]]), **options))
+
+
 def test_a_keyword_of_none_takes_an_option_back(models: EFTModels) -> None:
     given = torch.tensor([[5, 6]])
     decoder = EFTDecoder(models)
