@@ -92,7 +92,7 @@ def read_call(
     options = read_options(given.generation_config, given.generation_kwargs, generation_configs, width)
     if ids is None and options.bos_token_id is None:
         raise ValueError("input_ids is missing; give prompts, or chat, or bos_token_id to begin with")
-    input_ids = torch.tensor([[options.bos_token_id]]) if ids is None else ids
+    input_ids = torch.tensor([[options.bos_token_id]]) if ids is None else ids.to(torch.int64)
     if mask is None:
         mask = _inferred_mask(input_ids, options)
     copies = options.num_return_sequences
@@ -117,7 +117,7 @@ def read_call(
         options,
         _callables("logits_processor", given.logits_processor),
         given.prefix_allowed_tokens_fn,
-        input_ids.to(device=device, dtype=torch.int64),
+        input_ids.to(device),
         None if mask is None else mask.to(device),
         vocab_size,
         draft_temperature,

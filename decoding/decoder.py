@@ -651,7 +651,7 @@ class EFTDecoder:
         input_ids, options = call.input_ids, call.options
         new = int(state.generated.max())
         output = state.output[:, :new].clone()
-        sequences = torch.cat([input_ids, output.to(input_ids)], dim=1)
+        sequences = torch.cat([input_ids, output.to(input_ids.device)], dim=1)
         if options.use_cache:
             self._past = EFTPast(
                 reservations=self.runners.large.reservations,

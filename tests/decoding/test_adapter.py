@@ -107,6 +107,30 @@ def test_every_way_of_calling_gives_the_same_tokens(name: str, models: EFTModels
     assert torch.equal(large.generate(**prompts, **options, custom_generate=shared.custom_generate), naive)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_ids_of_narrow_types_go_on_in_64_bits(dtype: torch.dtype) -> None:
+    models = tiny_trio("llama", vocab_size=5000)
+    decoder, large = EFTDecoder(models), models.large_base
+    ids = torch.tensor([[3, 4, 5], [6, 7, 8]])
+    given = {
+        "input_ids": ids.to(dtype), "attention_mask": torch.ones_like(ids), "max_new_tokens": 6,
+        "eos_token_id": 4998, "pad_token_id": 4999,
+    }  # fmt: skip
+    folder = {"custom_generate": CUSTOM_GENERATE_FOLDER, "trust_remote_code": True, "decoder": decoder}
+    for own in ({}, {"tuned_input_ids": ids.flip(0).to(dtype)}):
+        for stopping in (None, [lambda ids, scores: torch.tensor([ids.shape[1] > 5, False])]):
+            options = {**given, **own, "stopping_criteria": stopping}
+            wanted = decoder.generate(**{**options, "input_ids": ids})
+            assert wanted[:, 3:].max() > 255
+            for output in (
+                decoder.generate(**options),
+                large.generate(**options, custom_generate=decoder.custom_generate),
+                large.generate(**options, **folder),
+            ):
+                assert output.dtype == torch.int64
+                assert torch.equal(output, wanted)
+
+
 def test_each_prompts_returns_have_its_own_prompt_of_the_tuned_models(models: EFTModels) -> None:
     decoder = EFTDecoder(models, EFTConfig(draft_tokens=3))
     options: dict[str, Any] = {
