@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -185,6 +186,20 @@ def generate_from_folder(
     return decoder.generate(**arguments)
 
 
+@dataclass(frozen=True, eq=False)
+class _Kept:
+    """The decoder that a model keeps; deep copies and files of the model have None instead.
+
+    A decoder has locks and other models, and a file with this class could not be read without this package.
+    """
+
+    key: tuple[Any, ...]
+    decoder: EFTDecoder
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
+
+
 def _decoder_of(
     model: PreTrainedModel, small_tuned: Any, small_base: Any, config: EFTConfig | None
 ) -> EFTDecoder:
@@ -192,10 +207,11 @@ def _decoder_of(
 
     if small_tuned is None or small_base is None:
         raise ValueError("custom_generate needs decoder=, or small_tuned= and small_base=, loaded models")
-    key = (small_tuned, small_base, config)
-    known: tuple[Any, EFTDecoder] | None = vars(model).get("_speculative_eft")
-    if known is None or not all(one is other for one, other in zip(known[0], key, strict=True)):
+    # A shallow copy of a model has what the model keeps.
+    key = (model, small_tuned, small_base, config)
+    known: _Kept | None = vars(model).get("_speculative_eft")
+    if known is None or not all(one is other for one, other in zip(known.key, key, strict=True)):
         decoder = EFTDecoder(EFTModels(model, small_tuned, small_base), config)
         # Past Module.__setattr__: the decoder's models are no submodules of this one.
-        vars(model)["_speculative_eft"] = known = (key, decoder)
-    return known[1]
+        vars(model)["_speculative_eft"] = known = _Kept(key, decoder)
+    return known.decoder

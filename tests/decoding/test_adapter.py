@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import pickle
+import weakref
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -160,8 +165,30 @@ def test_the_folder_keeps_one_decoder_of_its_models(models: EFTModels) -> None:
     config = EFTConfig(beta=3.0, draft_tokens=2)
     other = models.large_base.generate(ids, **arguments, eft_config=config)
     assert torch.equal(other, EFTDecoder(models, config).generate(ids, max_new_tokens=3))
-    assert vars(models.large_base)["_speculative_eft"][1].config is config
+    assert vars(models.large_base)["_speculative_eft"].decoder.config is config
     assert not any("speculative" in name for name, _ in models.large_base.named_modules())
+
+
+def test_a_model_that_keeps_a_decoder_is_copied_and_saved_without_it(tmp_path: Path) -> None:
+    models = tiny_trio("llama")
+    large, ids = models.large_base, torch.tensor([[5, 6]])
+    arguments = {
+        "custom_generate": CUSTOM_GENERATE_FOLDER, "trust_remote_code": True, "max_new_tokens": 6,
+        "small_tuned": models.small_tuned[0], "small_base": models.small_base,
+    }  # fmt: skip
+    wanted = large.generate(ids, **arguments)
+    kept = vars(large)["_speculative_eft"]
+    torch.save(large, tmp_path / "large.pt")
+    loaded = torch.load(tmp_path / "large.pt", weights_only=False)
+    for other in (copy.copy(large), copy.deepcopy(large), pickle.loads(pickle.dumps(large)), loaded):
+        assert torch.equal(other.generate(ids, **arguments), wanted)
+        assert vars(other)["_speculative_eft"].decoder.models.large_base is other
+    assert b"speculative_eft." not in pickle.dumps(large)
+    assert vars(large)["_speculative_eft"] is kept
+    alive = weakref.ref(large)
+    del models, large, kept, other, loaded, arguments
+    gc.collect()
+    assert alive() is None
 
 
 def test_a_prompt_with_pad_tokens_inside_and_its_mask_of_ones(models: EFTModels) -> None:
