@@ -161,11 +161,10 @@ def _callables(name: str, given: Any) -> Sequence[Any]:
 
 
 def _inferred_mask(input_ids: Tensor, options: GenerationOptions) -> Tensor | None:
-    """transformers' rule: a pad token that ends no sequence is padding wherever a prompt has it."""
-    pad = options.config.pad_token_id
-    if pad is None or pad in options.eos_token_ids:
+    """0 wherever a prompt has the pad token, if that can only be padding; else None."""
+    if not options.marks_padding:
         return None
-    mask = (input_ids != pad).to(torch.int64)
+    mask = (input_ids != options.pad_token_id).to(torch.int64)
     return None if bool(mask.all()) else mask
 
 

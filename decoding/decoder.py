@@ -198,7 +198,8 @@ class EFTDecoder:
         Args:
             input_ids: integers [batch, width], the bases' prompts; padding anywhere `attention_mask` is 0.
             attention_mask: [batch, width], or None where nothing is padding; as in transformers a pad token
-                that ends no sequence then counts as padding.
+                then counts as padding unless it is an end of sequence of the large base, or of the call if
+                that names some.
             generation_config: options as transformers names them; keywords take precedence over it.
             seed: an int (sequence i gets a seed derived from it and i), one int a sequence (whose output
                 then depends on nothing else), or None to draw one from torch's default generator.

@@ -59,6 +59,7 @@ class GenerationOptions:
         top_k: 0 keeps all tokens.
         eos_token_ids: any of them ends a sequence; may be empty.
         pad_token_id: fills rows that ended early.
+        marks_padding: whether the pad token counts as padding in prompts without a mask.
         bos_token_id: begins a sequence where no prompt is given, or None.
         num_return_sequences: continuations of each prompt.
         stop_strings, max_time: end a sequence as transformers' criteria of these names do.
@@ -74,6 +75,7 @@ class GenerationOptions:
     min_p: float
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
+    marks_padding: bool
     return_dict_in_generate: bool
     bos_token_id: int | None
     num_return_sequences: int
@@ -176,6 +178,9 @@ def read_options(
         min_p=values["min_p"],
         eos_token_ids=eos_token_ids,
         pad_token_id=pad if pad is not None else (eos_token_ids[0] if eos_token_ids else 0),
+        # As transformers has it, which knows the large model alone: that a token ends a turn of the tuned one
+        # says nothing of prompts.
+        marks_padding=pad is not None and pad not in _end_tokens(asked, model_configs[:1]),
         return_dict_in_generate=bool(values["return_dict_in_generate"]),
         bos_token_id=values.get("bos_token_id"),
         num_return_sequences=copies,

@@ -206,6 +206,34 @@ def test_a_prompt_with_pad_tokens_inside_and_its_mask_of_ones(models: EFTModels)
     assert not torch.equal(inferred, seen)
 
 
+@pytest.mark.parametrize(
+    ("own_end", "named", "is_padding"),
+    [(None, {}, True), (0, {}, False), (1, {}, True), (0, {"eos_token_id": 1}, True),
+     (None, {"eos_token_id": [1, 0]}, False)],
+)  # fmt: skip
+def test_padding_is_inferred_as_transformers_does_for_the_large_base(
+    own_end: int | None, named: dict[str, Any], is_padding: bool
+) -> None:
+    """What ends sequences of the tuned model plays no part."""
+    models = tiny_trio("llama")
+    large, own = models.large_base, models.large_base.generation_config
+    own.pad_token_id, own.eos_token_id = 0, own_end
+    models.small_tuned[0].generation_config.eos_token_id = 0
+    decoder = EFTDecoder(models, EFTConfig(draft_tokens=3))
+    ids = torch.tensor([[0, 0, 3, 4]])
+    options = {"max_new_tokens": 8, "return_dict_in_generate": True, **named}
+    mask = (ids != 0).long() if is_padding else torch.ones_like(ids)
+    wanted = decoder.generate(ids, mask, **options)
+    folder = {"custom_generate": CUSTOM_GENERATE_FOLDER, "trust_remote_code": True, "decoder": decoder}
+    for output in (
+        decoder.generate(ids, **options),
+        large.generate(ids, **options, custom_generate=decoder.custom_generate),
+        large.generate(ids, **options, **folder),
+    ):
+        assert torch.equal(output.sequences, wanted.sequences)
+        torch.testing.assert_close(output.trace.target, wanted.trace.target, atol=1e-5, rtol=0)
+
+
 def test_pipeline(models: EFTModels) -> None:
     decoder = EFTDecoder(models, EFTConfig(draft_tokens=3))
     options: dict[str, Any] = {"do_sample": True, "max_new_tokens": 9, "seed": 2}
