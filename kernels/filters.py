@@ -127,20 +127,16 @@ def warp(logits: Tensor, sampling: Sampling) -> Tensor:
     logits = (logits - largest_of(logits)) / temperature
     empty = logits.amax(dim=-1) == -torch.inf
     logits[..., 0].masked_fill_(empty, 0.0)
-    log_law = log_softmax(logits)
+    # At a hot temperature log-probabilities would be rounded by more than they differ.
     if sampling.top_k is not None:
-        ordered = torch.sort(log_law, dim=-1, descending=True).values
-        last = (sampling.top_k - 1)[:, None, None].expand(*log_law.shape[:-1], 1)
-        log_law = log_law.masked_fill(log_law < ordered.gather(-1, last), -torch.inf)
+        ordered = torch.sort(logits, dim=-1, descending=True).values
+        last = (sampling.top_k - 1)[:, None, None].expand(*logits.shape[:-1], 1)
+        logits = logits.masked_fill(logits < ordered.gather(-1, last), -torch.inf)
     if sampling.top_p is not None:
-        log_law = log_softmax(log_law)
-        log_law = log_law.masked_fill(~top_p_set(log_law, sampling.top_p), -torch.inf)
+        logits = logits.masked_fill(~top_p_set(logits, sampling.top_p), -torch.inf)
     if sampling.min_p is not None:
-        threshold = log_law.amax(dim=-1, keepdim=True) + sampling.min_p.log()[:, None, None]
-        log_law = log_law.masked_fill(log_law < threshold, -torch.inf)
-    if sampling.filtered:
-        log_law = log_softmax(log_law)
-    return log_law
+        logits = logits.masked_fill(logits < sampling.min_p.log()[:, None, None], -torch.inf)
+    return log_softmax(logits)
 
 
 def plain_or_warped(logits: Tensor, sampling: Sampling) -> Tensor:

@@ -124,19 +124,19 @@ def _log_softmax(logits: Tensor) -> Tensor:
     return torch.where(log_law.isnan(), -torch.inf, log_law)
 
 
-def top_p_set(log_law: Tensor, top_p: Tensor) -> Tensor:
+def top_p_set(logits: Tensor, top_p: Tensor) -> Tensor:
     """The smallest set of most probable tokens whose mass reaches top_p, as transformers cuts it.
 
     Args:
-        log_law: float32 [batch, rows, vocab], normalised log-probabilities.
+        logits: float32 [batch, rows, vocab], log-probabilities but for a number a row, finite or -inf.
         top_p: float32 [batch].
 
     Returns:
         bool [batch, rows, vocab]. The most probable token is always in; among equal probabilities
         higher ids come first, as in an ascending stable sort cut from below.
     """
-    ascending, order = torch.sort(log_law, dim=-1, stable=True)
-    dropped = ascending.exp().cumsum(dim=-1) <= 1 - top_p[:, None, None]
+    ascending, order = torch.sort(logits, dim=-1, stable=True)
+    dropped = log_softmax(ascending).exp().cumsum(dim=-1) <= 1 - top_p[:, None, None]
     dropped[..., -1] = False
     return torch.empty_like(dropped).scatter_(-1, order, ~dropped)
 

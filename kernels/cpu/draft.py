@@ -22,7 +22,7 @@ from .jit import (
     logits_table,
     stay_a_function,
 )
-from .mix import mix, normalise
+from .mix import mix, normalise, softmax
 from .noise import race_of_logits
 from .threads import in_parallel, use_threads
 
@@ -95,7 +95,7 @@ def draft_share(
     filtered = is_filtered(sampling, sequence, vocab_size)
     law = np.empty(vocab_size if filtered or chances.shape[0] > 0 else 0, FLOAT)
     if filtered:
-        normalise(values, scale, law)
+        softmax(values, scale, law)
         filter_law(values, law, sampling, sequence)
         scale = FLOAT(1)
     elif chances.shape[0] > 0:

@@ -124,8 +124,9 @@ def cut_top_p(values: Any, shares: Any, ids: Any, count: int, top_p: float) -> i
     """Move the fewest most probable tokens whose share of the mass reaches `top_p` to the front.
 
     Args:
-        values, shares: float32, log-probabilities and probabilities, which need not add up to 1, of the
-            tokens `ids`, int64, ascending: the first `count` of each. Of equal ones the higher ids stay.
+        values, shares: float32, log-probabilities but for a number, and probabilities, which need not add up
+            to 1, of the tokens `ids`, int64, ascending: the first `count` of each. Of equal ones the higher
+            ids stay.
 
     Returns:
         How many tokens stay, at least 1.
@@ -170,29 +171,34 @@ def is_filtered(sampling: Any, sequence: int, vocab_size: int) -> Any:
     )
 
 
-@compiled(f"void({VECTOR}, {VECTOR}, SamplingArrays, int64)")
-def filter_law(log_law: Any, law: Any, sampling: Any, sequence: int) -> None:
-    """Filter a row's normalised log-probabilities and its probabilities in turn, and normalise them again."""
-    size = log_law.shape[0]
+@compiled(f"float32({VECTOR}, {VECTOR}, SamplingArrays, int64)")
+def filter_law(logits: Any, law: Any, sampling: Any, sequence: int) -> Any:
+    """Filter a row's logits, less their largest, and its probabilities, and normalise the latter again.
+
+    The logits are not, since at a hot temperature log-probabilities are rounded by more than they differ:
+    returns what the filters change in their normaliser.
+    """
+    size = logits.shape[0]
     if not is_filtered(sampling, sequence, size):
-        return
+        return FLOAT(0)
     top_k, top_p, min_p = sampling.top_k, sampling.top_p, sampling.min_p
     ids, count, least = np.arange(size), size, FLOAT(-np.inf)
     if top_k.shape[0] > 0:
-        count = _cut_top_k(log_law, law, ids, count, top_k[sequence])
+        count = _cut_top_k(logits, law, ids, count, top_k[sequence])
     if top_p.shape[0] > 0 and top_p[sequence] < FLOAT(1):
-        count = cut_top_p(log_law, law, ids, count, top_p[sequence])
-    values, shares = log_law[:count].copy(), law[:count].copy()
+        count = cut_top_p(logits, law, ids, count, top_p[sequence])
+    values, shares = logits[:count].copy(), law[:count].copy()
     if min_p.shape[0] > 0 and min_p[sequence] > FLOAT(0):
-        least = largest(values) + log(min_p[sequence])
+        least = log(min_p[sequence])
     total = 0.0
     for index in range(count):
         is_kept = values[index] >= least
         shares[index] = shares[index] if is_kept else FLOAT(0)
         values[index] = values[index] if is_kept else FLOAT(-np.inf)
         total += shares[index]
-    scale, shift = FLOAT(1) / FLOAT(total), log(FLOAT(total))
+    scale = FLOAT(1) / FLOAT(total)
     for token in range(size):
-        law[token], log_law[token] = FLOAT(0), FLOAT(-np.inf)
+        law[token], logits[token] = FLOAT(0), FLOAT(-np.inf)
     for index in range(count):
-        law[ids[index]], log_law[ids[index]] = shares[index] * scale, values[index] - shift
+        law[ids[index]], logits[ids[index]] = shares[index] * scale, values[index]
+    return log(FLOAT(total))

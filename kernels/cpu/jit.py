@@ -57,10 +57,7 @@ def type_of(text: str) -> Any:
 
 
 def record(*types_: str) -> Callable[[type[Record]], type[Record]]:
-    """Makes a NamedTuple, whose fields have these types, known by its name to strings of types.
-
-    A parallel loop takes records of arrays and numbers, but none of records.
-    """
+    """Makes a NamedTuple, whose fields have these types, known by its name to strings of types."""
 
     def register(named_tuple: type[Record]) -> type[Record]:
         _RECORDS[named_tuple.__name__] = types.BaseTuple.from_types(list(map(type_of, types_)), named_tuple)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .filters import cut_top_p, filter_law, is_filtered
+from .filters import cut_top_p, filter_law
 from .jit import FLOAT, LARGEST_FLOAT, TABLES, VECTOR, array_at, compiled, exp, largest, log
 
 __all__ = ["filtered_law", "mix", "mix_conservatively", "normalise", "softmax"]
@@ -95,13 +95,10 @@ def filtered_law(logits: Any, law: Any, sampling: Any, sequence: int) -> Any:
     """Write to `law` the law of `logits` after temperature and filters.
 
     Returns what `logits`, which are overwritten, then exceed its log-probabilities by: few of these are read,
-    so none is computed for all ids unless a filter needs them.
+    so they are not computed for all ids.
     """
-    if not is_filtered(sampling, sequence, logits.shape[0]):
-        return softmax(logits, sampling.temperature[sequence], law)
-    normalise(logits, sampling.temperature[sequence], law)
-    filter_law(logits, law, sampling, sequence)
-    return FLOAT(0)
+    shift = softmax(logits, sampling.temperature[sequence], law)
+    return shift + filter_law(logits, law, sampling, sequence)
 
 
 @compiled(f"void({TABLES}, ConservativeArrays, int64, int64, {VECTOR}, {VECTOR})")

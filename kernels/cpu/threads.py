@@ -154,7 +154,7 @@ def _call_share(typing_context: Any, function: Any, arguments_at: Any, share: An
 
 
 @compiled("boolean()")
-def has_failed() -> bool:
+def has_failed() -> Any:
     """Whether a share of the call under way has failed, for which nobody need wait."""
     return _seen(_place(_FAILED)) != 0
 

@@ -66,6 +66,23 @@ def test_greedy_equals_naive_by_every_rule_and_draft(acceptance: Any, draft: Any
             assert torch.equal(EFTDecoder(models, config).generate(**prompts, max_new_tokens=24), wanted)
 
 
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+@pytest.mark.parametrize("temperature", [1e4, 1e6, 1e20])
+def test_filters_know_the_order_of_tokens_at_any_temperature(
+    temperature: float, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend == "numba":
+        skip_unless_compiled(torch.float32)
+    monkeypatch.setenv("SPECULATIVE_EFT_BACKEND", backend)
+    models, prompts = tiny_trio("llama"), ragged_prompts()
+    wanted = NaiveEFTDecoder(models).generate(**prompts, max_new_tokens=12)
+    for decoder in (NaiveEFTDecoder(models), EFTDecoder(models, EFTConfig(draft_tokens=3))):
+        sampled = decoder.generate(
+            **prompts, max_new_tokens=12, do_sample=True, temperature=temperature, top_k=1, seed=1
+        )
+        assert torch.equal(sampled, wanted)
+
+
 @pytest.mark.parametrize("family", ["qwen2", *OF_OTHER_LAYERS])
 @pytest.mark.parametrize("draft", ["tuned", "pair"])
 def test_drafts_of_eight_bits_leave_the_law(family: str, draft: Any) -> None:
