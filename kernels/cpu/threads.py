@@ -134,10 +134,13 @@ def _system_call(typing_context: Any, address: Any, operation: Any, number: Any)
 @intrinsic  # type: ignore[untyped-decorator]
 def _nap(typing_context: Any, microseconds: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        # Of POSIX: elsewhere a thread that waits goes on looking.
-        if sys.platform != "win32":
-            number = ir.IntType(32)
-            builder.call(external(builder, "usleep", number, number), [builder.trunc(arguments[0], number)])
+        number = ir.IntType(32)
+        microseconds = builder.trunc(arguments[0], number)
+        if sys.platform == "win32":
+            milliseconds = builder.add(builder.udiv(microseconds, number(1000)), number(1))
+            builder.call(external(builder, "Sleep", ir.VoidType(), number), [milliseconds])
+        else:
+            builder.call(external(builder, "usleep", number, number), [microseconds])
         return context.get_dummy_value()
 
     return types.void(types.int64), codegen
@@ -217,8 +220,11 @@ def _share_out(function: int, arguments: int, count: int) -> None:
 def _work(index: int) -> None:
     """Do shares with the thread that shares them out, as the `index`-th of the others."""
     known, looks = _seen(_place(_JOBS)), 0
-    while _seen(_place(_STOPS)) == 0:
+    while True:
+        # In this order: who stops counts up after it has said so, and nobody sleeps on an older number.
         job = _seen(_place(_JOBS))
+        if _seen(_place(_STOPS)) != 0:
+            return
         if job == known or job % 2 == 0:
             looks += 1
             if looks < _LOOKS:
@@ -230,9 +236,10 @@ def _work(index: int) -> None:
                 _system_call(_place(_JOBS), _FUTEX_WAIT, job)
                 _added(_place(_SLEEPING), -1)
             continue
-        known, looks = job, 0
+        known = job
         if index >= _seen(_place(_THREADS)) - 1:
             continue
+        looks = 0
         _added(_place(_INSIDE), 1)
         if _seen(_place(_JOBS)) == job:
             _do_shares(_seen(_place(_SHARE)), _seen(_place(_ARGUMENTS)), _seen(_place(_COUNT)))
@@ -273,7 +280,11 @@ def use_threads() -> int:
     with _starting:
         while len(_workers) < threads - 1:
             worker = Thread(target=_work, args=(len(_workers),), name="speculative_eft", daemon=True)
-            worker.start()
+            try:
+                worker.start()
+            except RuntimeError:
+                # The system has no more threads: those that there are do all shares.
+                break
             _workers.append(worker)
         _table[_THREADS] = threads
     return threads
