@@ -291,7 +291,7 @@ class UniformRunner(StepByStep):
 
 
 def ordinary_speculation(
-    runners: EFTRunners, draft_tokens: int | Literal["auto"], costs: StepCosts
+    runners: EFTRunners, draft_tokens: int | Literal["auto"], costs: StepCosts, batch: int
 ) -> EFTDecoder:
     """The large base alone, with drafts by the small base: ordinary speculative decoding, by the block rule.
 
@@ -303,6 +303,7 @@ def ordinary_speculation(
         runners: of the three models; those of `large` and `base` run.
         draft_tokens: as in `EFTConfig`.
         costs: of a step of the small base and of a row.
+        batch: sequences that will run together.
     """
     uniform = UniformRunner(runners.large.vocab_size, runners.large.device)
     config = EFTConfig(
@@ -311,6 +312,7 @@ def ordinary_speculation(
         draft_tokens=draft_tokens,
         cost_ratio=costs.cost_ratio,
         row_cost=costs.row_cost,
+        expected_batch=batch,
         remembered=0,
     )
     return EFTDecoder(EFTRunners(large=runners.large, tuned=[runners.base], base=uniform), config)

@@ -253,7 +253,7 @@ def build_decoders(
         if name.startswith(SPECULATION):
             _, _, count = name.partition("K=")
             runners = subject.runners() if isinstance(subject, EFTModels) else subject
-            return ordinary_speculation(runners, int(count) if count else "auto", costs)
+            return ordinary_speculation(runners, int(count) if count else "auto", costs, setting.batch)
         rule, draft_tokens = speculative[name.removesuffix(AGAIN)]
         return EFTDecoder(subject, EFTConfig(acceptance=rule, draft_tokens=draft_tokens, **shared))
 

@@ -115,7 +115,7 @@ def test_the_loop_over_transformers_samples_from_the_target(tiny: TinyTrio) -> N
 @pytest.mark.parametrize("draft_tokens", [3, "auto"])
 def test_ordinary_speculation_decodes_the_large_model(tiny: TinyTrio, draft_tokens: int) -> None:
     prompts = torch.tensor([tiny.prompts[0]])
-    decoder = ordinary_speculation(tiny.models.runners(), draft_tokens, StepCosts(0.2, 0.0))
+    decoder = ordinary_speculation(tiny.models.runners(), draft_tokens, StepCosts(0.2, 0.0), 1)
     output = decoder.generate(prompts, do_sample=False, return_dict_in_generate=True, **OPTIONS)
     alone = SingleModelDecoder(tiny.models).generate(prompts, do_sample=False, **OPTIONS)
     assert isinstance(output, EFTOutput) and torch.equal(output.sequences, alone)
@@ -128,7 +128,7 @@ def test_ordinary_speculation_leaves_the_large_models_law() -> None:
     trio = EFTRunners(TableRunner(tables.large), [TableRunner(tables.tuned[0])], TableRunner(tables.base))
     count = 20_000
     prompts = torch.full((count, 1), 3)
-    output = ordinary_speculation(trio, 2, StepCosts(0.2, 0.0)).generate(
+    output = ordinary_speculation(trio, 2, StepCosts(0.2, 0.0), 1).generate(
         prompts, do_sample=True, top_k=0, max_new_tokens=2, eos_token_id=[], seed=4
     )
     law = torch.softmax(torch.from_numpy(tables.large), dim=-1)
