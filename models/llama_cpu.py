@@ -153,6 +153,7 @@ class CompiledLlama:
         self._ends = np.zeros(_ENDS, dtype=np.int64)
         self._stores: np.ndarray[Any, Any] = np.zeros((len(windows), 2), dtype=np.int64)
         self._rotations = torch.empty(0)
+        self._rotations_of: dict[str, Tensor] = {}
         self._kinds_of_layers = np.array([list(weights.windows).index(kind) for kind in weights.kinds])
         self._added: list[list[_LowRankRows]] = []
         self._network: NetworkArrays
@@ -201,7 +202,9 @@ class CompiledLlama:
         # Of the first layer are the tables with which the head runs.
         self._added[0] += _low_ranks({_HEAD: head})
         self._sizes = _sizes(weights)
-        self._rotations = torch.stack([*weights.rotations.values()]).float()
+        if self._rotations_of is not weights.rotations:
+            self._rotations_of = weights.rotations
+            self._rotations = torch.stack([*weights.rotations.values()]).float()
         self.use_storage(cache)
 
     def use_storage(self, cache: SlotCache) -> None:

@@ -264,7 +264,7 @@ def generate(
     tokenizer = tokenizer_of(models)
     if chat and not getattr(models.chat_tokenizer, "chat_template", None):
         raise typer.BadParameter("the tuned model's tokenizer has no chat template.", param_hint="'--chat'")
-    messages = [{"role": "user", "content": text}]
+    messages = [{"role": "user", "content": text}] if chat else None
     config = EFTConfig(
         alpha=alpha[0] if len(alpha) == 1 else alpha,
         beta=beta,
@@ -275,7 +275,7 @@ def generate(
         draft_temperature=draft_temperature,
         conservative_top_p=conservative_top_p,
     )
-    input_ids = tokenizer(plain_chat(messages) if chat else text, return_tensors="pt").input_ids
+    input_ids = tokenizer(plain_chat(messages) if messages else text, return_tensors="pt").input_ids
     streamer = None
     if not as_json:
         sources_shown = has_colours(out) if show_sources is None else show_sources
@@ -289,7 +289,7 @@ def generate(
         seed,
         temperature,
         streamer,
-        messages if chat else None,
+        messages,
         max_new_tokens=max_new_tokens,
         stop_strings=stop or None,
         top_k=top_k,

@@ -26,14 +26,13 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from .atomics import LINE, WORD, added, exchanged, place_at, seen
 from .jit import Function, compiled, entry, external, type_of
 
 __all__ = ["has_failed", "in_parallel", "let_others_run", "use_threads"]
 
-_LINE = 8
-"""Integers that lie in one line of the caches."""
 _JOBS, _STOPS, _THREADS, _SLEEPING, _INSIDE, _NEXT, _DONE, _FAILED, _BUSY, _SHARE, _ARGUMENTS, _COUNT = (
-    _LINE * line for line in range(12)
+    LINE * line for line in range(12)
 )
 """Where in the table stand: jobs begun and ended; whether threads are to end; how many do shares, with the
 one that shares out; how many sleep, and how many look into the job; the next share, shares done, and whether
@@ -51,9 +50,7 @@ _FUTEX = {"x86_64": 202, "aarch64": 98}.get(os.uname().machine if sys.platform =
 less often the longer they have none."""
 _FUTEX_WAIT, _FUTEX_WAKE = 128, 129
 
-_WORD = ir.IntType(64)
-
-_table = np.zeros(12 * _LINE, np.int64)
+_table = np.zeros(12 * LINE, np.int64)
 llvm.add_symbol(_SYMBOL, _table.ctypes.data)
 _workers: list[Thread] = []
 _starting = Lock()
@@ -65,40 +62,8 @@ def _place(typing_context: Any, index: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         # As a function, since those may be anywhere in memory.
-        begin = builder.ptrtoint(external(builder, _SYMBOL, ir.VoidType()), _WORD)
-        return builder.add(begin, builder.shl(arguments[0], _WORD(3)))
-
-    return types.int64(types.int64), codegen
-
-
-def _at(builder: Any, address: Any) -> Any:
-    return builder.inttoptr(address, _WORD.as_pointer())
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _added(typing_context: Any, address: Any, number: Any) -> Any:
-    """Add to the int64 at `address`, and return what it was."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.atomic_rmw("add", _at(builder, arguments[0]), arguments[1], "seq_cst")
-
-    return types.int64(types.int64, types.int64), codegen
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _exchanged(typing_context: Any, address: Any, number: Any) -> Any:
-    """Put an int64 at `address`, and return what was there."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.atomic_rmw("xchg", _at(builder, arguments[0]), arguments[1], "seq_cst")
-
-    return types.int64(types.int64, types.int64), codegen
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _seen(typing_context: Any, address: Any) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.load_atomic(_at(builder, arguments[0]), "seq_cst", 8)
+        begin = builder.ptrtoint(external(builder, _SYMBOL, ir.VoidType()), WORD)
+        return builder.add(begin, builder.shl(arguments[0], WORD(3)))
 
     return types.int64(types.int64), codegen
 
@@ -124,8 +89,8 @@ def _pause(typing_context: Any) -> Any:
 def _system_call(typing_context: Any, address: Any, operation: Any, number: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if _FUTEX is not None:
-            call = external(builder, "syscall", _WORD, *[_WORD] * 5)
-            builder.call(call, [_WORD(_FUTEX), *arguments, _WORD(0)])
+            call = external(builder, "syscall", WORD, *[WORD] * 5)
+            builder.call(call, [WORD(_FUTEX), *arguments, WORD(0)])
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), codegen
@@ -149,7 +114,7 @@ def _nap(typing_context: Any, microseconds: Any) -> Any:
 @intrinsic  # type: ignore[untyped-decorator]
 def _call_share(typing_context: Any, function: Any, arguments_at: Any, share: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kind = ir.FunctionType(ir.VoidType(), [_WORD, _WORD])
+        kind = ir.FunctionType(ir.VoidType(), [WORD, WORD])
         builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), arguments[1:])
         return context.get_dummy_value()
 
@@ -159,7 +124,7 @@ def _call_share(typing_context: Any, function: Any, arguments_at: Any, share: An
 @compiled("boolean()")
 def has_failed() -> Any:
     """Whether a share of the call under way has failed, for which nobody need wait."""
-    return _seen(_place(_FAILED)) != 0
+    return seen(_place(_FAILED)) != 0
 
 
 @compiled("int64(int64)")
@@ -177,11 +142,11 @@ def let_others_run(looks: int) -> int:
 
 @compiled("void(int64, int64, int64)")
 def _do_shares(function: int, arguments: int, count: int) -> None:
-    share = _added(_place(_NEXT), 1)
+    share = added(_place(_NEXT), 1)
     while share < count:
         _call_share(function, arguments, share)
-        _added(_place(_DONE), 1)
-        share = _added(_place(_NEXT), 1)
+        added(_place(_DONE), 1)
+        share = added(_place(_NEXT), 1)
 
 
 @compiled("void(int64, int64, int64)")
@@ -190,40 +155,40 @@ def _share_out(function: int, arguments: int, count: int) -> None:
 
     Raises MemoryError if one failed, for which there is no other reason.
     """
-    if count < 2 or _seen(_place(_THREADS)) < 2 or _exchanged(_place(_BUSY), 1) != 0:
+    if count < 2 or seen(_place(_THREADS)) < 2 or exchanged(_place(_BUSY), 1) != 0:
         for share in range(count):
             _call_share(function, arguments, share)
     else:
-        _exchanged(_place(_SHARE), function)
-        _exchanged(_place(_ARGUMENTS), arguments)
-        _exchanged(_place(_COUNT), count)
-        _exchanged(_place(_NEXT), 0)
-        _exchanged(_place(_DONE), 0)
+        exchanged(_place(_SHARE), function)
+        exchanged(_place(_ARGUMENTS), arguments)
+        exchanged(_place(_COUNT), count)
+        exchanged(_place(_NEXT), 0)
+        exchanged(_place(_DONE), 0)
         # Odd: it has begun.
-        _added(_place(_JOBS), 1)
-        if _seen(_place(_SLEEPING)) > 0:
+        added(_place(_JOBS), 1)
+        if seen(_place(_SLEEPING)) > 0:
             _system_call(_place(_JOBS), _FUTEX_WAKE, 1 << 30)
         _do_shares(function, arguments, count)
         looks = 0
-        while _seen(_place(_DONE)) < count:
+        while seen(_place(_DONE)) < count:
             looks = let_others_run(looks)
-        _added(_place(_JOBS), 1)
+        added(_place(_JOBS), 1)
         # Who looks into it still reads the arguments.
-        while _seen(_place(_INSIDE)) > 0:
+        while seen(_place(_INSIDE)) > 0:
             looks = let_others_run(looks)
-        _exchanged(_place(_BUSY), 0)
-    if _exchanged(_place(_FAILED), 0) != 0:
+        exchanged(_place(_BUSY), 0)
+    if exchanged(_place(_FAILED), 0) != 0:
         raise MemoryError("there is not enough memory for a compiled pass")
 
 
 @entry("void(int64)", nogil=True)
 def _work(index: int) -> None:
     """Do shares with the thread that shares them out, as the `index`-th of the others."""
-    known, looks = _seen(_place(_JOBS)), 0
+    known, looks = seen(_place(_JOBS)), 0
     while True:
         # In this order: who stops counts up after it has said so, and nobody sleeps on an older number.
-        job = _seen(_place(_JOBS))
-        if _seen(_place(_STOPS)) != 0:
+        job = seen(_place(_JOBS))
+        if seen(_place(_STOPS)) != 0:
             return
         if job == known or job % 2 == 0:
             looks += 1
@@ -232,24 +197,24 @@ def _work(index: int) -> None:
             elif _FUTEX is None:
                 _nap(min(_NAP * (looks - _LOOKS + 1), _LONGEST_NAP))
             else:
-                _added(_place(_SLEEPING), 1)
+                added(_place(_SLEEPING), 1)
                 _system_call(_place(_JOBS), _FUTEX_WAIT, job)
-                _added(_place(_SLEEPING), -1)
+                added(_place(_SLEEPING), -1)
             continue
         known = job
-        if index >= _seen(_place(_THREADS)) - 1:
+        if index >= seen(_place(_THREADS)) - 1:
             continue
         looks = 0
-        _added(_place(_INSIDE), 1)
-        if _seen(_place(_JOBS)) == job:
-            _do_shares(_seen(_place(_SHARE)), _seen(_place(_ARGUMENTS)), _seen(_place(_COUNT)))
-        _added(_place(_INSIDE), -1)
+        added(_place(_INSIDE), 1)
+        if seen(_place(_JOBS)) == job:
+            _do_shares(seen(_place(_SHARE)), seen(_place(_ARGUMENTS)), seen(_place(_COUNT)))
+        added(_place(_INSIDE), -1)
 
 
 @entry("void(int64)")
 def _stop(stops: int) -> None:
-    _exchanged(_place(_STOPS), stops)
-    _added(_place(_JOBS), 2)
+    exchanged(_place(_STOPS), stops)
+    added(_place(_JOBS), 2)
     _system_call(_place(_JOBS), _FUTEX_WAKE, 1 << 30)
 
 
@@ -328,7 +293,7 @@ def _only_one(function: Any) -> Any:
 def _share_of(context: Any, builder: Any, one: Any, kinds: Any, arguments: Any) -> Any:
     """A function of the module under construction that calls `one` with the arguments at an address."""
     context.active_code_library.add_linking_library(one.library)
-    kind = ir.FunctionType(ir.VoidType(), [_WORD, _WORD])
+    kind = ir.FunctionType(ir.VoidType(), [WORD, WORD])
     share = ir.Function(builder.module, kind, builder.module.get_unique_name("share"))
     share.linkage = "internal"
     inner = ir.IRBuilder(share.append_basic_block("entry"))
@@ -336,8 +301,8 @@ def _share_of(context: Any, builder: Any, one: Any, kinds: Any, arguments: Any) 
     callee = context.declare_function(builder.module, one.fndesc)
     status, _ = context.call_conv.call_function(inner, callee, types.void, kinds, [share.args[1], *values])
     with cgutils.if_unlikely(inner, status.is_error):
-        begin = inner.ptrtoint(external(builder, _SYMBOL, ir.VoidType()), _WORD)
-        inner.store_atomic(_WORD(1), _at(inner, inner.add(begin, _WORD(8 * _FAILED))), "seq_cst", 8)
+        begin = inner.ptrtoint(external(builder, _SYMBOL, ir.VoidType()), WORD)
+        inner.store_atomic(WORD(1), place_at(inner, inner.add(begin, WORD(8 * _FAILED))), "seq_cst", 8)
     inner.ret_void()
     return share
 
@@ -346,7 +311,7 @@ def _call_share_out(context: Any, builder: Any, share: Any, place: Any, count: A
     own = _only_one(_share_out)
     context.active_code_library.add_linking_library(own.library)
     callee = context.declare_function(builder.module, own.fndesc)
-    values = [builder.ptrtoint(share, _WORD), builder.ptrtoint(place, _WORD), count]
+    values = [builder.ptrtoint(share, WORD), builder.ptrtoint(place, WORD), count]
     status, _ = context.call_conv.call_function(builder, callee, types.void, [types.int64] * 3, values)
     with cgutils.if_unlikely(builder, status.is_error):
         context.call_conv.return_status_propagate(builder, status)
