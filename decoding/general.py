@@ -20,6 +20,7 @@ from speculative_eft.kernels import (
     draft_logits,
     draft_step,
     end_drafts,
+    log_probabilities,
     recall,
     target_logits,
     verify,
@@ -108,7 +109,7 @@ def general_round(
             correction,
         )
         if plan.coefficients.filtered:
-            mixed = _normalised(mixed)
+            mixed = log_probabilities(mixed)
         wanted = [int(step < length) for length in lens]
         draft_rows.append(
             process_rows(processing.draft, history, [start + step for start in starts], wanted, mixed)
@@ -134,7 +135,8 @@ def general_round(
     timer.mark("base")
     logits = target_logits(large, tuned, base, plan.coefficients, plan.vocab_size)
     if plan.coefficients.filtered:
-        logits = _normalised(logits)
+        # What adds up to it then is no mix of logits: processors, to some of which signs matter, get a law.
+        logits = log_probabilities(logits)
     scores = process_rows(processing.target, history, starts, [length + 1 for length in lens], logits)
     # The row after the last drafted token has no draft law, and none is read there.
     draft = torch.cat([*draft_rows, torch.zeros_like(scores[:, :1])], dim=1)
@@ -160,16 +162,6 @@ def general_round(
             _keep(buffer, rows_of_all, report, state.generated)
     timer.mark("other")
     return report
-
-
-def _normalised(logits: Tensor) -> Tensor:
-    """Log-probabilities; a row of only -inf stays one.
-
-    Under the conservative filter no mix of the models' logits is the target's, and what `target_logits` adds
-    up has a sum of its own: processors, to some of which a score's sign matters, get a law.
-    """
-    law = logits.log_softmax(dim=-1)
-    return torch.where(law.isnan(), -torch.inf, law)
 
 
 def _live_draft_lens(state: RoundState) -> list[int]:

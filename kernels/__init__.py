@@ -14,7 +14,7 @@ else:
     from .filters import LARGEST_TEMPERATURE, Sampling, batch_sampling, usable_temperature, warp
     from .layers import projections
     from .memory import DraftMemory, new_draft_memory, recall, remember
-    from .mix import Coefficients, draft_logits, target_logits
+    from .mix import Coefficients, draft_logits, log_probabilities, target_logits
     from .noise import NoiseKey, Stream, derive_seeds, exponential_noise, gumbel_noise, uniform_noise
     from .quantised import QuantisedWeight, Weight, product, quantise, quantised
     from .rotated_attention import rotated_attention
@@ -52,6 +52,7 @@ __all__ = [
     "exponential_noise",
     "gumbel_noise",
     "learn",
+    "log_probabilities",
     "new_draft_memory",
     "new_early_stop",
     "product",

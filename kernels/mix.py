@@ -19,7 +19,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-__all__ = ["Coefficients", "draft_logits", "log_softmax", "target_logits", "top_p_set"]
+__all__ = [
+    "Coefficients",
+    "draft_logits",
+    "log_probabilities",
+    "log_softmax",
+    "target_logits",
+    "top_p_set",
+]
 
 
 @dataclass(frozen=True)
@@ -118,7 +125,7 @@ def log_softmax(logits: Tensor) -> Tensor:
     return shifted - shifted.exp().sum(dim=-1, keepdim=True).log()
 
 
-def _log_softmax(logits: Tensor) -> Tensor:
+def log_probabilities(logits: Tensor) -> Tensor:
     """`log_softmax`, but a row of only -inf stays one."""
     log_law = log_softmax(logits)
     return torch.where(log_law.isnan(), -torch.inf, log_law)
@@ -189,10 +196,10 @@ def target_logits(
         weights = [beta, *alpha.unbind(1), small_base_weight - beta]
         return _weighted_sum(weights, [large, *tuned, base], vocab_size, zeros)
     weights = [*alpha.unbind(1), small_base_weight]
-    log_draft = _log_softmax(_weighted_sum(weights, [*tuned, base], vocab_size, zeros))
+    log_draft = log_probabilities(_weighted_sum(weights, [*tuned, base], vocab_size, zeros))
     delta = _weighted_sum(
         [beta, -beta],
-        [_log_softmax(_finite(large, vocab_size)), _log_softmax(_finite(base, vocab_size))],
+        [log_probabilities(_finite(large, vocab_size)), log_probabilities(_finite(base, vocab_size))],
         vocab_size,
         zeros,
     )
