@@ -12,7 +12,7 @@ else:
     from .draft import DraftLoop, draft_step
     from .early_stop import EarlyStop, end_drafts, learn, new_early_stop
     from .filters import LARGEST_TEMPERATURE, Sampling, batch_sampling, usable_temperature, warp
-    from .layers import projections
+    from .layers import GATES, Gate, RMSNorm, normalised, projections
     from .memory import DraftMemory, new_draft_memory, recall, remember
     from .mix import Coefficients, draft_logits, log_probabilities, target_logits
     from .noise import NoiseKey, Stream, derive_seeds, exponential_noise, gumbel_noise, uniform_noise
@@ -22,6 +22,7 @@ else:
     from .verify import AcceptanceRule, Verdict, verify
 
 __all__ = [
+    "GATES",
     "HEAD_DIMS",
     "LARGEST_HEAD_DIM",
     "LARGEST_TEMPERATURE",
@@ -32,8 +33,10 @@ __all__ = [
     "DraftLoop",
     "DraftMemory",
     "EarlyStop",
+    "Gate",
     "NoiseKey",
     "QuantisedWeight",
+    "RMSNorm",
     "RoundState",
     "Sampling",
     "Stream",
@@ -55,6 +58,7 @@ __all__ = [
     "log_probabilities",
     "new_draft_memory",
     "new_early_stop",
+    "normalised",
     "product",
     "projections",
     "quantise",

@@ -21,6 +21,8 @@ def rotated_attention(
     lengths: Tensor,
     span: int,
     window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Rotate queries and keys, write keys and values to a cache as `append` does, and attend to it.
 
@@ -36,7 +38,7 @@ def rotated_attention(
         cached_keys, cached_values: [slots, kv_heads, capacity, dim] with slots >= batch, written in place.
         lengths: int64 [batch], which no launch that may overlap with this one writes.
         span: positions that may be read, at least max(lengths) + q.
-        window: as for `attention`.
+        window, scale, softcap: as for `attention`.
 
     Returns:
         `attention` of the rotated queries, [batch, q, heads, dim].
@@ -50,7 +52,10 @@ def rotated_attention(
     if backend(query.device) == "triton":
         from .gpu.rotated_attention import rotated_attention as compiled
 
-        return compiled(query, key, value, rotations, cached_keys, cached_values, lengths, span, window)
+        scale = query.shape[3] ** -0.5 if scale is None else scale
+        return compiled(
+            query, key, value, rotations, cached_keys, cached_values, lengths, span, window, scale, softcap
+        )
     steps = torch.arange(query.shape[1], device=lengths.device)
     position = (lengths[:, None] + steps).clamp(max=cached_keys.shape[2] - 1)
     cos, sin = rotations[position].unsqueeze(2).float().chunk(2, dim=-1)
@@ -59,4 +64,5 @@ def rotated_attention(
         for part in (query, key)
     )
     append(key, value, cached_keys, cached_values, lengths)
-    return attention(query, cached_keys[:, :, :span], cached_values[:, :, :span], lengths, window=window)
+    keys, values = cached_keys[:, :, :span], cached_values[:, :, :span]
+    return attention(query, keys, values, lengths, scale, window, softcap)

@@ -1,8 +1,8 @@
 """A short way through decoders built like Llama: their weights, without their modules.
 
 One step of a small model costs more in Python and in small operations than in arithmetic. `LlamaBody` does
-what the modules of Llama, Mistral, Qwen2 and Qwen3 do in a third of the operations, and `LlamaWeights` knows
-for `models.llama_cpu` where these, the Gemmas, Granite, OLMo-2, OLMo-3 and Phi-3 have their weights.
+what the modules of Llama, Mistral, Qwen2, Qwen3, the Gemmas, Granite, OLMo-2, OLMo-3 and Phi-3 do in a third
+of the operations, and `LlamaWeights` knows where these have their weights, for `models.llama_cpu` too.
 """
 
 from __future__ import annotations
@@ -18,8 +18,12 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from speculative_eft.kernels import (
+    GATES,
+    Gate,
     QuantisedWeight,
+    RMSNorm,
     Weight,
+    normalised,
     product,
     projections,
     quantise,
@@ -42,8 +46,6 @@ _DECODERS = {
         ("olmo2", "Olmo2"), ("olmo3", "Olmo3"), ("phi3", "Phi3"),
     )
 }  # fmt: skip
-_SHORT = {"llama", "mistral", "qwen2", "qwen3"}
-"""What `LlamaBody` runs."""
 _GEMMAS = {"gemma", "gemma2", "gemma3"}
 
 
@@ -123,15 +125,13 @@ class Layer:
     up: Linear
     down: Linear
     mlp_end_norm: nn.Parameter | None
-    activation: Callable[[Tensor], Tensor]
 
     @property
     def is_fusable(self) -> bool:
-        """Whether `projections` can do what the layer does: adapters of its dtype, a SiLU, no odd biases."""
+        """Whether `projections` can do what the layer does: adapters of its dtype, no odd biases."""
         linears = (self.query, self.key, self.value, self.output, self.gate, self.up, self.down)
         return (
-            self.activation is F.silu
-            and all(
+            all(
                 isinstance(linear.weight, Tensor) and part.down.dtype == part.up.dtype == linear.weight.dtype
                 for linear in linears
                 for part in linear.low_ranks
@@ -159,7 +159,7 @@ class LlamaWeights:
         heads, kv_heads, groups, dim: of attention; `groups` heads share keys and values.
         windows: of each kind of layer, as `configs.layer_windows` has them; `kinds` has each layer's.
         eps, norm_offset: of all norms, and what they add to their weights.
-        activation: the name of that between the layers' products, as configurations have it.
+        gate: the activation between the layers' products; None for one that only the model's modules know.
         embedding_scale: what embeddings are multiplied by, rounded as the model does.
         residual_scale: what is multiplied by it before it is added to the hidden state.
         attention_scale, softcap: what scores are multiplied by, and what they are squeezed into, if anything.
@@ -208,7 +208,8 @@ class LlamaWeights:
             weight = decoder.embed_tokens.weight
             self.norm_offset = 1.0
             self.embedding_scale = float(torch.tensor(config.hidden_size**0.5).to(weight.dtype))
-        self.activation: str = declared(config, "hidden_activation") or config.hidden_act
+        activation = declared(config, "hidden_activation") or config.hidden_act
+        self.gate: Gate | None = next((gate for gate in GATES if gate == activation), None)
         scale = declared(config, "attention_multiplier")
         self.attention_scale = scale or (declared(config, "query_pre_attn_scalar") or self.dim) ** -0.5
         self.residual_scale = declared(config, "residual_multiplier") or 1.0
@@ -284,17 +285,11 @@ class LlamaWeights:
             up=up,
             down=linear(mlp["down_proj"]),
             mlp_end_norm=norm(parts.get("post_feedforward_layernorm")),
-            activation=F.silu if self.activation == "silu" else parts["mlp"].act_fn,
         )
 
 
 class LlamaBody(LlamaWeights):
-    """Runs a `LlamaModel`, `MistralModel`, `Qwen2Model` or `Qwen3Model`; see `fits`."""
-
-    @staticmethod
-    def fits(decoder: PreTrainedModel, adapters: Sequence[str] | None = None) -> bool:
-        """`LlamaWeights.fits`, of these models."""
-        return _family(decoder) in _SHORT and LlamaWeights.fits(decoder, adapters)
+    """Runs a decoder that `LlamaWeights.fits`."""
 
     def __init__(
         self,
@@ -307,11 +302,13 @@ class LlamaBody(LlamaWeights):
         super().__init__(decoder, adapters, copies)
         self.attention = attention
         self.is_fusable = False
+        self._activated: Callable[[Tensor], Tensor]
+        self._activated = decoder.layers[0].mlp.act_fn if self.gate is None else GATES[self.gate]
 
     def prepare(self, cache: SlotCache) -> None:
         """Find the weights again and make a rotation for every position of `cache`."""
         super().prepare(cache)
-        self.is_fusable = all(layer.is_fusable for layer in self.layers)
+        self.is_fusable = self.gate is not None and all(layer.is_fusable for layer in self.layers)
 
     def fill(self, block: Block, cache: SlotCache) -> None:
         """Run `block` for its keys and values alone, with which the last layer ends where it is not fused."""
@@ -323,7 +320,7 @@ class LlamaBody(LlamaWeights):
         attention = attention_for(self.attention, length)
         if attention == "triton" and self.is_fusable:
             return self.fused([(self, cache)], block)
-        hidden = F.embedding(block.tokens.reshape(-1), self.decoder.embed_tokens.weight)
+        hidden = self._embedded(block)
         if attention == "sdpa":
             rows = block.positions.repeat(1, self.groups) if length > 1 else block.positions
             biases = {
@@ -332,32 +329,35 @@ class LlamaBody(LlamaWeights):
             }
         else:
             lengths = visible_lengths(attention, cache.lengths, length, block.columns.shape[0])
-        # All kinds of layers of these families turn alike.
-        rotation = self.rotations[self.kinds[0]].index_select(0, block.positions.view(-1)).unsqueeze(1)
-        cos, sin = rotation[..., :dim], rotation[..., dim:]
+        turns = {
+            kind: rotation.index_select(0, block.positions.view(-1)).unsqueeze(1)
+            for kind, rotation in self.rotations.items()
+        }
 
         for index, layer in enumerate(self.layers):
             inputs = self._norm(hidden, layer.attention_norm)
-            query, key, value = (part(inputs) for part in (layer.query, layer.key, layer.value))
-            query, key = query.view(count, heads, dim), key.view(count, self.kv_heads, dim)
-            if layer.query_norm is not None and layer.key_norm is not None:
-                query, key = self._norm(query, layer.query_norm), self._norm(key, layer.key_norm)
+            query = self._heads(layer.query(inputs), layer.query_norm)
+            key = self._heads(layer.key(inputs), layer.key_norm)
+            cos, sin = turns[layer.kind].chunk(2, -1)
             both = torch.cat((query, key), 1)
-            both = torch.addcmul(both * cos, both.roll(dim // 2, -1), sin).view(batch, length, -1, dim)
-            value = value.view(batch, length, self.kv_heads, dim)
+            # OLMo's rotations are of float32 in any dtype.
+            both = torch.addcmul(both * cos, both.roll(dim // 2, -1), sin).to(both.dtype)
+            both = both.view(batch, length, -1, dim)
+            value = layer.value(inputs).view(batch, length, self.kv_heads, dim)
             keys, values = cache.write(index, both[:, :, heads:], value)
             if not reads_out and layer is self.layers[-1]:
                 break
-            query = both[:, :, :heads]
+            query, scale, softcap = both[:, :, :heads], self.attention_scale, self.softcap
             if attention == "sdpa":
-                mixed = attend(query.transpose(1, 2), keys, values, biases[layer.kind])
+                mixed = attend(query.transpose(1, 2), keys, values, biases[layer.kind], scale, softcap)
             else:
                 window = self.windows[layer.kind]
-                mixed = attend_ragged(attention, query, keys, values, lengths, window=window)
-            hidden = hidden + layer.output(mixed.reshape(count, heads * dim))
+                mixed = attend_ragged(attention, query, keys, values, lengths, scale, window, softcap)
+            joined = layer.output(mixed.reshape(count, heads * dim))
+            hidden = self._added(hidden, joined, layer.attention_end_norm)
             inputs = self._norm(hidden, layer.mlp_norm)
-            gated = layer.activation(layer.gate(inputs)) * layer.up(inputs)
-            hidden = hidden + layer.down(gated)
+            gated = self._activated(layer.gate(inputs)) * layer.up(inputs)
+            hidden = self._added(hidden, layer.down(gated), layer.mlp_end_norm)
 
         return self._norm(hidden, self.decoder.norm.weight).view(batch, length, -1)
 
@@ -375,37 +375,41 @@ class LlamaBody(LlamaWeights):
     def fused(members: Sequence[tuple[LlamaBody, SlotCache]], block: Block) -> Tensor:
         """The layers of `__call__` in five launches each, or seven or eight for a few rows, not twenty.
 
-        Adapters of all parts of a layer make them some twenty where they would be fifty. Of several members,
-        bodies that fuse with each other and the cache of each, all run the same tokens, each behind what its
-        own cache holds, and the weights that they share are read once. Returns hidden states
-        [members * batch, q, hidden], member by member.
+        Norms of queries and keys, and of what a part of a layer adds, take a launch each. Adapters of all
+        parts of a layer make them some twenty where they would be fifty. Of several members, bodies that fuse
+        with each other and the cache of each, all run the same tokens, each behind what its own cache holds,
+        and the weights that they share are read once. Returns hidden states [members * batch, q, hidden],
+        member by member.
         """
         (first, _), (batch, length), span = members[0], block.tokens.shape, block.columns.shape[0]
         dim, sequences = first.dim, len(members) * batch
-        embedded = F.embedding(block.tokens.reshape(-1), first.decoder.embed_tokens.weight)
+        embedded = first._embedded(block)
         hidden = embedded.repeat(len(members), 1) if len(members) > 1 else embedded
         for index, layer in enumerate(first.layers):
             same = [body.layers[index] for body, _ in members]
-            both = first._products(
+            query, key, value = first._products(
                 hidden, [[own.query, own.key, own.value] for own in same], layer.attention_norm
             )
-            query, key, value = (part.view(sequences, length, -1, dim) for part in both)
-            if layer.query_norm is not None and layer.key_norm is not None:
-                query, key = first._norm(query, layer.query_norm), first._norm(key, layer.key_norm)
+            query, key, value = (
+                part.view(sequences, length, -1, dim)
+                for part in (
+                    first._heads(query, layer.query_norm), first._heads(key, layer.key_norm), value,
+                )
+            )  # fmt: skip
             mixed = []
             for member, (body, cache) in enumerate(members):
                 own = slice(member * batch, (member + 1) * batch)
                 mixed.append(rotated_attention(
                     query[own], key[own], value[own], body.rotations[layer.kind],
                     *cache.layer_storage(index, body.kv_heads, dim, key.dtype), cache.lengths, span,
-                    body.windows[layer.kind],
+                    body.windows[layer.kind], body.attention_scale, body.softcap,
                 ))  # fmt: skip
             attended = (torch.cat(mixed) if len(members) > 1 else mixed[0]).view(-1, first.heads * dim)
-            (hidden,) = first._products(attended, [[own.output] for own in same], residual=hidden)
+            hidden = first._joined(hidden, attended, [own.output for own in same], layer.attention_end_norm)
             (inner,) = first._products(
                 hidden, [[own.gate, own.up] for own in same], layer.mlp_norm, gated=True
             )
-            (hidden,) = first._products(inner, [[own.down] for own in same], residual=hidden)
+            hidden = first._joined(hidden, inner, [own.down for own in same], layer.mlp_end_norm)
         return first._norm(hidden, first.decoder.norm.weight).view(sequences, length, -1)
 
     def _products(
@@ -420,24 +424,54 @@ class LlamaBody(LlamaWeights):
         linears = members[0]
         weights = [linear.weight for linear in linears]
         biases = None if gated else [linear.bias for linear in linears]
+        gate = self.gate if gated else None
         if not any(linear.low_ranks for own in members for linear in own):
-            return projections(inputs, weights, biases, norm, self.eps, residual, gated)
-        if norm is not None:
-            inputs = self._norm(inputs, norm)
-        parts = projections(inputs, weights, biases, residual=residual)
+            given = None if norm is None else self._norm_of(norm)
+            return projections(inputs, weights, biases, given, residual, self.residual_scale, gate)
+        inputs = self._norm(inputs, norm)
+        parts = projections(inputs, weights, biases, residual=residual, factor=self.residual_scale)
+        scale = 1.0 if residual is None else self.residual_scale
         rows = inputs.shape[0] // len(members)
         for index, own in enumerate(members):
             mine = slice(index * rows, (index + 1) * rows)
             for part, linear in zip(parts, own, strict=True):
                 out = part[mine]
                 for added in linear.low_ranks:
-                    out.addmm_(F.linear(inputs[mine], added.down), added.up.T, alpha=added.scaling)
+                    out.addmm_(F.linear(inputs[mine], added.down), added.up.T, alpha=scale * added.scaling)
                     if added.bias is not None:
-                        out.add_(added.bias, alpha=added.scaling)
-        return [F.silu(parts[0]) * parts[1]] if gated else parts
+                        out.add_(added.bias, alpha=scale * added.scaling)
+        return parts if gate is None else [GATES[gate](parts[0]) * parts[1]]
+
+    def _joined(
+        self, hidden: Tensor, inputs: Tensor, linears: Sequence[Linear], norm: nn.Parameter | None
+    ) -> Tensor:
+        """`hidden` with what a part of a layer adds: a linear layer at its end, each member's own."""
+        members = [[linear] for linear in linears]
+        if norm is None:
+            return self._products(inputs, members, residual=hidden)[0]
+        return self._added(hidden, self._products(inputs, members)[0], norm)
+
+    def _added(self, hidden: Tensor, part: Tensor, norm: nn.Parameter | None) -> Tensor:
+        """`hidden` with what a part of a layer adds."""
+        if norm is None:
+            return torch.add(hidden, part, alpha=self.residual_scale)
+        return normalised(part, self._norm_of(norm), hidden)
+
+    def _embedded(self, block: Block) -> Tensor:
+        hidden = F.embedding(block.tokens.reshape(-1), self.decoder.embed_tokens.weight)
+        return hidden if self.embedding_scale == 1.0 else hidden * self.embedding_scale
+
+    def _heads(self, vectors: Tensor, norm: nn.Parameter | None) -> Tensor:
+        """`vectors` [rows, heads * dim] as [rows, heads, dim], normalised by heads or all together."""
+        is_of_all = norm is not None and norm.shape[0] != self.dim
+        heads = (self._norm(vectors, norm) if is_of_all else vectors).view(vectors.shape[0], -1, self.dim)
+        return heads if is_of_all else self._norm(heads, norm)
 
     def _norm(self, hidden: Tensor, weight: Tensor | None) -> Tensor:
-        return F.rms_norm(hidden, (hidden.shape[-1],), weight, self.eps)
+        return hidden if weight is None else normalised(hidden, self._norm_of(weight))
+
+    def _norm_of(self, weight: Tensor) -> RMSNorm:
+        return RMSNorm(weight, self.eps, self.norm_offset)
 
 
 def is_plain(module: nn.Module) -> bool:

@@ -114,7 +114,7 @@ class CompiledLlama:
             and len({p.dtype for p in without_adapters}) == 1
             and all(p.dtype in ELEMENTS and p.device.type == "cpu" for p in parameters)
             and all(p.is_contiguous() for p in parameters)
-            and weights.activation in ("silu", "gelu_pytorch_tanh")
+            and weights.gate is not None
             and weights.dim % 2 == 0
         )
 
@@ -345,7 +345,7 @@ def _sizes(weights: LlamaWeights) -> np.ndarray[Any, Any]:
     norms_all_heads = layer.query_norm is not None and layer.query_norm.shape[0] != weights.dim
     return np.array([
         weights.heads, weights.kv_heads, weights.dim, config.hidden_size, config.intermediate_size,
-        weights.activation != "silu", norms_all_heads,
+        weights.gate != "silu", norms_all_heads,
         layer.attention_end_norm is not None or weights.residual_scale != 1.0,
     ], dtype=np.int64)  # fmt: skip
 

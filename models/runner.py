@@ -24,7 +24,7 @@ from .attention import Attention, attention_for, choose_attention
 from .bodies import Block, Body, FalconAlibiBody, TransformersBody
 from .configs import TESTED_FAMILIES, declared, logit_scale, longest_window, position_limit, text_config
 from .describe import cache_bytes_per_token, vocabulary_rows
-from .llama import EightBitCopies, LlamaBody, LlamaWeights, is_ordinary, is_plain, linear_of
+from .llama import EightBitCopies, LlamaBody, is_ordinary, is_plain, linear_of
 from .placement import home_device
 from .protocol import Runner
 from .slot_cache import SlotCache, round_up
@@ -120,17 +120,13 @@ class ModelRunner:
         decoder = self.model.get_decoder()
         if self.attention != "sdpa" or backend(decoder.device) != "numba":
             return None
-        if isinstance(self._body, LlamaBody):
-            weights: LlamaWeights = self._body
-        elif LlamaWeights.fits(decoder, adapters):
-            weights = LlamaWeights(decoder, adapters)
-        else:
+        if not isinstance(self._body, LlamaBody):
             return None
         from .llama_cpu import CompiledLlama
 
-        if not CompiledLlama.fits(weights, self._head):
+        if not CompiledLlama.fits(self._body, self._head):
             return None
-        return CompiledLlama(weights, self._head, self._scale, self._softcap)
+        return CompiledLlama(self._body, self._head, self._scale, self._softcap)
 
     @property
     def cache(self) -> SlotCache:
@@ -223,19 +219,12 @@ class ModelRunner:
         return self._compiled is not None
 
     @property
-    def _weights(self) -> LlamaWeights | None:
-        """Where passes of our own find the model's."""
-        if self._compiled is not None:
-            return self._compiled.weights
-        return self._body if isinstance(self._body, LlamaBody) else None
-
-    @property
     def can_quantise(self) -> bool:
         """Whether there is a `quantised`: for Llama-like models without adapters."""
-        weights, head = self._weights, self._head
+        body, head = self._body, self._head
         return (
-            weights is not None
-            and not weights.adapters
+            isinstance(body, LlamaBody)
+            and not body.adapters
             and type(head) is nn.Linear
             and is_plain(head)
             and is_ordinary(cast(nn.Parameter, head.weight))
@@ -255,15 +244,13 @@ class ModelRunner:
         They are copied in the first call, and anew by a `reserve` that finds the model's own changed.
         """
         if self._quantised is None:
-            own = self._weights
-            assert own is not None
+            own = self._body
+            assert isinstance(own, LlamaBody)
             other = copy.copy(self)
             other._head = self._copies.of("head", linear_of(self._head, ()))
-            if self._compiled is None:
-                other._body = LlamaBody(own.decoder, self.attention, own.adapters, self._copies)
-            else:
-                weights = LlamaWeights(own.decoder, own.adapters, self._copies)
-                other._compiled = self._compiled.of(weights, other._head)
+            other._body = LlamaBody(own.decoder, self.attention, own.adapters, self._copies)
+            if self._compiled is not None:
+                other._compiled = self._compiled.of(other._body, other._head)
             other._prepare()
             self._quantised = other
         return self._quantised

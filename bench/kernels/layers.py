@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from speculative_eft.models import ModelRunner
 
+from ..published import SHAPES as PUBLISHED
 from ..script import DTYPE, Script, run
 from ..shapes import LLAMA, QWEN, TINY, fill_with_noise, random_model, step_bytes
 
@@ -36,6 +37,7 @@ _FEW = {"num_hidden_layers": 8}
 SHAPES = (
     Shape("Llama-3.2-1B", LLAMA.small, True),
     Shape("Qwen2.5-1.5B", QWEN.small, True),
+    Shape("Gemma-3-1B", PUBLISHED["gemma-3-1b"], True),
     Shape("Llama-3.1-8B", LLAMA.large | _FEW, False),
     Shape("Qwen2.5-32B", QWEN.large | _FEW, False),
 )

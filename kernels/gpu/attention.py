@@ -54,6 +54,7 @@ __all__ = [
     "registers_of",
     "room_for_parts",
     "specialisations",
+    "squeezed",
     "strides_of",
 ]
 
@@ -148,6 +149,12 @@ def is_seen(position, column, reach):
     """Whether rows at `position` see the positions `column`, [rows, columns]."""
     # As an unsigned number a distance into the future is beyond any window.
     return (position[:, None] - column[None, :]).to(tl.uint32) < reach
+
+
+@triton.jit
+def squeezed(scores, softcap):
+    """softcap * tanh(scores / softcap)."""
+    return softcap * (1.0 - 2.0 / (tl.exp2(scores * (2.0 * LOG2_E / softcap)) + 1.0))
 
 
 @triton.jit
@@ -392,8 +399,7 @@ def _attend(
             scores += _falcon_bias(slope, column[None, :]) - _falcon_bias(slope, position[:, None])
         scores *= scale
         if SOFTCAPPED:
-            growth = tl.exp2(scores * (2.0 * LOG2_E / softcap))
-            scores = softcap * (1.0 - 2.0 / (growth + 1.0))
+            scores = squeezed(scores, softcap)
         scores = tl.where(is_seen(position, column, reach), scores * LOG2_E, float("-inf"))
         value = load_vectors(
             values,

@@ -9,7 +9,8 @@ dependent launch (from sm_90 on) a program may start while the launch before it 
 * `_tile` takes up to 16 rows, of 16 bits, with tensor cores. Where a weight has too few rows to fill a
   device, programs share its columns, and the last of them to arrive adds their sums, in the order of the
   splits. More rows are cuBLAS's.
-* `_norm` comes before products of more than one row, and `_gate` after those of weights with few rows.
+* `_norm` comes before products of more than one row, and after those that are normalised before they are
+  added; `_gate` comes after those of weights with few rows.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..layers import Gate, RMSNorm
 from ..quantised import QuantisedWeight, Weight, product
 from .specialisation import Specialisation
 from .tile import (
@@ -39,7 +41,7 @@ from .tile import (
     zeros_kept,
 )
 
-__all__ = ["projections", "specialisations", "takes"]
+__all__ = ["normalised", "projections", "specialisations", "takes"]
 
 _MOST_ROWS = 16
 """Of `_tile`."""
@@ -93,8 +95,13 @@ def _real(numbers, NVIDIA: tl.constexpr):
 
 
 @triton.jit
-def _silu(numbers):
-    return numbers / (1.0 + tl.exp(-numbers))
+def _activated(numbers, GELU: tl.constexpr):
+    """The SiLU of numbers, or their GELU as made of a hyperbolic tangent."""
+    rise = numbers
+    if GELU:
+        # x (1 + tanh(y)) / 2 = x / (1 + exp(-2 y)) with y = sqrt(2 / pi) (x + 0.044715 x^3).
+        rise = numbers * (1.5957691216057308 + 0.07135481282052803 * numbers * numbers)
+    return numbers / (1.0 + tl.exp(-rise))
 
 
 @triton.jit
@@ -130,6 +137,8 @@ def _slab(
     rows,
     width,
     eps,
+    offset,
+    factor,
     INSIDE: tl.constexpr,
     DEPTH: tl.constexpr,
     SLAB: tl.constexpr,
@@ -138,6 +147,7 @@ def _slab(
     BIASED: tl.constexpr,
     ADDED: tl.constexpr,
     GATED: tl.constexpr,
+    GELU: tl.constexpr,
     NVIDIA: tl.constexpr,
     PROGRAMMATIC: tl.constexpr,
 ):
@@ -161,7 +171,7 @@ def _slab(
     if BIASED:
         shift = tl.load(bias + row, mask=is_row, other=0.0).to(tl.float32)
     if NORMED:
-        gain = tl.load(norm + number, mask=is_number, other=0.0).to(tl.float32)
+        gain = tl.load(norm + number, mask=is_number, other=0.0).to(tl.float32) + offset
     wait_programmatic(PROGRAMMATIC)
     # Of 8 and 16 bits a loop over rows would have the slab held in float32.
     for step in range(1 if SINGLE else rows):
@@ -181,10 +191,10 @@ def _slab(
             other = tl.sum(_real(second, NVIDIA) * vector[None, :], axis=1)
             if QUANTISED:
                 other *= second_unit
-            total = _silu(total) * nearest(other, out.dtype.element_ty).to(tl.float32)
+            total = _activated(total, GELU) * nearest(other, out.dtype.element_ty).to(tl.float32)
         places = index * width + column + row
         if ADDED:
-            total += tl.load(residual + places, mask=is_row, other=0.0).to(tl.float32)
+            total = total * factor + tl.load(residual + places, mask=is_row, other=0.0).to(tl.float32)
         tl.store(out + places, nearest(total, out.dtype.element_ty), mask=is_row)
 
 
@@ -202,6 +212,7 @@ def _tile(
     columns,
     rows,
     width,
+    factor,
     INSIDE: tl.constexpr,
     DEPTH: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -210,6 +221,7 @@ def _tile(
     BIASED: tl.constexpr,
     ADDED: tl.constexpr,
     GATED: tl.constexpr,
+    GELU: tl.constexpr,
     PROGRAMMATIC: tl.constexpr,
 ):
     begin_programmatic(PROGRAMMATIC)
@@ -245,13 +257,15 @@ def _tile(
             total = tl.zeros((SLAB, ROWS), tl.float32)
             for part in tl.static_range(SPLITS):
                 total += tl.load(parts + part * (SLAB * ROWS))
-            _finish(total, bias, residual, out, row, step, column, width, is_row, is_step, BIASED, ADDED)
+            _finish(
+                total, bias, residual, out, row, step, column, width, factor, is_row, is_step, BIASED, ADDED
+            )
     else:
         if GATED:
             # As two products of the models' dtype would be.
             total = nearest(total, out.dtype.element_ty).to(tl.float32)
-            total = _silu(total) * nearest(second, out.dtype.element_ty).to(tl.float32)
-        _finish(total, bias, residual, out, row, step, column, width, is_row, is_step, BIASED, ADDED)
+            total = _activated(total, GELU) * nearest(second, out.dtype.element_ty).to(tl.float32)
+        _finish(total, bias, residual, out, row, step, column, width, factor, is_row, is_step, BIASED, ADDED)
 
 
 @triton.jit
@@ -264,6 +278,7 @@ def _finish(
     step,
     column,
     width,
+    factor,
     is_row,
     is_step,
     BIASED: tl.constexpr,
@@ -275,7 +290,7 @@ def _finish(
     places = step[None, :] * width + column + row[:, None]
     inside = is_row[:, None] & is_step[None, :]
     if ADDED:
-        total += tl.load(residual + places, mask=inside, other=0.0).to(tl.float32)
+        total = total * factor + tl.load(residual + places, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + places, nearest(total, out.dtype.element_ty), mask=inside)
 
 
@@ -283,25 +298,37 @@ def _finish(
 def _norm(
     inputs,
     weight,
+    residual,
     out,
+    stride,
     eps,
+    offset,
     INSIDE: tl.constexpr,
     DEPTH: tl.constexpr,
+    ADDED: tl.constexpr,
     PROGRAMMATIC: tl.constexpr,
 ):
+    """Of one part of one row, of which all parts lie together."""
     begin_programmatic(PROGRAMMATIC)
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     number = tl.arange(0, DEPTH)
     inside = number < INSIDE
-    scale = tl.load(weight + number, mask=inside, other=0.0).to(tl.float32)
-    places = tl.program_id(0).to(tl.int64) * INSIDE + number
+    scale = tl.load(weight + number, mask=inside, other=0.0).to(tl.float32) + offset
+    places = (row * tl.num_programs(1) + part) * INSIDE + number
     wait_programmatic(PROGRAMMATIC)
-    vector = tl.load(inputs + places, mask=inside, other=0.0).to(tl.float32)
+    vector = tl.load(inputs + row * stride + part * INSIDE + number, mask=inside, other=0.0).to(tl.float32)
     size = tl.rsqrt(tl.sum(vector * vector, axis=0) / INSIDE + eps)
-    tl.store(out + places, nearest(vector * size * scale, out.dtype.element_ty), mask=inside)
+    total = nearest(vector * size * scale, out.dtype.element_ty)
+    if ADDED:
+        added = total.to(tl.float32) + tl.load(residual + places, mask=inside, other=0.0).to(tl.float32)
+        total = nearest(added, out.dtype.element_ty)
+    tl.store(out + places, total, mask=inside)
 
 
 @triton.jit(do_not_specialize=["size"])
-def _gate(first, second, out, stride, size, COLUMNS: tl.constexpr, PROGRAMMATIC: tl.constexpr):
+def _gate(
+    first, second, out, stride, size, COLUMNS: tl.constexpr, GELU: tl.constexpr, PROGRAMMATIC: tl.constexpr
+):
     begin_programmatic(PROGRAMMATIC)
     row = tl.program_id(0).to(tl.int64)
     number = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -309,7 +336,8 @@ def _gate(first, second, out, stride, size, COLUMNS: tl.constexpr, PROGRAMMATIC:
     wait_programmatic(PROGRAMMATIC)
     gate = tl.load(first + row * stride + number, mask=inside, other=0.0).to(tl.float32)
     other = tl.load(second + row * stride + number, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * size + number, nearest(_silu(gate) * other, out.dtype.element_ty), mask=inside)
+    gated = nearest(_activated(gate, GELU) * other, out.dtype.element_ty)
+    tl.store(out + row * size + number, gated, mask=inside)
 
 
 def takes(inputs: Tensor, weights: Sequence[Weight]) -> bool:
@@ -324,10 +352,10 @@ def projections(
     inputs: Tensor,
     weights: Sequence[Weight],
     biases: Sequence[Tensor | None],
-    norm: Tensor | None,
-    eps: float,
+    norm: RMSNorm | None,
     residual: Tensor | None,
-    gated: bool,
+    factor: float,
+    gate: Gate | None,
 ) -> list[Tensor]:
     """`kernels.projections`."""
     rows, inside = inputs.shape
@@ -335,20 +363,20 @@ def projections(
     itemsize = _stored(weights)[0].element_size()
     is_small = itemsize == 4 and rows <= _MOST_ROWS and _numbers(weights) <= _SMALL
     # Registers hold no longer row.
-    if (rows == 1 or is_small or itemsize == 1) and power_of_two(inside) <= _held(itemsize, gated):
-        return _whole(inputs, weights, biases, norm, eps, residual, gated)
+    if (rows == 1 or is_small or itemsize == 1) and power_of_two(inside) <= _held(itemsize, gate is not None):
+        return _whole(inputs, weights, biases, norm, residual, factor, gate)
     if norm is not None:
-        inputs = _normed(inputs, norm, eps)
+        inputs = normalised(inputs, norm, None)
     if rows <= _MOST_ROWS and itemsize == 2:
-        fused = gated and -(-weights[0].shape[0] // _TILE) >= _FULL
-        parts = _tiled(inputs, _stored(weights), biases, residual, fused)
+        fused = gate is not None and -(-weights[0].shape[0] // _TILE) >= _FULL
+        parts = _tiled(inputs, _stored(weights), biases, residual, factor, gate if fused else None)
         if fused:
             return parts
     else:
         parts = [product(inputs, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
         if residual is not None:
-            parts = [parts[0] + residual]
-    return [_gated(*parts)] if gated else parts
+            parts = [torch.add(residual, parts[0], alpha=factor)]
+    return parts if gate is None else [_gated(parts[0], parts[1], gate)]
 
 
 def _numbers(weights: Sequence[Weight]) -> int:
@@ -382,12 +410,13 @@ def _whole(
     inputs: Tensor,
     weights: Sequence[Weight],
     biases: Sequence[Tensor | None],
-    norm: Tensor | None,
-    eps: float,
+    norm: RMSNorm | None,
     residual: Tensor | None,
-    gated: bool,
+    factor: float,
+    gate: Gate | None,
 ) -> list[Tensor]:
     rows, inside = inputs.shape
+    gated = gate is not None
     depth = power_of_two(inside)
     stored = _stored(weights)
     itemsize = stored[0].element_size()
@@ -398,11 +427,12 @@ def _whole(
     out = torch.empty(rows, width, dtype=inputs.dtype, device=inputs.device)
     # Of float32 a program takes all rows, of eight bits one.
     _slab[(tiles, rows if itemsize == 1 else 1)](
-        inputs, inputs if norm is None else norm, stored, _scales(weights), _present(stored, biases),
-        inputs if residual is None else residual.contiguous(), out, *numbers, rows, width, eps, INSIDE=inside,
+        inputs, inputs if norm is None else norm.weight, stored, _scales(weights), _present(stored, biases),
+        inputs if residual is None else residual.contiguous(), out, *numbers, rows, width,
+        0.0 if norm is None else norm.eps, 0.0 if norm is None else norm.offset, factor, INSIDE=inside,
         DEPTH=depth, SLAB=slab, SINGLE=rows == 1 or itemsize == 1, NORMED=norm is not None,
-        ADDED=residual is not None, BIASED=biases[0] is not None, GATED=gated, NVIDIA=is_nvidia(),
-        **programmatic_options(inputs.device), **launch_options(4),
+        ADDED=residual is not None, BIASED=biases[0] is not None, GATED=gated, GELU=_is_gelu(gate),
+        NVIDIA=is_nvidia(), **programmatic_options(inputs.device), **launch_options(4),
     )  # fmt: skip
     return list(out.split([weight.shape[0] for weight in used], dim=1))
 
@@ -412,9 +442,11 @@ def _tiled(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     residual: Tensor | None,
-    gated: bool,
+    factor: float,
+    gate: Gate | None,
 ) -> list[Tensor]:
     rows, inside = inputs.shape
+    gated = gate is not None
     used = weights[:1] if gated else weights
     numbers, tiles = _places(used, _TILE)
     sizes = [weight.shape[0] for weight in used]
@@ -425,32 +457,39 @@ def _tiled(
         inputs, tuple(weights), _present(weights, biases),
         inputs if residual is None else residual.contiguous(), out,
         scratch_kept("products", inputs.device, held), zeros_kept("arrivals", inputs.device, tiles), *numbers,
-        rows, sum(sizes), INSIDE=inside, DEPTH=depth, SPLITS=splits, SLAB=_TILE, ROWS=_MOST_ROWS,
-        ADDED=residual is not None, BIASED=biases[0] is not None, GATED=gated,
+        rows, sum(sizes), factor, INSIDE=inside, DEPTH=depth, SPLITS=splits, SLAB=_TILE, ROWS=_MOST_ROWS,
+        ADDED=residual is not None, BIASED=biases[0] is not None, GATED=gated, GELU=_is_gelu(gate),
         **programmatic_options(inputs.device), **launch_options(4),
         **stage_options(inputs.device, stages, _stage_bytes(depth, gated)),
     )  # fmt: skip
     return list(out.split(sizes, dim=1))
 
 
-def _normed(inputs: Tensor, norm: Tensor, eps: float) -> Tensor:
-    rows, inside = inputs.shape
-    out = torch.empty_like(inputs)
-    _norm[(rows,)](
-        inputs, norm, out, eps, INSIDE=inside, DEPTH=power_of_two(inside),
+def normalised(inputs: Tensor, norm: RMSNorm, residual: Tensor | None) -> Tensor:
+    """`kernels.normalised`."""
+    rows, inside = inputs.shape[0], inputs.shape[-1]
+    parts = inputs.shape[1] if inputs.ndim == 3 else 1
+    out = torch.empty(inputs.shape, dtype=inputs.dtype, device=inputs.device)
+    _norm[(rows, parts)](
+        inputs, norm.weight, inputs if residual is None else residual, out, inputs.stride(0), norm.eps,
+        norm.offset, INSIDE=inside, DEPTH=power_of_two(inside), ADDED=residual is not None,
         **programmatic_options(inputs.device), **launch_options(8),
     )  # fmt: skip
     return out
 
 
-def _gated(first: Tensor, second: Tensor) -> Tensor:
+def _gated(first: Tensor, second: Tensor, gate: Gate) -> Tensor:
     rows, size = first.shape
     out = torch.empty(rows, size, dtype=first.dtype, device=first.device)
     _gate[(rows, -(-size // _COLUMNS))](
-        first, second, out, first.stride(0), size, COLUMNS=_COLUMNS,
+        first, second, out, first.stride(0), size, COLUMNS=_COLUMNS, GELU=_is_gelu(gate),
         **programmatic_options(first.device), **launch_options(4),
     )  # fmt: skip
     return out
+
+
+def _is_gelu(gate: Gate | None) -> bool:
+    return gate == "gelu_pytorch_tanh"
 
 
 def _held(itemsize: int, gated: bool) -> int:
@@ -478,6 +517,7 @@ def specialisations() -> Iterator[Specialisation]:
         ("three normed", 2048, ("NORMED",)), ("three normed, biased", 1536, ("NORMED", "BIASED")),
         ("added", 2048, ("ADDED",)), ("added", 8192, ("ADDED",)), ("added", 14_336, ("ADDED",)),
         ("gated", 2048, ("NORMED", "GATED")), ("gated", 4096, ("NORMED", "GATED")),
+        ("gated by gelu", 2304, ("NORMED", "GATED", "GELU")),
     ]  # fmt: skip
     for dtype, stored, itemsize in (
         ("bf16", "bf16", 2), ("bf16", "i8", 1), ("fp16", "fp16", 2), ("fp32", "fp32", 4),
@@ -491,10 +531,11 @@ def specialisations() -> Iterator[Specialisation]:
                 "scales": ("*fp32" if stored == "i8" else f"*{dtype}",) * (2 if gated else used),
                 "biases": (f"*{dtype}",) * (2 if gated else used),
                 **dict.fromkeys(("sizes", "tiles", "columns"), ("i32",) * used),
-                "partials": "*fp32", "arrivals": "*i32", "width": "i32", "rows": "i32", "eps": "fp32",
+                "partials": "*fp32", "arrivals": "*i32", "width": "i32", "rows": "i32",
+                **dict.fromkeys(("eps", "offset", "factor"), "fp32"),
             }  # fmt: skip
             depth = power_of_two(inside)
-            own = {name: name in flags for name in ("BIASED", "ADDED")} | {"INSIDE": inside}
+            own = {name: name in flags for name in ("BIASED", "ADDED", "GELU")} | {"INSIDE": inside}
             slab = {
                 "DEPTH": depth,
                 "SLAB": _held(itemsize, gated) // depth,
@@ -527,22 +568,25 @@ def specialisations() -> Iterator[Specialisation]:
                     kernel=kernel,
                     signature=present,
                     constants=constants,
-                    divisible=frozenset({*present} - {"eps", "rows", "width", "tiles"}),
+                    divisible=frozenset({*present} - {"eps", "offset", "factor", "rows", "width", "tiles"}),
                     num_stages=stages,
                     stage_bytes=_stage_bytes(constants["DEPTH"], gated) if kernel is _tile else 0,
                     # Loads of a pipelined loop have another line to some compilers.
                     wide_loads=(load_weights,) if kernel is _slab else (),
                     programmatic=True,
                 )
+    whole = {"INSIDE": 4096, "DEPTH": 4096}
     for dtype in ("bf16", "fp32"):
-        for kernel, named, constants in (
-            (_norm, ("inputs", "weight", "out"), {"INSIDE": 4096, "DEPTH": 4096}),
-            (_gate, ("first", "second", "out"), {"COLUMNS": _COLUMNS}),
+        for kernel, case, named, constants in (
+            (_norm, "", ("inputs", "weight", "residual", "out"), whole | {"ADDED": False}),
+            (_norm, " added", ("inputs", "weight", "residual", "out"), whole | {"ADDED": True}),
+            (_gate, "", ("first", "second", "out"), {"COLUMNS": _COLUMNS, "GELU": False}),
+            (_gate, " by gelu", ("first", "second", "out"), {"COLUMNS": _COLUMNS, "GELU": True}),
         ):
-            numbers = {"eps": "fp32", "stride": "i32", "size": "i32"}
+            numbers = {"eps": "fp32", "offset": "fp32", "stride": "i32", "size": "i32"}
             yield Specialisation(
                 operation="layers",
-                name=f"{kernel.__name__[1:]} {dtype}",
+                name=f"{kernel.__name__[1:]}{case} {dtype}",
                 kernel=kernel,
                 signature={
                     **dict.fromkeys(named, f"*{dtype}"),

@@ -28,6 +28,7 @@ from .attention import (
     range_seen,
     registers_of,
     room_for_parts,
+    squeezed,
     strides_of,
 )
 from .specialisation import Specialisation
@@ -120,11 +121,15 @@ def _is_visible(position, column, end, reach):
 
 
 @triton.jit
-def _scores(rows, keys, is_visible, scale):
+def _scores(rows, keys, is_visible, scale, softcap, SOFTCAPPED: tl.constexpr):
     """Scores to the base of 2 of rows and keys that are given by halves; -inf where unseen."""
     scores = product_of_tiles(rows[0], keys[0], tl.zeros(is_visible.shape, tl.float32))
     scores = product_of_tiles(rows[1], keys[1], scores)
-    return tl.where(is_visible, scores * (scale * LOG2_E), float("-inf"))
+    if SOFTCAPPED:
+        scores = squeezed(scores * scale, softcap) * LOG2_E
+    else:
+        scores *= scale * LOG2_E
+    return tl.where(is_visible, scores, float("-inf"))
 
 
 @triton.jit(do_not_specialize=["new", "groups", "tiles", "span", "splits", "reach", "capacity"])
@@ -147,6 +152,7 @@ def _attend_rotated(
     cached_value_strides,
     out_strides,
     scale,
+    softcap,
     new,
     groups,
     tiles,
@@ -154,6 +160,7 @@ def _attend_rotated(
     splits,
     reach,
     capacity,
+    SOFTCAPPED: tl.constexpr,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     HALF: tl.constexpr,
@@ -236,7 +243,8 @@ def _attend_rotated(
             tl.store(key_room + DIM // 2, new_key[1], mask=is_key)
             value_room = own_values + room[:, None] * cached_value_strides[2] + number[None, :]
             tl.store(value_room, new_value, mask=is_value)
-        new_scores = _scores(rows, new_key, _is_visible(step, ahead, new, reach), scale)
+        is_visible = _is_visible(step, ahead, new, reach)
+        new_scores = _scores(rows, new_key, is_visible, scale, softcap, SOFTCAPPED)
         highest, mass, mixed = add_columns(new_scores, new_value, highest, mass, mixed)
     for start in range(begin, end, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
@@ -244,7 +252,8 @@ def _attend_rotated(
             own_keys, own_values, cached_key_strides[2], cached_value_strides[2], column, end, half, number,
             DIM,
         )  # fmt: skip
-        scores = _scores(rows, cached_key, _is_visible(position, column, end, reach), scale)
+        is_visible = _is_visible(position, column, end, reach)
+        scores = _scores(rows, cached_key, is_visible, scale, softcap, SOFTCAPPED)
         highest, mass, mixed = add_columns(scores, cached_value, highest, mass, mixed)
 
     finish_split(
@@ -274,6 +283,8 @@ def rotated_attention(
     lengths: Tensor,
     span: int,
     window: int | None,
+    scale: float,
+    softcap: float | None,
 ) -> Tensor:
     """`kernels.rotated_attention`."""
     batch, new, heads, dim = query.shape
@@ -286,9 +297,10 @@ def rotated_attention(
     _attend_rotated[(splits, kv_heads * tile.tiles, batch)](
         query, key, value, rotations, cached_keys, cached_values, lengths, out,
         *room_for_parts(query, kv_heads, splits, tile),
-        *map(strides_of, (query, key, value, cached_keys, cached_values, out)), dim**-0.5, new, groups,
-        tile.tiles, span, splits, min(window or span, span), cached_keys.shape[2], DIM=dim, HALF=_half(dim),
-        NEW=MOST_ROWS, **tile.constants, **programmatic_options(query.device),
+        *map(strides_of, (query, key, value, cached_keys, cached_values, out)), scale, softcap or 1.0, new,
+        groups, tile.tiles, span, splits, min(window or span, span), cached_keys.shape[2],
+        SOFTCAPPED=softcap is not None, DIM=dim, HALF=_half(dim), NEW=MOST_ROWS, **tile.constants,
+        **programmatic_options(query.device),
         **launch_options(tile.warps, _registers(tile), _WAVES),
         **stage_options(query.device, tile.stages, *tile.memory(query.element_size())),
     )  # fmt: skip
@@ -296,7 +308,7 @@ def rotated_attention(
 
 
 def specialisations() -> Iterator[Specialisation]:
-    """Every size of head and dtype, few rows and many."""
+    """Every size of head and dtype, few rows and many, and soft caps for Gemma-2's heads."""
     vectors = ("query", "key", "value", "rotations", "cached_keys", "cached_values", "out")
     strides = dict.fromkeys(
         (f"{name}_strides" for name in ("query", "key", "value", "cached_key", "cached_value", "out")),
@@ -304,25 +316,27 @@ def specialisations() -> Iterator[Specialisation]:
     )
     numbers = ("new", "groups", "tiles", "span", "splits", "reach", "capacity")
     variants = [
-        *(("bf16", 2, dim, rows) for dim in HEAD_DIMS for rows in (4, 36)),
-        *(("bf16", 2, 128, rows) for rows in (1, 6, 12, 20)),
-        ("bf16", 2, 64, 20),
-        ("fp16", 2, 128, 36),
-        *(("fp32", 4, dim, 4) for dim in HEAD_DIMS),
+        *(("bf16", 2, dim, rows, False) for dim in HEAD_DIMS for rows in (4, 36)),
+        *(("bf16", 2, 128, rows, False) for rows in (1, 6, 12, 20)),
+        ("bf16", 2, 64, 20, False),
+        ("fp16", 2, 128, 36, False),
+        *(("fp32", 4, dim, 4, False) for dim in HEAD_DIMS),
+        *(("bf16", 2, dim, rows, True) for dim in (128, 256) for rows in (2, 18)),
     ]
-    for dtype, itemsize, dim, rows in variants:
+    for dtype, itemsize, dim, rows, is_softcapped in variants:
         tile = rotated_tile(rows, dim, itemsize)
         yield Specialisation(
             operation="rotated_attention",
-            name=f"{dtype} heads of {dim}, {rows} rows",
+            name=f"{dtype} heads of {dim}, {rows} rows{', softcapped' if is_softcapped else ''}",
             kernel=_attend_rotated,
             signature={
                 **dict.fromkeys(vectors, f"*{dtype}"), "lengths": "*i64", "partials": "*fp32",
                 "records": "*fp32", "arrivals": "*i32", **strides, "scale": "fp32",
-                **dict.fromkeys(numbers, "i32"),
+                "softcap": "fp32", **dict.fromkeys(numbers, "i32"),
             },
             constants={
-                "DIM": dim, "HALF": _half(dim), "NEW": MOST_ROWS, **tile.constants, "PROGRAMMATIC": False,
+                "SOFTCAPPED": is_softcapped, "DIM": dim, "HALF": _half(dim), "NEW": MOST_ROWS,
+                **tile.constants, "PROGRAMMATIC": False,
             },
             divisible=frozenset({*vectors, *strides, "partials", "records"}),
             num_warps=tile.warps,

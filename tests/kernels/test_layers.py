@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from speculative_eft.kernels import product, projections, quantised
+from speculative_eft.kernels import GATES, Gate, RMSNorm, normalised, product, projections, quantised
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -21,6 +21,10 @@ def random(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+def norm_of(inside: int, dtype: torch.dtype, offset: float = 0.0) -> RMSNorm:
+    return RMSNorm(1 + 0.1 * random(inside, dtype=dtype, seed=1), 1e-5, offset)
+
+
 # Weights' rows and columns that fill no tile, that take more than one split, and what models have.
 SIZES = [((48, 24, 24), 40), ((7,), 100), ((320,), 1536), ((96, 100), 130)]
 # One row, as many as share a launch, and more.
@@ -29,24 +33,25 @@ ROWS = [*((FP32, rows) for rows in (1, 3, 17)), *((BF16, rows) for rows in (1, 1
 
 @pytest.mark.parametrize(("dtype", "rows"), ROWS)
 @pytest.mark.parametrize(("outside", "inside"), SIZES)
-@pytest.mark.parametrize("case", ["plain", "normed", "added", "gated"])
+@pytest.mark.parametrize("case", ["plain", "normed", "added", "silu", "gelu_pytorch_tanh"])
 def test_projections(
     case: str, outside: tuple[int, ...], inside: int, rows: int, dtype: torch.dtype, both: Any
 ) -> None:
-    outside = {"gated": (outside[0], outside[0]), "added": outside[:1]}.get(case, outside)
+    is_gated = case in GATES
+    outside = (outside[0], outside[0]) if is_gated else outside[:1] if case == "added" else outside
     weights = [random(size, inside, dtype=dtype, seed=size) / inside**0.5 for size in outside]
     options: dict[str, Any] = {}
-    if case in ("normed", "gated"):
-        options = {"norm": 1 + 0.1 * random(inside, dtype=dtype, seed=1), "eps": 1e-5}
-    if case == "gated":
-        options["gated"] = True
+    if case == "normed" or is_gated:
+        options = {"norm": norm_of(inside, dtype, offset=0.5 if is_gated else 0.0)}
+    if is_gated:
+        options["gate"] = case
     if case in ("normed", "added"):
         options["biases"] = [random(size, dtype=dtype, seed=size + 1) for size in outside]
     if case == "added":
-        options["residual"] = random(rows, *outside, dtype=dtype, seed=3)
+        options |= {"residual": random(rows, *outside, dtype=dtype, seed=3), "factor": 0.7}
     inputs = random(rows, inside, dtype=dtype, seed=2)
     expected, found = both(lambda: projections(inputs, weights, **options))
-    assert len(found) == len(expected) == (1 if case == "gated" else len(outside))
+    assert len(found) == len(expected) == (1 if is_gated else len(outside))
     for own, other in zip(expected, found, strict=True):
         assert other.shape == own.shape
         assert other.dtype == dtype
@@ -61,13 +66,15 @@ def test_projections(
 def test_projections_by_quantised_weights(case: str, rows: int, dtype: torch.dtype, both: Any) -> None:
     inside, outside = 130, {"normed": (48, 24, 24), "added": (100,), "gated": (70, 70)}[case]
     weights = [quantised(random(size, inside, dtype=dtype, seed=seed)) for seed, size in enumerate(outside)]
-    options: dict[str, Any] = {"norm": 1 + 0.1 * random(inside, dtype=dtype, seed=1), "eps": 1e-5}
-    if case == "normed":
+    options: dict[str, Any] = {"norm": norm_of(inside, dtype)}
+    if case == "gated":
+        options["gate"] = "silu"
+    elif case == "normed":
         options["biases"] = [random(size, dtype=dtype, seed=size) for size in outside]
     elif case == "added":
         options = {"residual": random(rows, *outside, dtype=dtype, seed=3)}
     inputs = random(rows, inside, dtype=dtype, seed=2)
-    expected, found = both(lambda: projections(inputs, weights, gated=case == "gated", **options))
+    expected, found = both(lambda: projections(inputs, weights, **options))
     assert len(found) == len(expected)
     for own, other in zip(expected, found, strict=True):
         assert (other.shape, other.dtype) == (own.shape, dtype)
@@ -123,19 +130,46 @@ def test_other_weights_are_torchs(backend: str, monkeypatch: pytest.MonkeyPatch)
     assert torch.equal(found, torch.nn.functional.linear(inputs, weight))
 
 
-@pytest.mark.parametrize(("rows", "inside", "dtype"), [(3, 130, BF16), (16, 700, FP16)])
+@pytest.mark.parametrize(
+    ("rows", "inside", "dtype", "gate"),
+    [(3, 130, BF16, "silu"), (16, 700, FP16, "silu"), (9, 130, BF16, "gelu_pytorch_tanh")],
+)
 def test_a_gate_within_the_products(
-    rows: int, inside: int, dtype: torch.dtype, both: Any, monkeypatch: pytest.MonkeyPatch
+    rows: int, inside: int, dtype: torch.dtype, gate: Gate, both: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from speculative_eft.kernels.gpu import layers
 
     # As for weights of many rows.
     monkeypatch.setattr(layers, "_FULL", 1)
     weights = [random(100, inside, dtype=dtype, seed=seed) / inside**0.5 for seed in range(2)]
-    inputs, norm = random(rows, inside, dtype=dtype, seed=2), 1 + 0.1 * random(inside, dtype=dtype, seed=3)
-    (expected,), (found,) = both(lambda: projections(inputs, weights, norm=norm, eps=1e-5, gated=True))
+    inputs, norm = random(rows, inside, dtype=dtype, seed=2), norm_of(inside, dtype)
+    (expected,), (found,) = both(lambda: projections(inputs, weights, norm=norm, gate=gate))
     assert found.shape == (rows, 100)
     assert (found - expected).abs().max() < TOLERANCES[dtype] * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("added", [False, True])
+def test_norms(added: bool, offset: float, dtype: torch.dtype, both: Any) -> None:
+    inputs = random(3, 100, dtype=dtype, seed=0)
+    residual = random(3, 100, dtype=dtype, seed=4) if added else None
+    norm = norm_of(100, dtype, offset)
+    expected, found = both(lambda: normalised(inputs, norm, residual))
+    assert (found - expected).abs().max() < TOLERANCES[dtype] * expected.abs().max()
+    plain = inputs.float() / (inputs.float().square().mean(dim=1, keepdim=True) + 1e-5).sqrt()
+    exact = plain * (norm.weight.float() + offset) + (0 if residual is None else residual.float())
+    assert (found - exact).abs().max() < TOLERANCES[dtype] * exact.abs().max()
+
+
+def test_norms_of_parts_of_rows_that_stand_apart(both: Any) -> None:
+    rows = random(5, 150, dtype=FP32, seed=0)
+    heads, norm = rows[:, 20:110].view(5, 3, 30), norm_of(30, FP32, offset=1.0)
+    expected, found = both(lambda: normalised(heads, norm))
+    assert found.shape == heads.shape
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    each = torch.stack([normalised(head.contiguous(), norm) for head in heads.unbind(1)], 1)
+    assert (found - each).abs().max() < 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize(

@@ -37,14 +37,21 @@ class Case:
         self.lengths = torch.tensor(lengths)
 
     def run(
-        self, monkeypatch: pytest.MonkeyPatch, backend: str, window: int | None = None, span: int = 0
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        backend: str,
+        window: int | None = None,
+        span: int = 0,
+        scale: float | None = None,
+        softcap: float | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The result and the cache after it."""
         monkeypatch.setenv("SPECULATIVE_EFT_BACKEND", backend)
         cache = self.cache.clone()
         result = rotated_attention(
-            *self.rows, self.rotations, cache[0], cache[1], self.lengths, span or self.capacity, window
-        )
+            *self.rows, self.rotations, cache[0], cache[1], self.lengths, span or self.capacity, window,
+            scale, softcap,
+        )  # fmt: skip
         return result, cache
 
 
@@ -81,6 +88,19 @@ def test_equals_the_reference(
     bound = TOLERANCES[dtype]
     torch.testing.assert_close(found, expected, rtol=bound, atol=bound)
     torch.testing.assert_close(stored, kept, rtol=bound, atol=bound)
+
+
+@pytest.mark.parametrize(("dtype", "softcap"), [(FP32, 0.8), (BF16, 0.8), (FP32, None)])
+def test_scores_may_have_a_scale_and_a_soft_cap(
+    dtype: torch.dtype, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case([140, 3], 3, 2, 1, 64, dtype)
+    expected, _ = case.run(monkeypatch, "torch", scale=0.3, softcap=softcap)
+    found, _ = case.run(monkeypatch, "triton", scale=0.3, softcap=softcap)
+    plain, _ = case.run(monkeypatch, "triton")
+    bound = TOLERANCES[dtype]
+    torch.testing.assert_close(found, expected, rtol=bound, atol=bound)
+    assert (found - plain).abs().max() > 10 * bound
 
 
 @pytest.mark.parametrize(("dtype", "window"), [(FP32, None), (BF16, 150)])

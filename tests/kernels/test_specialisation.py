@@ -17,6 +17,7 @@ from speculative_eft.kernels import (
     Coefficients,
     DraftLengthRule,
     NoiseKey,
+    RMSNorm,
     RoundState,
     Sampling,
     Stream,
@@ -27,6 +28,7 @@ from speculative_eft.kernels import (
     draft_step,
     exponential_noise,
     new_draft_memory,
+    normalised,
     projections,
     recall,
     remember,
@@ -180,10 +182,11 @@ def attend(batch: int, drafted: int) -> None:
 def run_layer(batch: int, drafted: int) -> None:
     """Products of one row and of a few, which are other kernels, and attention."""
     weights = [torch.empty(64, 32, dtype=torch.bfloat16) for _ in range(2)]
-    norm = torch.empty(32, dtype=torch.bfloat16)
+    norm = RMSNorm(torch.empty(32, dtype=torch.bfloat16), 1e-5, 1.0)
     for rows in (1, 2 + batch % 15):
         inputs = torch.empty(rows, 32, dtype=torch.bfloat16)
-        projections(inputs, weights, norm=norm, eps=1e-5, gated=True)
+        projections(inputs, weights, norm=norm, gate="silu")
+        normalised(inputs, norm, inputs)
     new = torch.empty(batch, drafted, 2, 64)
     cache = torch.empty(64, 2, 512, 64)
     rotated_attention(

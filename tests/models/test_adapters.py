@@ -83,7 +83,7 @@ def own_logits(model: Any, step: int) -> Tensor:
     return torch.stack([row[n + 2 * step : n + 2 * step + 2] for row, n in zip(logits, LENGTHS, strict=True)])
 
 
-# Whether the tuned model, and its base, take the short way of models like Llama; some only compiled.
+# Whether the tuned model, and its base, take the short way of models like Llama.
 CASES: list[tuple[str, dict[str, Any], tuple[bool, bool]]] = [
     ("llama", PLAIN, (True, True)),
     ("qwen2", {"target_modules": ["q_proj", "v_proj", "down_proj"], "use_rslora": True}, (True, True)),
@@ -109,8 +109,7 @@ def test_each_has_its_own_logits(
     tuned = with_adapter(base, 2, **settings)
     runners = EFTModels(tiny_model("llama"), tuned, base).runners()
     both: list[Any] = [runners.tuned[0], runners.base]
-    if family not in ("gemma2", "olmo2", "phi3"):
-        assert tuple(isinstance(runner._body, LlamaBody) for runner in both) == short_ways
+    assert tuple(isinstance(runner._body, LlamaBody) for runner in both) == short_ways
     if backend(both[0].device) == "numba":
         saved_head = "lm_head" in settings.get("modules_to_save", ())
         compiled = [runner._compiled is not None for runner in both]

@@ -12,7 +12,7 @@ from transformers import CohereConfig, CohereForCausalLM, PreTrainedModel
 
 from speculative_eft.models import EFTModels, ModelRunner
 from speculative_eft.models import attention as attention_module
-from tests.models.families import FAMILIES, tiny_model
+from tests.models.families import FAMILIES, tiny_model, with_uneven_norms
 
 from .test_runner import LENGTH, TOLERANCE, plain_logits, random_tokens
 
@@ -21,7 +21,7 @@ OWN_ATTENTION = ("falcon-multi-query", "falcon-new-decoder")
 
 
 def placed_model(family: str) -> PreTrainedModel:
-    return tiny_model(family).to(random_tokens(1, 1).device)
+    return with_uneven_norms(tiny_model(family)).to(random_tokens(1, 1).device)
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in OWN_ATTENTION])
@@ -82,7 +82,9 @@ def test_full_slots_reach_nobody(family: str, chosen: str) -> None:
 
 
 @pytest.mark.parametrize("chosen", ["sdpa", "triton", "flash_attn"], indirect=True)
-@pytest.mark.parametrize("family", ["llama", "gemma2", "falcon-alibi", "gpt-neox"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gemma2", "gemma3", "granite", "olmo3", "phi3", "falcon-alibi", "gpt-neox"]
+)
 def test_half_precision_is_as_close_as_the_model_itself(family: str, chosen: str) -> None:
     tokens = random_tokens(2, 12)
     exact = plain_logits(placed_model(family), tokens)

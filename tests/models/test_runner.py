@@ -392,9 +392,7 @@ def test_copies_of_eight_bits_follow_their_weights() -> None:
     copies = runner.quantised()
     before = copies.forward(tokens, 6)
     layer = model.model.layers[0]
-    addresses = [
-        linear.weight.numbers.data_ptr() for linear in (copies._weights.layers[0].gate, copies._head)
-    ]
+    addresses = [linear.weight.numbers.data_ptr() for linear in (copies._body.layers[0].gate, copies._head)]
     with torch.no_grad():
         layer.mlp.gate_proj.weight.mul_(-1)
         model.lm_head.weight.mul_(2)
@@ -404,7 +402,7 @@ def test_copies_of_eight_bits_follow_their_weights() -> None:
     assert (found - runner.forward(tokens, 6)).abs().max() < 0.02 * found.abs().max()
     # Where graphs and bound calls know them.
     assert addresses == [
-        linear.weight.numbers.data_ptr() for linear in (copies._weights.layers[0].gate, copies._head)
+        linear.weight.numbers.data_ptr() for linear in (copies._body.layers[0].gate, copies._head)
     ]
 
 
