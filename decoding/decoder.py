@@ -26,6 +26,7 @@ from speculative_eft.models import (
     EFTModels,
     EFTRunners,
     caches_fit,
+    caches_hold,
     captured_functions,
     check_caches,
 )
@@ -483,6 +484,9 @@ class EFTDecoder:
         longest = [(tuned_prompts if runner in self.runners.tuned else prompts).longest for runner in runners]
         lengths = [length + max_new_tokens for length in longest]
         whole = [length + beyond for length in lengths]
+        if self.captured is not None and not caches_hold(runners, batch, whole):
+            # Memory of graphs, which other caches make useless, would count as free.
+            self.captured.forget()
         if kept is not None and caches_fit(runners, batch, whole, beside, growing=True):
             return kept
         names = "input_ids and max_new_tokens"

@@ -61,11 +61,13 @@ class CapturedBatch:
         graphs: captures the rounds.
         kinds: the last few kinds of calls, the present one last.
         addresses: of the runners' weights and caches, which tell whether these are still the same.
+        lengths: of those caches, kept so that no others are found at their addresses.
     """
 
     graphs: CapturedFunctions
     kinds: list[_Kind] = field(default_factory=list)
     addresses: list[float] = field(default_factory=list)
+    lengths: list[Tensor] = field(default_factory=list)
 
     @property
     def narrowed(self) -> dict[int, Parts]:
@@ -90,9 +92,13 @@ class CapturedBatch:
         for runner in runners.every:
             addresses += (runner.lengths.data_ptr(), *runner.addresses)
         if addresses != self.addresses or len(self.kinds) > _MOST_KINDS:
-            self.graphs.clear()
-            self.kinds.clear()
-            self.addresses = addresses
+            self.forget()
+            self.addresses, self.lengths = addresses, [runner.lengths for runner in runners.every]
+
+    def forget(self) -> None:
+        """Let go of all graphs and of what they read and write."""
+        self.graphs.clear()
+        self.kinds.clear()
 
     def run(self, key: Hashable, *functions: Callable[..., Any]) -> Any:
         """`CapturedFunctions.run` for rounds of the present kind."""

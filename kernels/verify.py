@@ -221,7 +221,8 @@ def _accept_block(
     excess = (prefix[:, :-1, None] * target[:, 1:drafted] - draft[:, 1:]).clamp_(min=0).sum(dim=-1)
     slack = excess + 1 - prefix[:, :-1]
     # Without slack p_i = 1 and the laws after it are equal: the prefix is surely kept, as its limit says.
-    chance = torch.where(slack > 0, excess / slack, 1.0)
+    # What neither law gives has no prefix, nor a slack that compares: it is not.
+    chance = torch.where(slack <= 0, 1.0, excess / slack)
     lengths = torch.arange(1, drafted + 1, device=target.device)
     chance = torch.where(lengths == draft_lens[:, None], prefix, torch.cat([chance, prefix[:, -1:]], dim=1))
     accepted = (((uniform < chance) & submitted) * lengths).amax(dim=1)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .inspection import TrioReport as TrioReport
     from .inspection import inspect_trio as inspect_trio
     from .memory import caches_fit as caches_fit
+    from .memory import caches_hold as caches_hold
     from .memory import check_caches as check_caches
     from .placement import check_device as check_device
     from .protocol import EFTRunners as EFTRunners
@@ -47,6 +48,7 @@ _HOMES = {
     "UnavailableModelsError": "errors",
     "bind_passes": "protocol",
     "caches_fit": "memory",
+    "caches_hold": "memory",
     "check_caches": "memory",
     "check_device": "placement",
     "find_sources": "sources",

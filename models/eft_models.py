@@ -245,16 +245,17 @@ class EFTModels:
     def quantised_drafters(self, pair: bool) -> list[Runner]:
         """For `EFTRunners.drafters`: each model that drafts with weights of eight bits, copied once.
 
-        Raises ValueError for a model that is not like Llama, or has adapters, and where a GPU's memory does
-        not hold the copies.
+        Raises ValueError for a model that is not like Llama, or has adapters, or has a GPU's attention by
+        other means than Triton, and where a GPU's memory does not hold the copies.
         """
         drafting = self.drafting_runners(pair)
         for network, runner in zip([*self._networks[1:-1], self._networks[-1]], drafting, strict=False):
             if not runner.can_quantise:
                 kind = type(network.model).__name__
                 raise ValueError(
-                    'draft_weights="int8" needs models like Llama without adapters, but '
-                    f"{network.argument} is a {kind}{' with one' if network.adapters else ''}"
+                    'draft_weights="int8" needs models like Llama without adapters, on a GPU with '
+                    f'attention="triton", but {network.argument} is a {kind}'
+                    f"{' with one' if network.adapters else ''}"
                 )
         needed = sum(runner.bytes_to_quantise for runner in drafting)
         free = free_bytes(self.runners().large.device)

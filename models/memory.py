@@ -12,7 +12,7 @@ from .protocol import Runner
 from .runner import ModelRunner
 from .slot_cache import SPAN_MULTIPLE, SlotCache, round_up
 
-__all__ = ["caches_fit", "check_caches", "free_bytes", "weights_do_not_fit"]
+__all__ = ["caches_fit", "caches_hold", "check_caches", "free_bytes", "weights_do_not_fit"]
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -24,6 +24,12 @@ def free_bytes(device: torch.device) -> int | None:
         return None
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def caches_hold(runners: Sequence[Runner], batch: int, lengths: Sequence[int]) -> bool:
+    """Whether the present caches have room for `batch` sequences of each runner's length in `lengths`."""
+    pairs = zip(_models(runners), _own(runners, lengths), strict=False)
+    return all(runner.cache.holds(batch, length) for runner, length in pairs)
 
 
 def caches_fit(

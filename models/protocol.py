@@ -190,13 +190,21 @@ def _lock_of(device: torch.device) -> RLock:
 def on_device(device: torch.device) -> Iterator[None]:
     """Have a GPU to itself, and as the current one, on which torch and Triton launch unless told otherwise.
 
-    Threads would share its capture and the storage that kernels keep on it.
+    Threads would share its capture and the storage that kernels keep on it, and so would streams: the present
+    one waits for what was last begun on another.
     """
     if device.type != "cuda":
         yield
         return
     with _lock_of(device), torch.cuda.device(device):
+        stream, last = torch.cuda.current_stream(), _last_streams.get(device)
+        if last is not None and last != stream:
+            stream.wait_stream(last)
+        _last_streams[device] = stream
         yield
+
+
+_last_streams: dict[torch.device, torch.cuda.Stream] = {}
 
 
 @dataclass(frozen=True)

@@ -220,11 +220,15 @@ class ModelRunner:
 
     @property
     def can_quantise(self) -> bool:
-        """Whether there is a `quantised`: for Llama-like models without adapters."""
+        """Whether there is a `quantised`: for Llama-like models without adapters, on a GPU by Triton.
+
+        torch's operations write such weights out in full before each product.
+        """
         body, head = self._body, self._head
         return (
             isinstance(body, LlamaBody)
             and not body.adapters
+            and (self.attention == "triton" or self.device.type == "cpu")
             and type(head) is nn.Linear
             and is_plain(head)
             and is_ordinary(cast(nn.Parameter, head.weight))

@@ -259,8 +259,9 @@ def _accept_block(
             for token in range(law.shape[0]):
                 excess += max(prefix * law[token] - small[token], FLOAT(0))
             slack = excess + FLOAT(1) - prefix
-            # Without slack the prefix is surely kept, as the limit says.
-            chance = excess / slack if slack > FLOAT(0) else FLOAT(1)
+            # Without slack the prefix is surely kept, as the limit says; where neither law gives the token
+            # there is no number that compares, and it is not.
+            chance = FLOAT(1) if slack <= FLOAT(0) else excess / slack
         if uniform(seed, counter, row, stream) < chance:
             accepted, scale = row + 1, prefix
     return accepted, scale

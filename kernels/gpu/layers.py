@@ -363,7 +363,7 @@ def projections(
     itemsize = _stored(weights)[0].element_size()
     is_small = itemsize == 4 and rows <= _MOST_ROWS and _numbers(weights) <= _SMALL
     # Registers hold no longer row.
-    if (rows == 1 or is_small or itemsize == 1) and power_of_two(inside) <= _held(itemsize, gate is not None):
+    if (rows == 1 or is_small or itemsize == 1) and power_of_two(inside) <= _most(itemsize, gate is not None):
         return _whole(inputs, weights, biases, norm, residual, factor, gate)
     if norm is not None:
         inputs = normalised(inputs, norm, None)
@@ -420,7 +420,8 @@ def _whole(
     depth = power_of_two(inside)
     stored = _stored(weights)
     itemsize = stored[0].element_size()
-    slab = _held(itemsize, gated) // depth
+    held = _held(itemsize, gated)
+    slab = max(held // depth, 1)
     used = weights[:1] if gated else weights
     numbers, tiles = _places(used, slab)
     width = sum(weight.shape[0] for weight in used)
@@ -432,7 +433,7 @@ def _whole(
         0.0 if norm is None else norm.eps, 0.0 if norm is None else norm.offset, factor, INSIDE=inside,
         DEPTH=depth, SLAB=slab, SINGLE=rows == 1 or itemsize == 1, NORMED=norm is not None,
         ADDED=residual is not None, BIASED=biases[0] is not None, GATED=gated, GELU=_is_gelu(gate),
-        NVIDIA=is_nvidia(), **programmatic_options(inputs.device), **launch_options(4),
+        NVIDIA=is_nvidia(), **programmatic_options(inputs.device), **launch_options(_warps(depth, held)),
     )  # fmt: skip
     return list(out.split([weight.shape[0] for weight in used], dim=1))
 
@@ -497,6 +498,18 @@ def _held(itemsize: int, gated: bool) -> int:
     return (_SLAB // itemsize if itemsize > 1 else _BYTES) // (2 if gated else 1)
 
 
+def _most(itemsize: int, gated: bool) -> int:
+    """The longest row that a program of `_slab` holds: of eight bits one as long as two.
+
+    What is longer is written out in the inputs' dtype, or has tiles if it is of 16 bits.
+    """
+    return _held(itemsize, gated) * (2 if itemsize == 1 else 1)
+
+
+def _warps(depth: int, held: int) -> int:
+    return 4 if depth <= held else 8
+
+
 def _stage_bytes(depth: int, gated: bool) -> int:
     """Shared memory that a stage of `_tile` takes."""
     return 2 * depth * (_TILE * (2 if gated else 1) + _MOST_ROWS)
@@ -517,7 +530,7 @@ def specialisations() -> Iterator[Specialisation]:
         ("three normed", 2048, ("NORMED",)), ("three normed, biased", 1536, ("NORMED", "BIASED")),
         ("added", 2048, ("ADDED",)), ("added", 8192, ("ADDED",)), ("added", 14_336, ("ADDED",)),
         ("gated", 2048, ("NORMED", "GATED")), ("gated", 4096, ("NORMED", "GATED")),
-        ("gated by gelu", 2304, ("NORMED", "GATED", "GELU")),
+        ("gated by gelu", 2304, ("NORMED", "GATED", "GELU")), ("added", 18_944, ("ADDED",)),
     ]  # fmt: skip
     for dtype, stored, itemsize in (
         ("bf16", "bf16", 2), ("bf16", "i8", 1), ("fp16", "fp16", 2), ("fp32", "fp32", 4),
@@ -534,17 +547,17 @@ def specialisations() -> Iterator[Specialisation]:
                 "partials": "*fp32", "arrivals": "*i32", "width": "i32", "rows": "i32",
                 **dict.fromkeys(("eps", "offset", "factor"), "fp32"),
             }  # fmt: skip
-            depth = power_of_two(inside)
+            depth, held = power_of_two(inside), _held(itemsize, gated)
             own = {name: name in flags for name in ("BIASED", "ADDED", "GELU")} | {"INSIDE": inside}
             slab = {
                 "DEPTH": depth,
-                "SLAB": _held(itemsize, gated) // depth,
+                "SLAB": max(held // depth, 1),
                 "GATED": gated,
                 "SINGLE": itemsize < 4,
             }
-            kernels: list[tuple[Any, str, dict[str, Any], int]] = [
-                (_slab, "", {**own, **slab, "NORMED": "NORMED" in flags}, 3)
-            ]
+            kernels: list[tuple[Any, str, dict[str, Any], int]] = []
+            if depth <= _most(itemsize, gated):
+                kernels.append((_slab, "", {**own, **slab, "NORMED": "NORMED" in flags}, 3))
             if itemsize == 2:
                 # As for weights of many rows, and once of few.
                 for tiles in (128, 96, 64, 32) if case == "added" and inside == 2048 else (128,):
@@ -569,6 +582,7 @@ def specialisations() -> Iterator[Specialisation]:
                     signature=present,
                     constants=constants,
                     divisible=frozenset({*present} - {"eps", "offset", "factor", "rows", "width", "tiles"}),
+                    num_warps=_warps(depth, held) if kernel is _slab else 4,
                     num_stages=stages,
                     stage_bytes=_stage_bytes(constants["DEPTH"], gated) if kernel is _tile else 0,
                     # Loads of a pipelined loop have another line to some compilers.

@@ -417,8 +417,9 @@ def _weigh(
         excess = tl.sum(tl.load(places + field + splits, mask=wanted, other=0.0), axis=2)
         prefix = tl.load(outcome.prefixes + sequence * draft.drafted + rows, mask=is_used, other=0.0)
         slack = excess + 1.0 - prefix
-        # Without slack p_i = 1 and the laws after it are equal: the prefix is surely kept.
-        chance = tl.where(slack > 0.0, excess / tl.where(slack > 0.0, slack, 1.0), 1.0)
+        # Without slack p_i = 1 and the laws after it are equal: the prefix is surely kept. What neither law
+        # gives has no prefix, nor a slack that compares: it is not.
+        chance = tl.where(slack <= 0.0, 1.0, excess / tl.where(slack <= 0.0, 1.0, slack))
         chance = tl.where(rows + 1 == lens, prefix, chance)
         like = (rows + sequence * 0).to(tl.int32)
         seed = tl.load(draft.seeds + sequence) + tl.zeros_like(like)

@@ -396,8 +396,14 @@ def test_graphs_are_forgotten_once_they_are_of_no_use() -> None:
     layer.weight = torch.nn.Parameter(layer.weight.detach().clone())
     moved, same = call()
     assert moved is not first and torch.equal(before, same)
+    # Other caches, though lengths may be found where those before them were.
+    for batch in range(2, 6):
+        kind, _ = call()
+        EFTDecoder(models, EFTConfig(draft_tokens=2)).generate(ids.repeat(batch, 1), max_new_tokens=9)
+        other, same = call()
+        assert other is not kind and torch.equal(before, same)
     # Larger caches, and more kinds than are kept.
-    for batch in range(2, 9):
+    for batch in range(6, 13):
         decoder.generate(ids.repeat(batch, 1), max_new_tokens=3)
         assert decoder.captured is not None and len(decoder.captured.kinds) <= 5
     assert all(key[0] in map(id, decoder.captured.kinds) for key in graphs._graphs)

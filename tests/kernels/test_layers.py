@@ -112,6 +112,19 @@ def test_a_row_that_registers_do_not_hold(dtype: torch.dtype, both: Any) -> None
     assert (found - expected).abs().max() < TOLERANCES[dtype] * expected.abs().max()
 
 
+@pytest.mark.parametrize(("inside", "gate"), [(18_944, None), (9000, "silu")])
+def test_long_rows_of_eight_bits_are_not_written_out(
+    inside: int, gate: Gate | None, both: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from speculative_eft.kernels.gpu import layers
+
+    monkeypatch.setattr(layers, "product", None)
+    weights = [quantised(random(5, inside, dtype=BF16, seed=seed)) for seed in range(2 if gate else 1)]
+    inputs = random(2, inside, dtype=BF16, seed=2) / inside**0.5
+    (expected,), (found,) = both(lambda: projections(inputs, weights, gate=gate))
+    assert (found - expected).abs().max() < TOLERANCES[BF16] * expected.abs().max()
+
+
 def test_the_kernels_take_weights_of_the_inputs_dtype() -> None:
     from speculative_eft.kernels.gpu.layers import takes
 

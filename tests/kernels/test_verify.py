@@ -100,6 +100,25 @@ def test_equal_laws_are_always_accepted(rule: AcceptanceRule, samples: int) -> N
     assert (verdict.accepted_lens == 4).double().mean() > 1 - 1e-4
 
 
+@pytest.mark.usefixtures("each_backend")
+@pytest.mark.parametrize("rule", RULES)
+def test_what_neither_law_gives_is_not_accepted(rule: AcceptanceRule) -> None:
+    """Rounding could have verification cut off by a filter what a draft was left with."""
+    batch, drafted, size = 8, 3, 16
+    logits = -torch.arange(size, dtype=torch.float32).expand(batch, drafted + 1, size)
+    ones, zeros = torch.ones(batch), torch.zeros(batch, dtype=torch.int64)
+    mix = Coefficients(ones[:, None], ones, ones[:, None], None)
+    sampling = Sampling(ones, top_k=torch.full((batch,), 2))
+    tokens = torch.full((batch, drafted), 5)
+    noise = NoiseKey(derive_seeds(1, batch).to(test_device()), zeros, zeros)
+    lens = torch.full((batch,), drafted)
+    verdict = verify(
+        logits, [logits], torch.zeros_like(logits), tokens, lens, mix, sampling, sampling, noise, rule, size
+    )
+    assert not verdict.accepted_lens.any()
+    assert (verdict.next_token < 2).all()
+
+
 def test_where_rounding_empties_the_residual_the_target_is_drawn_from() -> None:
     samples = 4_000
     ones, zeros = torch.ones(samples), torch.zeros(samples, dtype=torch.int64)

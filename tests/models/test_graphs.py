@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from speculative_eft.models import CapturedFunctions, ModelRunner, graphs
+from speculative_eft.models import CapturedFunctions, ModelRunner, graphs, protocol
 from tests.models.families import tiny_model
 
 
@@ -128,3 +128,26 @@ def test_models_whose_weights_move_as_they_run_have_no_graphs(monkeypatch: pytes
     assert functions is not None and functions.budget == 2**27
     monkeypatch.setattr(model.model.layers[0], "_hf_hook", object(), raising=False)
     assert graphs.captured_functions([runner]) is None
+
+
+class _Stream:
+    """What there is of a stream without a GPU."""
+
+    def __init__(self) -> None:
+        self.waited: list[_Stream] = []
+
+    def wait_stream(self, other: _Stream) -> None:
+        self.waited.append(other)
+
+
+def test_a_stream_waits_for_what_was_begun_on_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counters and scratch memory are a device's, and a round may be under way when its call has returned."""
+    device, (first, second) = torch.device("cuda", 7), (_Stream(), _Stream())
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(protocol, "_last_streams", {})
+    for stream in (first, first, second, second, first):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda own=stream: own)
+        with protocol.on_device(device):
+            pass
+    assert second.waited == [first]
+    assert first.waited == [second]

@@ -15,6 +15,7 @@ from speculative_eft.decoding import EFTConfig, EFTDecoder, EFTOutput, SlotBatch
 from speculative_eft.models import EFTModels, IncompatibleModelsError, caches_fit, eft_models, memory
 
 from ..tiny_models import ragged_prompts, tiny_trio
+from ..uncaptured import as_with_graphs
 from .families import tiny_model
 
 DRAFTED = 3
@@ -165,3 +166,19 @@ def test_loading_that_runs_out_of_memory_says_what_each_model_needs(
         for role in ("large_base", "small_tuned", "small_base"):
             assert f"{role} {each} bytes" in said
         assert f"{3 * each} bytes in all, but {3 * 2**30} bytes were free" in said
+
+
+def test_graphs_of_caches_that_are_to_be_replaced_go_before_memory_is_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    owner = decoder()
+    graphs = as_with_graphs(owner)
+    prompts = torch.full((2, 20), 7)
+    owner.generate(prompts, max_new_tokens=20)
+    assert graphs.keys
+    held: list[int] = []
+    monkeypatch.setattr(memory, "free_bytes", lambda device: held.append(len(graphs.keys)) or 2**40)
+    owner.generate(prompts, max_new_tokens=20)
+    assert held.pop() > 0
+    owner.generate(prompts.repeat(2, 1), max_new_tokens=20)
+    assert held == [0]
