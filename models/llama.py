@@ -311,16 +311,14 @@ class LlamaBody(LlamaWeights):
         self.is_fusable = self.gate is not None and all(layer.is_fusable for layer in self.layers)
 
     def fill(self, block: Block, cache: SlotCache) -> None:
-        """Run `block` for its keys and values alone, with which the last layer ends where it is not fused."""
+        """Run `block` for its keys and values alone, with which the last layer ends."""
         self(block, cache, reads_out=False)
 
     def __call__(self, block: Block, cache: SlotCache, reads_out: bool = True) -> Tensor:
         batch, length = block.tokens.shape
         count, heads, dim = batch * length, self.heads, self.dim
         attention = attention_for(self.attention, length)
-        if attention == "triton" and self.is_fusable:
-            return self.fused([(self, cache)], block)
-        hidden = self._embedded(block)
+        hidden = self._embedded(block.tokens)
         if attention == "sdpa":
             rows = block.positions.repeat(1, self.groups) if length > 1 else block.positions
             biases = {
@@ -361,29 +359,28 @@ class LlamaBody(LlamaWeights):
 
         return self._norm(hidden, self.decoder.norm.weight).view(batch, length, -1)
 
+    def fuses(self, rows: int) -> bool:
+        """Whether `fused` can run blocks of `rows` tokens."""
+        return self.is_fusable and attention_for(self.attention, rows) == "triton"
+
     def fuses_with(self, other: LlamaBody) -> bool:
         """Whether `fused` can run `other` beside this body: the same decoder, but for adapters."""
-        return (
-            self.decoder is other.decoder
-            and self.copies is other.copies is None
-            and self.attention == other.attention == "triton"
-            and self.is_fusable
-            and other.is_fusable
-        )
+        return self.decoder is other.decoder and self.copies is other.copies is None
 
     @staticmethod
-    def fused(members: Sequence[tuple[LlamaBody, SlotCache]], block: Block) -> Tensor:
+    def fused(members: Sequence[tuple[LlamaBody, SlotCache]], tokens: Tensor, span: int) -> Tensor:
         """The layers of `__call__` in five launches each, or seven or eight for a few rows, not twenty.
 
         Norms of queries and keys, and of what a part of a layer adds, take a launch each. Adapters of all
         parts of a layer make them some twenty where they would be fifty. Of several members, bodies that fuse
         with each other and the cache of each, all run the same tokens, each behind what its own cache holds,
-        and the weights that they share are read once. Returns hidden states [members * batch, q, hidden],
-        member by member.
+        and the weights that they share are read once. `tokens` are int64 [batch, q], `span` the positions
+        that may be read. Returns hidden states [members * batch, q, hidden], member by member.
         """
-        (first, _), (batch, length), span = members[0], block.tokens.shape, block.columns.shape[0]
+        (first, _), (batch, length) = members[0], tokens.shape
         dim, sequences = first.dim, len(members) * batch
-        embedded = first._embedded(block)
+        # Lengths have just changed, and later launches may overlap with those before them: this one does not.
+        embedded = first._embedded(tokens)
         hidden = embedded.repeat(len(members), 1) if len(members) > 1 else embedded
         for index, layer in enumerate(first.layers):
             same = [body.layers[index] for body, _ in members]
@@ -457,8 +454,8 @@ class LlamaBody(LlamaWeights):
             return torch.add(hidden, part, alpha=self.residual_scale)
         return normalised(part, self._norm_of(norm), hidden)
 
-    def _embedded(self, block: Block) -> Tensor:
-        hidden = F.embedding(block.tokens.reshape(-1), self.decoder.embed_tokens.weight)
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        hidden = F.embedding(tokens.reshape(-1), self.decoder.embed_tokens.weight)
         return hidden if self.embedding_scale == 1.0 else hidden * self.embedding_scale
 
     def _heads(self, vectors: Tensor, norm: nn.Parameter | None) -> Tensor:

@@ -20,7 +20,7 @@ from speculative_eft.kernels import (
 )
 
 from .adapters import AdapterSwitch, adapter_layers, is_adapter_layer, is_low_rank, refuse_merged
-from .attention import Attention, attention_for, choose_attention
+from .attention import Attention, choose_attention
 from .bodies import Block, Body, FalconAlibiBody, TransformersBody
 from .configs import TESTED_FAMILIES, declared, logit_scale, longest_window, position_limit, text_config
 from .describe import cache_bytes_per_token, vocabulary_rows
@@ -287,18 +287,16 @@ class ModelRunner:
     @torch.inference_mode()
     def forward_together(self, others: Sequence[Runner], tokens: Tensor, span: int) -> list[Tensor] | None:
         """`Runner.forward_together`: of fused layers, where the others are this model but for adapters."""
-        runners = [self]
-        for other in others:
-            if not isinstance(other, ModelRunner) or not self._fuses_with(other):
-                return None
-            runners.append(other)
-        if attention_for(self.attention, tokens.shape[1]) != "triton":
-            return None
         members: list[tuple[LlamaBody, SlotCache]] = []
-        for runner in runners:
-            block = runner._begin(tokens, span)
-            members.append((cast(LlamaBody, runner._body), runner.cache))
-        logits = self._finished(self._project(LlamaBody.fused(members, block)))
+        for runner in (self, *others):
+            if not isinstance(runner, ModelRunner) or not self._fuses_with(runner):
+                return None
+            body = runner._fused(tokens.shape[1])
+            if body is None:
+                return None
+            members.append((body, runner.cache))
+        hidden = LlamaBody.fused(members, tokens, self._rounded(span))
+        logits = self._finished(self._project(hidden))
         return [*logits.view(len(members), *tokens.shape, -1)]
 
     def _fuses_with(self, other: ModelRunner) -> bool:
@@ -365,17 +363,32 @@ class ModelRunner:
                 self._compiled.fill(part, self.cache)
             else:
                 with self._adapted():
-                    self._body.fill(self._begin(part, first + start + part.shape[1]), self.cache)
+                    self._fill(part, first + start + part.shape[1])
             self.lengths.add_(part.shape[1])
         self.lengths.copy_(prompt_lengths)
 
     def _run(self, tokens: Tensor, span: int) -> Tensor:
-        # Fused layers rely on launches that do not overlap, such as those of a block, after lengths changed.
+        body = self._fused(tokens.shape[1])
+        if body is not None:
+            return body.fused([(body, self.cache)], tokens, self._rounded(span))
         return self._body(self._begin(tokens, span), self.cache)
 
+    def _fill(self, tokens: Tensor, span: int) -> None:
+        if self._fused(tokens.shape[1]) is None:
+            self._body.fill(self._begin(tokens, span), self.cache)
+        else:
+            self._run(tokens, span)
+
+    def _fused(self, rows: int) -> LlamaBody | None:
+        """The body, if its layers are fused for blocks of `rows` tokens."""
+        body = self._body
+        return body if isinstance(body, LlamaBody) and body.fuses(rows) else None
+
+    def _rounded(self, span: int) -> int:
+        return min(round_up(span), self.cache.capacity)
+
     def _begin(self, tokens: Tensor, span: int) -> Block:
-        cache = self.cache
-        span = min(round_up(span), cache.capacity)
+        cache, span = self.cache, self._rounded(span)
         steps = cache.positions[: tokens.shape[1]]
         positions = cache.lengths.unsqueeze(1).add(steps).clamp_(max=cache.capacity - 1)
         cache.begin(positions, span)
