@@ -25,6 +25,7 @@ from speculative_eft.kernels import (
 from speculative_eft.models import (
     EFTModels,
     EFTRunners,
+    ModelRunner,
     caches_fit,
     caches_hold,
     captured_functions,
@@ -367,6 +368,17 @@ class EFTDecoder:
         end_stream(streamer)
         return self._output(call, state, rounds, timer, trace, buffers)
 
+    def _check_numbers(self) -> None:
+        """Refuse what came of passes whose results are no numbers: such logits leave every token out."""
+        for name, runner in zip(self.runners.names, self.runners.every, strict=True):
+            if isinstance(runner, ModelRunner) and not bool(runner.cache.holds_numbers().all()):
+                kind = f"{type(runner.model).__name__}, {str(runner.model.dtype).removeprefix('torch.')}"
+                raise ValueError(
+                    f"{name} ({kind}) gave keys or values that are not finite: its weights are broken, or "
+                    "its activations are beyond its dtype, as those of some models are beyond float16; try "
+                    'dtype="bfloat16"'
+                )
+
     def _kept(self, call: Call) -> tuple[Tensor, Tensor] | None:
         """For each prompt, the tokens that the bases' and the tuned models' caches hold already."""
         past = call.past
@@ -654,6 +666,7 @@ class EFTDecoder:
         buffers: ScoreBuffers,
     ) -> Tensor | EFTOutput:
         input_ids, options = call.input_ids, call.options
+        self._check_numbers()
         new = int(state.generated.max())
         output = state.output[:, :new].clone()
         sequences = torch.cat([input_ids, output.to(input_ids.device)], dim=1)

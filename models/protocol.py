@@ -14,6 +14,8 @@ from torch import Tensor
 
 from speculative_eft.kernels import DraftLoop
 
+from .sources import tuned_arguments
+
 
 class Runner(Protocol):
     """A network with a cache of its own, seen from the decoder.
@@ -242,6 +244,11 @@ class EFTRunners:
     def every(self) -> list[Runner]:
         """Those of the large base, the tuned models and the small base."""
         return [self.large, *self.small]
+
+    @property
+    def names(self) -> list[str]:
+        """What errors call these."""
+        return ["large_base", *tuned_arguments(len(self.tuned)), "small_base"]
 
     @property
     def max_context(self) -> int | None:

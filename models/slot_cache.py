@@ -172,6 +172,18 @@ class SlotCache(Cache):
             layer = self._layer_for(layer_idx, vectors, vectors)
         return layer.keys, layer.values
 
+    def holds_numbers(self) -> Tensor:
+        """bool [batch]: whether the last layer's keys and values of each sequence's last token are finite.
+
+        What is not finite anywhere else has reached these, unless a window has passed it by.
+        """
+        last = self._slots[max(self._slots)]
+        slot = torch.arange(self.lengths.shape[0], device=self.device)
+        place = (self.lengths - 1).clamp(min=0)
+        slot, place = slot.to(last.keys.device), place.to(last.keys.device)
+        both = torch.cat((last.keys[slot, :, place], last.values[slot, :, place]), 1)
+        return both.isfinite().flatten(1).all(dim=1)
+
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
