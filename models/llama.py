@@ -205,9 +205,10 @@ class LlamaWeights:
         self.eps = config.rms_norm_eps
         self.norm_offset, self.embedding_scale = 0.0, declared(config, "embedding_multiplier") or 1.0
         if _family(decoder) in _GEMMAS:
-            weight = decoder.embed_tokens.weight
             self.norm_offset = 1.0
-            self.embedding_scale = float(torch.tensor(config.hidden_size**0.5).to(weight.dtype))
+            # A model that was made in 16 bits keeps what it rounded there; older versions have no such scale.
+            scale = getattr(decoder.embed_tokens, "embed_scale", torch.tensor(config.hidden_size**0.5))
+            self.embedding_scale = float(scale.to(decoder.embed_tokens.weight.dtype))
         activation = declared(config, "hidden_activation") or config.hidden_act
         self.gate: Gate | None = next((gate for gate in GATES if gate == activation), None)
         scale = declared(config, "attention_multiplier")

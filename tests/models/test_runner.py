@@ -86,6 +86,18 @@ def test_ragged_blocks_with_roll_backs_give_the_logits_of_a_full_pass(family: st
     compare_ragged_blocks(ModelRunner(model), tokens, plain_logits(model, tokens), TOLERANCE)
 
 
+@pytest.mark.usefixtures("each_backend")
+@pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3"])
+def test_a_model_that_was_made_in_16_bits_keeps_its_scale(family: str) -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = tiny_model(family)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    model, tokens = with_uneven_norms(model.float()), random_tokens(4, LENGTH)
+    compare_ragged_blocks(ModelRunner(model), tokens, plain_logits(model, tokens), TOLERANCE)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_models_that_run_compiled(family: str) -> None:
     skip_unless_compiled(torch.float32)
