@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speculative_eft.kernels import LARGEST_TEMPERATURE
-
 __all__ = ["between", "index_of", "integer", "is_integral", "seed_of", "token_ids"]
 
 
@@ -52,21 +50,30 @@ def integer(name: str, value: Any, least: int = 0, other: str = "") -> int:
 def between(name: str, value: Any, low: float, high: float, other: str = "") -> float:
     """`value` as a float. Raises ValueError if it is no number, not finite, or outside `low`..`high`.
 
-    To a user a `high` of `LARGEST_TEMPERATURE` or more is any finite number, and the least float is 0.
-    `other` says what else the caller would take.
+    To a user a `high` of infinity is any finite number, and the least float is 0. `other` says what else the
+    caller would take.
     """
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    good = is_number and low <= value <= high
-    if not good or not math.isfinite(value):
+    number = _as_float(value)
+    if not low <= number <= high or math.isinf(number):
         above_zero = low == math.ulp(0.0)
-        if high >= LARGEST_TEMPERATURE:
+        if high == math.inf:
             least = "" if low == -math.inf else " above 0" if above_zero else f" of at least {low:g}"
             wanted = f"be a finite number{least}{f' or {other}' if other else ''}"
         else:
             wanted = f"lie in (0, {high:g}]" if above_zero else f"lie between {low:g} and {high:g}"
             wanted += f" or be {other}" if other else ""
         raise ValueError(f"{name} must {wanted}, got {value!r}")
-    return float(value)
+    return number
+
+
+def _as_float(value: Any) -> float:
+    """A real number as the float it rounds to, which may be infinite; NaN for all else, booleans too."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def token_ids(name: str, value: int | Iterable[int] | Tensor | None) -> tuple[int, ...]:

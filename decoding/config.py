@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from speculative_eft.kernels import LARGEST_TEMPERATURE, AcceptanceRule
+from speculative_eft.kernels import AcceptanceRule
 
 from .checks import between, integer
 
@@ -18,6 +18,8 @@ DraftWeights = Literal["auto", "own", "int8"]
 
 _MOST_DRAFT_TOKENS = 4096
 """Caches have room for a draft, and rounds for its logits: more is a mistake, not a wish."""
+_LARGEST_WEIGHT = 1e30
+"""Of alpha and beta either way: logits of up to 1e8 that are mixed with it stay finite in float32."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,9 @@ class EFTConfig:
     Only `alpha`, `beta` and `conservative_top_p` change the law; the others change speed alone.
 
     Attributes:
-        alpha: scale of the fine-tuning delta F - B; one number, or one a tuned model.
-        beta: scale of the large model's delta L - B.
+        alpha: scale of the fine-tuning delta F - B; one number, or one a tuned model, of at most 1e30 either
+            way.
+        beta: scale of the large model's delta L - B, in the same bounds.
         draft_tokens: tokens drafted a round, at least 1, or "auto": each sequence's own choice from its
             running acceptance and `cost_ratio`, so that a seed reproduces its output.
         acceptance: "block" (most tokens a round), "token" (the classic rule) or "shared_seed" (the
@@ -74,10 +77,10 @@ class EFTConfig:
 
     def __post_init__(self) -> None:
         # Numbers of numpy and torch become Python's: a configuration is compared, and saved as JSON.
-        alphas = tuple(between("alpha", alpha, -math.inf, math.inf) for alpha in self.alphas)
+        alphas = tuple(between("alpha", alpha, -_LARGEST_WEIGHT, _LARGEST_WEIGHT) for alpha in self.alphas)
         numbers: dict[str, Any] = {
             "alpha": alphas if isinstance(self.alpha, Sequence) else alphas[0],
-            "beta": between("beta", self.beta, -math.inf, math.inf),
+            "beta": between("beta", self.beta, -_LARGEST_WEIGHT, _LARGEST_WEIGHT),
             "row_cost": between("row_cost", self.row_cost, 0, math.inf),
             "expected_batch": integer("expected_batch", self.expected_batch, 1),
             "remembered": integer("remembered", self.remembered),
@@ -90,9 +93,9 @@ class EFTConfig:
             if choice not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {choice!r}")
         for name, value, high in (
-            ("draft_temperature", self.draft_temperature, LARGEST_TEMPERATURE),
+            ("draft_temperature", self.draft_temperature, math.inf),
             ("conservative_top_p", self.conservative_top_p, 1),
-            ("cost_ratio", self.cost_ratio, LARGEST_TEMPERATURE),
+            ("cost_ratio", self.cost_ratio, math.inf),
         ):
             if value is not None:
                 numbers[name] = between(name, value, math.ulp(0.0), high, "None")

@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig, WatermarkingConfig
 from transformers.generation.configuration_utils import BaseWatermarkingConfig
 
-from speculative_eft.kernels import LARGEST_TEMPERATURE, Sampling, batch_sampling, usable_temperature
+from speculative_eft.kernels import Sampling, batch_sampling, usable_temperature
 
 from .checks import between, index_of, integer, token_ids
 from .fields import FIELDS, OTHER_ARGUMENTS, is_neutral
@@ -144,7 +144,7 @@ def read_options(
     eos_token_ids = _end_tokens(asked, model_configs)
     values["max_new_tokens"] = max_new_tokens = _new_tokens(values, prompt_width)
     do_sample = bool(values["do_sample"])
-    temperature = between("temperature", _or(values["temperature"], 1.0), 0, LARGEST_TEMPERATURE)
+    temperature = between("temperature", _or(values["temperature"], 1.0), 0, math.inf)
     temperature = usable_temperature(temperature) if do_sample else 0.0
     values.update(
         temperature=temperature,

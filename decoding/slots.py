@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from speculative_eft.kernels import LARGEST_TEMPERATURE, Sampling, batch_sampling
+from speculative_eft.kernels import Sampling, batch_sampling
 from speculative_eft.models import check_caches
 
 from .checks import between, integer, is_integral, seed_of, token_ids
@@ -45,7 +46,7 @@ class SlotOptions:
     def __post_init__(self) -> None:
         integer("max_new_tokens", self.max_new_tokens, least=1)
         integer("top_k", self.top_k)
-        between("temperature", self.temperature, 0, LARGEST_TEMPERATURE)
+        between("temperature", self.temperature, 0, math.inf)
         between("top_p", self.top_p, 0, 1)
         between("min_p", self.min_p, 0, 1)
         if seed_of(self.seed) is None:

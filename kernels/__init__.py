@@ -11,7 +11,7 @@ else:
     from .commit import DraftLengthRule, RoundState, commit, committed_tokens
     from .draft import DraftLoop, draft_step
     from .early_stop import EarlyStop, end_drafts, learn, new_early_stop
-    from .filters import LARGEST_TEMPERATURE, Sampling, batch_sampling, usable_temperature, warp
+    from .filters import Sampling, batch_sampling, usable_temperature, warp
     from .layers import GATES, Gate, RMSNorm, normalised, projections
     from .memory import DraftMemory, new_draft_memory, recall, remember
     from .mix import Coefficients, draft_logits, log_probabilities, target_logits
@@ -25,7 +25,6 @@ __all__ = [
     "GATES",
     "HEAD_DIMS",
     "LARGEST_HEAD_DIM",
-    "LARGEST_TEMPERATURE",
     "MOST_ROWS",
     "AcceptanceRule",
     "Coefficients",

@@ -10,12 +10,8 @@ from torch import Tensor
 
 from .mix import log_softmax, top_p_set
 
-__all__ = [
-    "LARGEST_TEMPERATURE", "Sampling", "batch_sampling", "largest_of", "plain_or_warped",
-    "usable_temperature", "warp",
-]  # fmt: skip
+__all__ = ["Sampling", "batch_sampling", "largest_of", "plain_or_warped", "usable_temperature", "warp"]
 
-LARGEST_TEMPERATURE = torch.finfo(torch.float32).max
 _COLDEST, _HOTTEST = 1e-30, 1e30
 
 

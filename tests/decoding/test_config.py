@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from speculative_eft.decoding import EFTConfig, EFTDecoder
 from speculative_eft.models import eft_models
@@ -54,8 +55,11 @@ def test_the_argument_is_named(name: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("message", "arguments"),
     [
-        ("alpha must be a finite number, got nan", {"alpha": (1.0, math.nan)}),
-        ("beta must be a finite number, got None", {"beta": None}),
+        (r"alpha must lie between -1e\+30 and 1e\+30, got nan", {"alpha": (1.0, math.nan)}),
+        (r"alpha must lie between -1e\+30 and 1e\+30, got 1e\+39", {"alpha": 1e39}),
+        (r"beta must lie between -1e\+30 and 1e\+30, got None", {"beta": None}),
+        (r"beta must lie between -1e\+30 and 1e\+30, got -1e\+39", {"beta": -1e39}),
+        ("row_cost must be a finite number of at least 0, got 10000", {"row_cost": 10**400}),
         ('draft_tokens must be an integer of at least 1 or "auto", got 0', {"draft_tokens": 0}),
         ("draft_temperature must be a finite number above 0 or None, got 0", {"draft_temperature": 0}),
         (r"conservative_top_p must lie in \(0, 1\] or be None, got 2", {"conservative_top_p": 2}),
@@ -77,6 +81,18 @@ def test_numbers_may_be_of_numpy() -> None:
     for name in ("alpha", "beta", "draft_temperature", "conservative_top_p", "cost_ratio", "row_cost"):
         assert type(getattr(EFTConfig(**{name: half}), name)) is float
     assert EFTConfig(alpha=[half, half]).alpha == (0.5, 0.5)
+
+
+@pytest.mark.parametrize("name", ["alpha", "beta"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_weights_stay_finite(name: str, sign: int) -> None:
+    """The law of a weight of 1e30 is all on the tokens with the largest difference, as that of 1e6 is."""
+    ids, models = torch.tensor([[5, 6, 7]]), tiny_trio("llama")
+    outputs = [
+        EFTDecoder(models, EFTConfig(draft_tokens=2, **{name: sign * size})).generate(ids, max_new_tokens=8)
+        for size in (1e6, 1e30)
+    ]
+    assert torch.equal(*outputs)
 
 
 def test_alpha_must_fit_the_tuned_models() -> None:

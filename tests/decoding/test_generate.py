@@ -416,6 +416,22 @@ def test_the_smallest_temperatures_are_as_good_as_greedy(temperature: float, opt
     assert torch.equal(found, wanted)
 
 
+@pytest.mark.parametrize("temperature", [1e39, 1e300, 10**40])
+@pytest.mark.parametrize("options", [{}, {"top_k": 7}, {"top_p": 0.9}, {"repetition_penalty": 1.2}], ids=str)
+def test_the_largest_temperatures_count_as_1e30(temperature: float, options: dict[str, Any]) -> None:
+    ids, models = torch.tensor([[5, 6, 7]]), tiny_trio("llama")
+    given: dict[str, Any] = {"do_sample": True, "max_new_tokens": 12, "seed": 3, **options}
+    outputs = []
+    for hot in (temperature, 1e30):
+        decoder = EFTDecoder(models, EFTConfig(draft_tokens=3, draft_temperature=hot))
+        outputs.append(decoder.generate(ids, temperature=hot, **given))
+        arguments = {"custom_generate": decoder.custom_generate, "temperature": float(hot), **given}
+        outputs.append(models.large_base.generate(ids, **arguments))
+        outputs.append(NaiveEFTDecoder(models).generate(ids, temperature=hot, **given))
+    assert [output.tolist() for output in outputs[:3]] == [output.tolist() for output in outputs[3:]]
+    assert torch.equal(outputs[0], outputs[1])
+
+
 def test_integers_may_be_of_numpy_or_torch() -> None:
     decoder = EFTDecoder(tiny_trio("llama"))
     ids, options = torch.tensor([[5, 6, 7]]), {"do_sample": True, "top_k": 9}

@@ -188,9 +188,9 @@ def test_bad_input_of_slots() -> None:
         batch.join([1.5], SlotOptions(3, 0))
     nan = float("nan")
     for options in (
-        {"temperature": -1.0}, {"temperature": nan}, {"temperature": float("inf")}, {"top_p": 1.5},
-        {"top_p": nan}, {"min_p": nan}, {"top_k": 2.5}, {"max_new_tokens": 0}, {"max_new_tokens": 2.5},
-        {"max_new_tokens": True}, {"seed": 2**63}, {"seed": 1.5}, {"seed": "1"},
+        {"temperature": -1.0}, {"temperature": nan}, {"temperature": float("inf")}, {"temperature": 10**400},
+        {"top_p": 1.5}, {"top_p": nan}, {"min_p": nan}, {"top_k": 2.5}, {"max_new_tokens": 0},
+        {"max_new_tokens": 2.5}, {"max_new_tokens": True}, {"seed": 2**63}, {"seed": 1.5}, {"seed": "1"},
     ):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(options))):
             SlotOptions(**{"max_new_tokens": 1, "seed": 0, **options})
@@ -208,6 +208,15 @@ def test_bad_input_of_slots() -> None:
     batch.join([1, 2], SlotOptions(10, 0))
     with pytest.raises(ValueError, match="all 1 slots are taken"):
         batch.join(prompt, SlotOptions(3, 0))
+
+
+def test_the_largest_temperatures_count_as_1e30() -> None:
+    decoder = EFTDecoder(table_runners(random_tables(1, 5)), EFTConfig(draft_tokens=2))
+    outputs = []
+    for hot in (1e30, 1e39):
+        work = [(torch.tensor([1, 2]), SlotOptions(10, seed, hot, top_k=3)) for seed in range(4)]
+        outputs.append(run_through(SlotBatch(decoder, 2, 12), work, random.Random(0)))
+    assert outputs[0] == outputs[1]
 
 
 def test_the_smallest_context_bounds_slots_and_scores() -> None:
