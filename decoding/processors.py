@@ -101,8 +101,13 @@ def build_processing(
         attention_mask = None
 
     def build(config: GenerationConfig) -> LogitsProcessorList:
-        ends = options.eos_token_ids
+        # transformers' classes index scores by them.
+        ends = [token for token in options.eos_token_ids if 0 <= token < vocab_size]
+        config = copy.copy(config)
         config._eos_token_tensor = torch.tensor(ends, device=prompts.device) if ends else None
+        if not ends:
+            # transformers makes a processor of it that needs an end to make likelier.
+            config.exponential_decay_length_penalty = None
         owner: Any = _Owner(vocab_size)
         try:
             built = owner._get_logits_processor(

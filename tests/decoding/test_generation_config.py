@@ -393,6 +393,23 @@ def test_a_penalty_on_ends_is_ignored_where_nothing_ends_sequences(models: EFTMo
     assert torch.equal(output, EFTDecoder(models).generate(torch.tensor([[5, 6]]), **options))
 
 
+@pytest.mark.parametrize("ends", [[VOCAB + 4], [-1], [VOCAB, 21, 89, 18]], ids=str)
+def test_a_penalty_on_ends_is_of_those_in_the_vocabulary(ends: list[int]) -> None:
+    """Those of a tuned model may be tokens that the bases do not have."""
+    models = tiny_trio("llama")
+    for model, own in ((models.large_base, None), (models.small_base, None), (models.small_tuned[0], ends)):
+        model.generation_config.eos_token_id = own
+    prompts, options = ragged_prompts(3), {"max_new_tokens": 24, "pad_token_id": 0, "seed": 1}
+    within = [token for token in ends if 0 <= token < VOCAB]
+    penalty = {"exponential_decay_length_penalty": (3, 1.3)}
+    named = {**options, "eos_token_id": within}
+    for decoder in (NaiveEFTDecoder(models), EFTDecoder(models, EFTConfig(draft_tokens=3))):
+        output = decoder.generate(**prompts, **options, **penalty)
+        assert torch.equal(output, decoder.generate(**prompts, **named, **penalty))
+        without = decoder.generate(**prompts, **named)
+        assert torch.equal(output, without) == (not within)
+
+
 def test_a_keyword_of_none_takes_an_option_back(models: EFTModels) -> None:
     given = torch.tensor([[5, 6]])
     decoder = EFTDecoder(models)
