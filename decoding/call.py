@@ -16,7 +16,7 @@ from .chat import Chat, PlainChat, chat_prompts, plain_chat
 from .options import GenerationOptions, read_options
 from .past import EFTPast
 from .processors import PrefixFunction, Processing, build_processing
-from .prompts import Prompts, read_prompts, read_seeds
+from .prompts import Prompts, read_prompts, read_seeds, repeated
 from .stopping import build_criteria
 from .streaming import Streamer, TokenCallback, check_streamer
 
@@ -97,7 +97,7 @@ def read_call(
         mask = _inferred_mask(input_ids, options)
     copies = options.num_return_sequences
     input_ids = input_ids.repeat_interleave(copies, dim=0)
-    mask, tuned_ids, tuned_mask = (_repeated(part, copies) for part in (mask, tuned_ids, tuned_mask))
+    mask, tuned_ids, tuned_mask = (repeated(part, copies) for part in (mask, tuned_ids, tuned_mask))
     prompts = tuned_prompts = read_prompts(input_ids, mask, vocab_size)
     batch = input_ids.shape[0]
     if tuned_ids is not None:
@@ -171,7 +171,3 @@ def _inferred_mask(input_ids: Tensor, options: GenerationOptions) -> Tensor | No
 def _checked_width(input_ids: Tensor, mask: Tensor | None, vocab_size: int) -> int:
     read_prompts(input_ids, mask, vocab_size)
     return input_ids.shape[1]
-
-
-def _repeated(tensor: Tensor | None, copies: int) -> Tensor | None:
-    return tensor if tensor is None or copies == 1 else tensor.repeat_interleave(copies, dim=0)

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["between", "index_of", "integer", "is_integral", "seed_of", "token_ids"]
+__all__ = ["between", "int64_of", "integer", "is_integral", "token_ids"]
 
 
-def index_of(value: Any) -> int | None:
+def _index_of(value: Any) -> int | None:
     """An integer of Python, numpy or torch (of one element) as an int; None for all else, booleans too."""
     if isinstance(value, bool) or getattr(value, "dtype", None) in (torch.bool, bool):
         return None
@@ -24,9 +24,9 @@ def index_of(value: Any) -> int | None:
         return None
 
 
-def seed_of(value: Any) -> int | None:
-    """A seed of 64 bits as an int; None for all else."""
-    found = index_of(value)
+def int64_of(value: Any) -> int | None:
+    """An integer of 64 bits, as seeds and token ids are, as an int; None for all else."""
+    found = _index_of(value)
     return found if found is not None and -(2**63) <= found < 2**63 else None
 
 
@@ -40,7 +40,7 @@ def integer(name: str, value: Any, least: int = 0, other: str = "") -> int:
 
     `other` says what else the caller would take.
     """
-    found = index_of(value)
+    found = _index_of(value)
     if found is None or found < least:
         also = f" or {other}" if other else ""
         raise ValueError(f"{name} must be an integer of at least {least}{also}, got {value!r}")
@@ -82,7 +82,7 @@ def token_ids(name: str, value: int | Iterable[int] | Tensor | None) -> tuple[in
         return ()
     if isinstance(value, Tensor):
         value = value.flatten().tolist()
-    ids = tuple(map(index_of, value if isinstance(value, Iterable) else (value,)))
+    ids = tuple(map(int64_of, value if isinstance(value, Iterable) else (value,)))
     if any(token is None for token in ids):
         raise ValueError(f"{name} must be a token id or a list of them, got {value!r}")
     return tuple(token for token in ids if token is not None)

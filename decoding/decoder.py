@@ -43,7 +43,7 @@ from .output import CACHE_FIELD, EFTOutput, a_token_each, ordinary, table_of, to
 from .own_prompts import FirstRound, first_round_of_own_prompts
 from .past import DEFAULT_CHUNK, EFTPast, extended, kept_lengths, reserved_cache
 from .processors import PrefixFunction
-from .prompts import Prompts, read_prompts
+from .prompts import Prompts, read_prompts, repeated
 from .round import (
     PhaseTimer,
     RoundPlan,
@@ -312,10 +312,6 @@ class EFTDecoder:
                 `generate` keeps to itself when `custom_generate` is a function.
         """
         copies = generation_config.num_return_sequences or 1
-        if tuned_input_ids is not None and copies > 1:
-            tuned_input_ids = tuned_input_ids.repeat_interleave(copies, dim=0)
-            if tuned_attention_mask is not None:
-                tuned_attention_mask = tuned_attention_mask.repeat_interleave(copies, dim=0)
         stop_strings = {} if eft_stop_strings is None else {"stop_strings": eft_stop_strings}
         return continue_for_transformers(
             self,
@@ -326,8 +322,8 @@ class EFTDecoder:
             generation_config,
             model_kwargs,
             seed=seed,
-            tuned_input_ids=tuned_input_ids,
-            tuned_attention_mask=tuned_attention_mask,
+            tuned_input_ids=repeated(tuned_input_ids, copies),
+            tuned_attention_mask=repeated(tuned_attention_mask, copies),
             streamer=eft_streamer,
             tokenizer=eft_tokenizer,
             trace=trace,

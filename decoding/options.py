@@ -14,7 +14,7 @@ from transformers.generation.configuration_utils import BaseWatermarkingConfig
 
 from speculative_eft.kernels import Sampling, batch_sampling, usable_temperature
 
-from .checks import between, index_of, integer, token_ids
+from .checks import between, int64_of, integer, token_ids
 from .fields import FIELDS, OTHER_ARGUMENTS, is_neutral
 
 __all__ = ["GenerationOptions", "read_options"]
@@ -163,7 +163,7 @@ def read_options(
         )
     for name in ("pad_token_id", "bos_token_id"):
         token = values.get(name)
-        values[name] = index_of(token)
+        values[name] = int64_of(token)
         if token is not None and (values[name] is None or values[name] < 0):
             # Some models' own configs say -1 for none.
             if name in asked and token != own.get(name):
@@ -294,9 +294,6 @@ def _processing_config(values: Mapping[str, Any], prompt_width: int) -> Generati
         config.watermarking_config = read(config.watermarking_config)
     if config.min_new_tokens is not None:
         config.min_length = config.min_new_tokens + prompt_width
-    if config.eos_token_id is None:
-        # transformers makes a processor of it that needs an end to make likelier.
-        config.exponential_decay_length_penalty = None
     config.num_beams = 1
     return config
 

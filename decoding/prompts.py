@@ -10,9 +10,9 @@ from torch import Tensor
 
 from speculative_eft.kernels import derive_seeds
 
-from .checks import is_integral, seed_of
+from .checks import int64_of, is_integral
 
-__all__ = ["Prompts", "read_prompts", "read_seeds"]
+__all__ = ["Prompts", "read_prompts", "read_seeds", "repeated"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,13 @@ def read_prompts(
     return Prompts(tokens, lengths, longest)
 
 
+def repeated(tensor: Tensor | None, copies: int) -> Tensor | None:
+    """Each row so many times; what has no rows, such as a list, is left to `read_prompts` to refuse."""
+    if not isinstance(tensor, Tensor) or tensor.dim() == 0 or copies == 1:
+        return tensor
+    return tensor.repeat_interleave(copies, dim=0)
+
+
 def read_seeds(seed: int | Sequence[int] | None, batch: int) -> Tensor:
     """The seed of each sequence: int64 [batch], on the CPU.
 
@@ -86,11 +93,11 @@ def read_seeds(seed: int | Sequence[int] | None, batch: int) -> Tensor:
     """
     if seed is None:
         seed = int(torch.randint(2**63 - 1, ()))
-    one = seed_of(seed)
+    one = int64_of(seed)
     if one is not None:
         return derive_seeds(one, batch)
     seeds = list(seed) if isinstance(seed, Iterable) and not isinstance(seed, str) else [seed]
-    found = [value for value in map(seed_of, seeds) if value is not None]
+    found = [value for value in map(int64_of, seeds) if value is not None]
     if len(found) < len(seeds):
         raise ValueError(f"seed must be an int of 64 bits, one such int a sequence, or None, got {seed!r}")
     if len(found) != batch:

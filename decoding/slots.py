@@ -13,7 +13,7 @@ from torch import Tensor
 from speculative_eft.kernels import Sampling, batch_sampling
 from speculative_eft.models import check_caches
 
-from .checks import between, integer, is_integral, seed_of, token_ids
+from .checks import between, int64_of, integer, is_integral, token_ids
 from .decoder import EFTDecoder
 from .round import PhaseTimer, RoundPlan
 from .running import RunningBatch
@@ -49,7 +49,7 @@ class SlotOptions:
         between("temperature", self.temperature, 0, math.inf)
         between("top_p", self.top_p, 0, 1)
         between("min_p", self.min_p, 0, 1)
-        if seed_of(self.seed) is None:
+        if int64_of(self.seed) is None:
             raise ValueError(f"seed must be an int of 64 bits, got {self.seed!r}")
 
 
@@ -191,7 +191,7 @@ class SlotBatch:
         if self.free == 0:
             raise ValueError(f"all {self.slots} slots are taken: step until one is free")
         if not isinstance(prompt, Tensor):
-            prompt = torch.tensor([integer("an id of prompt", token) for token in prompt], dtype=torch.int64)
+            prompt = self._as_tensor(prompt)
         length = prompt.numel()
         if prompt.dim() != 1 or length == 0 or not is_integral(prompt):
             raise ValueError("prompt must be integers of shape [length], with at least one token")
@@ -205,6 +205,15 @@ class SlotBatch:
         with self.decoder.runners.turn():
             self._check_state()
             return self._join(prompt.to(self._device, torch.int64), options)
+
+    def _as_tensor(self, prompt: Sequence[int]) -> Tensor:
+        try:
+            tokens = list(prompt)
+        except TypeError:
+            tokens = []  # refused as a prompt without tokens is
+        # The vocabulary's size stands for ids that may not fit in 64 bits: it is no id either.
+        ids = [min(integer("an id of prompt", token), self.decoder.vocab_size) for token in tokens]
+        return torch.tensor(ids, dtype=torch.int64)
 
     def _join(self, prompt: Tensor, options: SlotOptions) -> int:
         length = prompt.numel()

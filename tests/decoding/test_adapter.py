@@ -332,6 +332,10 @@ def test_stop_strings_inside_transformers(models: EFTModels) -> None:
     assert torch.equal(output, stopped)
 
 
+SEVERAL: dict[str, Any] = {"num_return_sequences": 2, "do_sample": True}
+OWN_PROMPT = {"tuned_input_ids": torch.tensor([[5]])}
+
+
 def filled_cache() -> DynamicCache:
     cache = DynamicCache()
     cache.update(torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 1, 8), 0)
@@ -348,6 +352,8 @@ def filled_cache() -> DynamicCache:
         ("inputs_embeds is not supported", {"inputs_embeds": torch.zeros(1, 2, 32)}),
         ("position_ids must count", {"position_ids": torch.tensor([[3, 4]])}),
         ("tuned_input_ids has 2 prompts for 1", {"tuned_input_ids": torch.ones(2, 2, dtype=torch.int64)}),
+        ("tuned_input_ids must be an integer tensor", {"tuned_input_ids": [[1, 2]], **SEVERAL}),
+        ("tuned_attention_mask must be a tensor", {**OWN_PROMPT, "tuned_attention_mask": [[1]], **SEVERAL}),
         ("must come from an output of this decoder", {CACHE_FIELD: filled_cache()}),
     ],
 )

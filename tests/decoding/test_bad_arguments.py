@@ -17,6 +17,7 @@ from ..models.families import CONTEXT
 from ..tiny_models import VOCAB, tiny_trio
 
 SAMPLED = {"do_sample": True}
+SEVERAL = {"num_return_sequences": 2, **SAMPLED}
 ENDS = {"eos_token_id": 5}
 TWO = torch.ones(2, 3, dtype=torch.int64)
 
@@ -66,7 +67,11 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("seed has 1 values for 2 sequences", {"num_return_sequences": 2, "seed": [1], **SAMPLED}),
     ("prefill_chunk_size must be", {"prefill_chunk_size": 0}),
     ("eos_token_id must be a token id", {"eos_token_id": "x"}),
+    ("eos_token_id must be a token id", {"eos_token_id": 2**63}),
+    ("eos_token_id must be a token id", {"eos_token_id": [5, -(2**63) - 1]}),
     ("pad_token_id must be a token id", {"pad_token_id": -5}),
+    ("pad_token_id must be a token id", {"pad_token_id": 2**63}),
+    ("bos_token_id must be a token id", {"input_ids": None, "bos_token_id": 2**63}),
     ("bos_token_id must be a token id", {"bos_token_id": "x"}),
     ("input_ids is missing", {"input_ids": None, "bos_token_id": None}),
     ("holds the id 500", {"input_ids": None, "bos_token_id": 500}),
@@ -109,6 +114,12 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("seed must be", {"seed": [1.5]}),
     ("streamer takes one sequence", {"input_ids": TWO, "streamer": TextStreamer(None)}),
     ("tuned_input_ids must be an integer tensor", {"tuned_input_ids": 5}),
+    ("tuned_input_ids must be an integer tensor", {"tuned_input_ids": [[1, 2]], **SEVERAL}),
+    ("tuned_input_ids must be an integer tensor", {"tuned_input_ids": torch.tensor(5), **SEVERAL}),
+    (
+        "tuned_attention_mask must be a tensor",
+        {"tuned_input_ids": torch.tensor([[5]]), "tuned_attention_mask": [[1]], **SEVERAL},
+    ),
     ("tuned_input_ids has 2 prompts", {"tuned_input_ids": TWO}),
     (
         f"a prompt of {CONTEXT} tokens and .* exceed the context",

@@ -179,11 +179,15 @@ def test_bad_input_of_slots() -> None:
     prompt = torch.tensor([1, 2])
     for bad, options, message in (
         (torch.tensor([], dtype=torch.int64), SlotOptions(3, 0), "at least one token"),
+        (5, SlotOptions(3, 0), "integers of shape"),
+        (None, SlotOptions(3, 0), "integers of shape"),
+        ([], SlotOptions(3, 0), "at least one token"),
         (torch.tensor([5]), SlotOptions(3, 0), "outside the vocabulary of 5"),
+        ([1, 2**63], SlotOptions(3, 0), "outside the vocabulary of 5"),
         (prompt, SlotOptions(11, 0), "exceed max_length=12"),
     ):
         with pytest.raises(ValueError, match=message):
-            batch.join(bad, options)
+            batch.join(bad, options)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="an id of prompt must be an integer"):
         batch.join([1.5], SlotOptions(3, 0))
     nan = float("nan")
@@ -197,7 +201,7 @@ def test_bad_input_of_slots() -> None:
     arguments: dict[str, Any]
     for arguments in (
         {"slots": 0}, {"slots": "2"}, {"slots": 2.0}, {"max_length": 1}, {"max_length": 12.0},
-        {"eos_token_ids": "7"}, {"eos_token_ids": [1.5]},
+        {"eos_token_ids": "7"}, {"eos_token_ids": [1.5]}, {"eos_token_ids": 2**63},
     ):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(arguments))):
             SlotBatch(batch.decoder, **{"slots": 1, "max_length": 12, **arguments})
