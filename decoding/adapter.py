@@ -23,6 +23,7 @@ from transformers import (
 from speculative_eft.models import EFTModels
 
 from .config import EFTConfig
+from .fields import FIELDS
 from .output import EFTOutput
 from .past import CACHE_NAMES, EFTPast
 from .processors import PrefixFunction
@@ -68,10 +69,12 @@ def continue_for_transformers(
         model_kwargs={"attention_mask": mask},
     )
     own, prefix_function = _own_processors(logits_processor, made)
+    taken_back = _taken_back(generation_config)
     config = copy.copy(generation_config)
     own_ends = model.generation_config.eos_token_id
     if _as_set(config.eos_token_id) == _as_set(own_ends):
         config.eos_token_id = None
+        taken_back.pop("eos_token_id", None)
     kept = [criterion for criterion in stopping_criteria if not _is_made(criterion, generation_config)]
     # Its criterion, which has been counting since `generate` was called, is among those kept.
     config.max_time = None
@@ -84,9 +87,18 @@ def continue_for_transformers(
         stopping_criteria=kept,
         prefix_allowed_tokens_fn=prefix_function,
         past_key_values=past if isinstance(past, EFTPast) else None,
-        num_return_sequences=1,
-        **arguments,
+        **{**taken_back, "num_return_sequences": 1, **arguments},
     )
+
+
+def _taken_back(prepared: GenerationConfig) -> dict[str, None]:
+    """The options that a keyword of None took back, as such keywords.
+
+    `generate` fills what is None in a call's config from the model's own and then with defaults, before it
+    reads keywords: what has a value in either and is None by now was taken back. Of what has none in either,
+    None says nothing new.
+    """
+    return {name: None for name, value in vars(prepared).items() if value is None and name in FIELDS}
 
 
 def _check_is_large_base(model: PreTrainedModel, decoder: EFTDecoder) -> None:

@@ -67,13 +67,13 @@ def between(name: str, value: Any, low: float, high: float, other: str = "") -> 
 
 
 def _as_float(value: Any) -> float:
-    """A real number as the float it rounds to, which may be infinite; NaN for all else, booleans too."""
+    """A real number as a float, infinity where it is beyond floats either way; NaN for all else, booleans too."""
     if not isinstance(value, Real) or isinstance(value, bool):
         return math.nan
     try:
         return float(value)
     except OverflowError:
-        return math.inf if value > 0 else -math.inf
+        return math.inf
 
 
 def token_ids(name: str, value: int | Iterable[int] | Tensor | None) -> tuple[int, ...]:

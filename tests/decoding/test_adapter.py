@@ -71,6 +71,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "several_prefixed": {"num_return_sequences": 2, "do_sample": True, "prefix_allowed_tokens_fn": allowed},
     "watermark": {"watermarking_config": {"bias": 3.0}, "do_sample": True},
     "max_length": {"max_length": 20, "max_new_tokens": None},
+    "none": {"do_sample": True, "top_k": None, "eos_token_id": None},
     "config": {"generation_config": GenerationConfig(max_new_tokens=7, do_sample=True, top_k=5)},
 }  # fmt: skip
 
@@ -110,6 +111,72 @@ def test_every_way_of_calling_gives_the_same_tokens(name: str, models: EFTModels
     shared = EFTDecoder(models, EFTConfig(draft_tokens=3, acceptance="shared_seed"))
     naive = NaiveEFTDecoder(models).generate(**prompts, **options)
     assert torch.equal(large.generate(**prompts, **options, custom_generate=shared.custom_generate), naive)
+
+
+OWN: dict[str, Any] = {
+    "top_k": 4, "top_p": 0.3, "min_p": 0.5, "temperature": 0.2, "repetition_penalty": 1.9,
+    "eos_token_id": list(range(2, 40)), "pad_token_id": 3, "no_repeat_ngram_size": 1,
+    "suppress_tokens": list(range(30, 101)), "max_new_tokens": 12,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("style", ["keywords", "config"])
+@pytest.mark.parametrize("names", [*([name] for name in OWN), [*OWN]], ids=",".join)
+def test_none_takes_an_option_back_inside_transformers(
+    names: list[str], style: str, models: EFTModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a keyword does, of what the large base's own config says; None in a config leaves it to that."""
+    for name in names:
+        monkeypatch.setattr(models.large_base.generation_config, name, OWN[name])
+    monkeypatch.setattr(models.small_tuned[0].generation_config, "eos_token_id", list(range(40, 50)))
+    decoder = EFTDecoder(models, EFTConfig(draft_tokens=3))
+    prompts, options = ragged_prompts(3), {"do_sample": True, "max_length": 35}
+    nones = dict.fromkeys(names)
+    given: dict[str, Any] = {**options, **nones}
+    if style == "config":
+        given = {"generation_config": GenerationConfig(**given)}
+    folder = {"custom_generate": CUSTOM_GENERATE_FOLDER, "trust_remote_code": True, "decoder": decoder}
+    changed = []
+    for seed in range(3):
+        wanted = decoder.generate(**prompts, **given, seed=seed)
+        for how in (folder, {"custom_generate": decoder.custom_generate}):
+            assert torch.equal(models.large_base.generate(**prompts, **given, **how, seed=seed), wanted)
+        changed.append(not torch.equal(wanted, decoder.generate(**prompts, **options, seed=seed)))
+    assert any(changed) == (style == "keywords")
+
+
+def test_none_takes_an_option_back_in_a_pipeline(models: EFTModels, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = models.large_base.generation_config
+    for name in ("top_k", "eos_token_id"):
+        monkeypatch.setattr(own, name, OWN[name])
+    decoder = EFTDecoder(models, EFTConfig(draft_tokens=3))
+    options: dict[str, Any] = {"do_sample": True, "max_new_tokens": 20, "temperature": None, "seed": 2}
+    generator = pipeline(
+        "text-generation", models.large_base, tokenizer=models.tokenizer, device="cpu",
+        custom_generate=decoder.custom_generate, **options,
+    )  # fmt: skip
+    ids = torch.tensor([models.tokenizer("w5 w6 w7").input_ids])
+    lengths = []
+    for nones in ({}, {"top_k": None}, {"eos_token_id": None}, {"top_k": None, "eos_token_id": None}):
+        (text,) = generator("w5 w6 w7", return_tensors=True, **nones)
+        wanted = decoder.generate(ids, **options, **nones)
+        assert text["generated_token_ids"] == wanted[0].tolist()
+        lengths.append(wanted.shape[1])
+    assert lengths[0] < lengths[2] == lengths[3] == 23
+
+
+def test_without_an_own_end_the_ends_of_all_models_count_inside_transformers() -> None:
+    """None that is the large base's own value too is not told from what nobody said."""
+    models = tiny_trio("llama")
+    models.large_base.generation_config.eos_token_id = None
+    models.small_tuned[0].generation_config.eos_token_id = list(range(1, 60))
+    decoder = EFTDecoder(models, EFTConfig(draft_tokens=3))
+    ids, given = torch.tensor([[5, 6]]), {"do_sample": True, "max_new_tokens": 30, "seed": 1}
+    wanted = decoder.generate(ids, **given)
+    assert wanted.shape[1] < 32
+    for named in ({}, {"eos_token_id": None}):
+        output = models.large_base.generate(ids, **given, **named, custom_generate=decoder.custom_generate)
+        assert torch.equal(output, wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
