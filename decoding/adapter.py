@@ -69,15 +69,15 @@ def continue_for_transformers(
         model_kwargs={"attention_mask": mask},
     )
     own, prefix_function = _own_processors(logits_processor, made)
-    taken_back = _taken_back(generation_config)
     config = copy.copy(generation_config)
+    # Its criterion, which has been counting since `generate` was called, is among those kept.
+    config.max_time = None
+    taken_back = _taken_back(config)
     own_ends = model.generation_config.eos_token_id
     if _as_set(config.eos_token_id) == _as_set(own_ends):
         config.eos_token_id = None
         taken_back.pop("eos_token_id", None)
     kept = [criterion for criterion in stopping_criteria if not _is_made(criterion, generation_config)]
-    # Its criterion, which has been counting since `generate` was called, is among those kept.
-    config.max_time = None
     return decoder.generate(
         input_ids,
         # A mask of ones arrives as None, which would let a pad token inside a prompt count as padding.

@@ -67,7 +67,7 @@ def between(name: str, value: Any, low: float, high: float, other: str = "") -> 
 
 
 def _as_float(value: Any) -> float:
-    """A real number as a float, infinity where it is beyond floats either way; NaN for all else, booleans too."""
+    """A real number as a float, infinity where it is beyond floats; NaN for all else, booleans too."""
     if not isinstance(value, Real) or isinstance(value, bool):
         return math.nan
     try:

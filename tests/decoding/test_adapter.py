@@ -165,6 +165,18 @@ def test_none_takes_an_option_back_in_a_pipeline(models: EFTModels, monkeypatch:
     assert lengths[0] < lengths[2] == lengths[3] == 23
 
 
+@pytest.mark.parametrize("max_time", [None, 600.0])
+def test_a_call_may_take_longer_than_the_models_own_time(
+    max_time: float | None, models: EFTModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models.large_base.generation_config, "max_time", 1e-9)
+    decoder = EFTDecoder(models, EFTConfig(draft_tokens=3))
+    call = {"eos_token_id": 96, "max_new_tokens": 8, "custom_generate": decoder.custom_generate}
+    ids = torch.tensor([[5, 6]])
+    assert models.large_base.generate(ids, **call).shape[1] == 3
+    assert models.large_base.generate(ids, **call, max_time=max_time).shape[1] == 10
+
+
 def test_without_an_own_end_the_ends_of_all_models_count_inside_transformers() -> None:
     """None that is the large base's own value too is not told from what nobody said."""
     models = tiny_trio("llama")
