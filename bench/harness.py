@@ -54,7 +54,7 @@ class SpeculativeEFT(TemplateLM):  # type: ignore[misc]
             between them.
         device: where the models are; on a machine without CUDA, "cuda..." is transformers' own choice there.
         batch_size: prompts that run together.
-        max_length: longest sequence, None for the models' context.
+        max_length: most tokens that the models read of a sequence, None for their context.
         max_gen_toks: most tokens to generate where a task does not say.
         seed: of sampling; request i of a run gets a seed derived from it and i.
         decoder, tokenizer: a ready decoder instead, and its tokenizer.
@@ -150,9 +150,16 @@ class SpeculativeEFT(TemplateLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
+        longest = max((len(continuation) for _, _, continuation in requests), default=0)
+        if longest > self.max_length:
+            raise ValueError(f"a continuation of {longest} tokens exceeds max_length={self.max_length}")
         results = []
         for batch in _batches(requests, self.batch_size):
-            rows = [(context + continuation)[-self.max_length :] for _, context, continuation in batch]
+            rows = [
+                # The last token is asked about, but no model reads it.
+                ((context or [self.prefix_token_id]) + continuation)[-self.max_length - 1 :]
+                for _, context, continuation in batch
+            ]
             scores = self.decoder.score(*_padded(rows, left=False))
             for (key, _, continuation), row, log_probs, greedy in zip(
                 batch, rows, scores.log_probs, scores.is_greedy, strict=True
@@ -173,7 +180,7 @@ class SpeculativeEFT(TemplateLM):  # type: ignore[misc]
                 for window in get_rolling_token_windows(
                     token_list=self.tok_encode(request.args[0]),
                     prefix_token=self.prefix_token_id,
-                    max_seq_len=self.max_length - 1,
+                    max_seq_len=self.max_length,
                     context_len=1,
                 )
             ]
@@ -198,7 +205,8 @@ class SpeculativeEFT(TemplateLM):  # type: ignore[misc]
         return results
 
     def _generate(self, contexts: list[str], indices: Sequence[int], options: dict[str, Any]) -> list[str]:
-        until, new = options.pop("until"), options.pop("max_gen_toks")
+        # None and "" stand for no string, as in the harness's own models.
+        until, new = list(filter(None, options.pop("until"))), options.pop("max_gen_toks")
         if not options["do_sample"]:
             options.pop("temperature", None)
         room = self.max_length - new

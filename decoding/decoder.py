@@ -264,7 +264,8 @@ class EFTDecoder:
         """What the target says of given tokens, by one pass of each model.
 
         Args:
-            input_ids: integers [batch, width].
+            input_ids: integers [batch, width]; no model reads the last token of a row, which may lie one
+                beyond their context.
             attention_mask: [batch, width], 0 where `input_ids` is padding; None where nothing is.
 
         Raises:
@@ -272,8 +273,11 @@ class EFTDecoder:
         """
         prompts = read_prompts(input_ids, attention_mask, self.vocab_size)
         context = self.runners.max_context
-        if context is not None and prompts.longest > context:
-            raise ValueError(f"{prompts.longest} tokens exceed the context of {context} tokens")
+        if context is not None and prompts.longest - 1 > context:
+            raise ValueError(
+                f"input_ids has {prompts.longest} tokens, and all but the last exceed the context of "
+                f"{context} tokens"
+            )
         runners, batch = self.runners.every, prompts.tokens.shape[0]
         # Of a chunk every model's logits, and in float32 the mix, its normalised law, and one on the way.
         beside = (2 * len(runners) + 12) * min(prompts.longest, DEFAULT_CHUNK) * self.vocab_size

@@ -32,6 +32,15 @@ def model() -> Any:
     return SpeculativeEFT(decoder=decoder, tokenizer=tokenizer_of(WORDS), max_length=12, batch_size=3)
 
 
+def bounded(context: int) -> Any:
+    """The same, where the models themselves end at `context` tokens."""
+    runners = table_runners(TABLES)
+    for runner in runners.every:
+        runner.max_context = context
+    decoder = EFTDecoder(runners, EFTConfig(ALPHA, BETA, draft_tokens=3))
+    return SpeculativeEFT(decoder=decoder, tokenizer=tokenizer_of(WORDS))
+
+
 def requests(*arguments: tuple[Any, ...]) -> list[Any]:
     return [SimpleNamespace(args=one) for one in arguments]
 
@@ -52,7 +61,7 @@ def enumerated(context: list[int], continuation: list[int]) -> tuple[float, bool
 
 def test_likelihoods(model: Any) -> None:
     cases = [("a b", " c"), ("c d e", " a a b"), ("b", " e d"), ("a", " a"), ("e e", " b c d a")]
-    # The context is cut to the 10 words that leave room.
+    # The context is cut to the 11 words that leave room.
     cases.append(("a b c d e a b c a e d c", " b e"))
     found = model.loglikelihood(requests(*cases))
     for (context, continuation), (log_prob, greedy) in zip(cases, found, strict=True):
@@ -69,15 +78,37 @@ def test_likelihoods_of_everything_sum_to_one(model: Any) -> None:
     assert sum(greedy for _, greedy in found) == 1
 
 
+@pytest.mark.parametrize("more", [0, 1, 5])
+def test_a_continuation_may_be_as_long_as_all_that_the_models_read(more: int) -> None:
+    model = bounded(8)
+    context, continuation = [4, 2, 0, 1, 3, 1][: 1 + more], [2, 0, 4, 1, 3, 3, 0, 2]
+    ((found, greedy),) = model._loglikelihood_tokens([(None, context, continuation)])
+    # The last token is not read, which leaves room for one of the context.
+    assert (pytest.approx(found, abs=1e-4), greedy) == enumerated(context[-1:], continuation)
+
+
+def test_a_longer_continuation_is_refused_before_any_model_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = bounded(8)
+    monkeypatch.setattr(model, "decoder", None)
+    with pytest.raises(ValueError, match="a continuation of 9 tokens exceeds max_length=8"):
+        model._loglikelihood_tokens([(None, [1], [2]), (None, [1], [0] * 9)])
+
+
+def test_a_context_without_tokens_is_that_of_no_text(model: Any) -> None:
+    found = model._loglikelihood_tokens([(None, [], [2, 0]), (None, [model.prefix_token_id], [2, 0])])
+    assert found[0] == found[1]
+
+
 def test_rolling_likelihood_is_that_of_the_whole_text_in_windows(model: Any) -> None:
-    words = list("abcdeabcaedcbadbeacdbe")
+    words = list("abcdeabcaedcbadbeacdbead")
     (found,) = model.loglikelihood_rolling(requests((" ".join(words),)))
     ids = [WORDS.index(word) for word in words]
     prefix = model.prefix_token_id
-    # Windows of 11 tokens; the last one has the full context.
-    wanted = sum(log_law([prefix, *ids[:index]])[ids[index]] for index in range(11))
-    wanted += sum(log_law(ids[10:index])[ids[index]] for index in range(11, 22))
+    # Two windows of 12 tokens, as many as the models read.
+    wanted = sum(log_law([prefix, *ids[:index]])[ids[index]] for index in range(12))
+    wanted += sum(log_law(ids[11:index])[ids[index]] for index in range(12, 24))
     assert found == pytest.approx(float(wanted), abs=1e-3)
+    assert bounded(12).loglikelihood_rolling(requests((" ".join(words),))) == [found]
 
 
 def test_generation_is_the_targets_and_ends_before_a_string(model: Any) -> None:
@@ -95,6 +126,17 @@ def test_generation_is_the_targets_and_ends_before_a_string(model: Any) -> None:
     until = text[3:5]
     (cut,) = model.generate_until(requests(("a b", {"until": until, "max_gen_toks": 6})))
     assert cut == text[: text.index(until)]
+
+
+@pytest.mark.parametrize("nothing", [None, "", [""], [None]], ids=repr)
+def test_nothing_is_no_string_to_end_with(model: Any, nothing: Any) -> None:
+    def run(until: Any) -> Any:
+        return model.generate_until(requests(("a b", {"until": until, "max_gen_toks": 6})))
+
+    (free,) = run([])
+    assert len(free) == 6 and run(nothing) == [free]
+    until = free[3:5]
+    assert run(["", until]) == run(until) != [free]
 
 
 def test_prompts_are_cut_to_leave_room_for_what_is_generated() -> None:

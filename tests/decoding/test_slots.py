@@ -229,10 +229,11 @@ def test_the_smallest_context_bounds_slots_and_scores() -> None:
     decoder = EFTDecoder(runners, EFTConfig(draft_tokens=2))
     with pytest.raises(ValueError, match=r"max_length must lie in 2\.\.9, got 12"):
         SlotBatch(decoder, 1, 12)
-    with pytest.raises(ValueError, match="10 tokens exceed the context of 9 tokens"):
-        decoder.score(torch.ones(1, 10, dtype=torch.int64))
+    with pytest.raises(ValueError, match="11 tokens, and all but the last exceed the context of 9 tokens"):
+        decoder.score(torch.ones(1, 11, dtype=torch.int64))
     SlotBatch(decoder, 1, 9)
-    decoder.score(torch.ones(1, 9, dtype=torch.int64))
+    # The last token is asked about, and not read.
+    decoder.score(torch.ones(1, 10, dtype=torch.int64))
 
 
 def test_other_calls_between_steps_are_seen() -> None:
