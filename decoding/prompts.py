@@ -85,15 +85,16 @@ def read_seeds(seed: int | Sequence[int] | None, batch: int) -> Tensor:
     """The seed of each sequence: int64 [batch], on the CPU.
 
     Args:
-        seed: an int (sequence i gets a seed derived from it and i), one int a sequence, or None to draw
-            one from torch's default generator.
+        seed: an int (sequence i gets a seed derived from it and i), one int a sequence (a list, array or
+            tensor), or None to draw one from torch's default generator.
 
     Raises:
         ValueError: for another type, a wrong count, or a value beyond 64 bits.
     """
     if seed is None:
         seed = int(torch.randint(2**63 - 1, ()))
-    one = int64_of(seed)
+    # A tensor of one seed would do as an index, and yet it is a list as one of several is.
+    one = None if getattr(seed, "ndim", 0) else int64_of(seed)
     if one is not None:
         return derive_seeds(one, batch)
     seeds = list(seed) if isinstance(seed, Iterable) and not isinstance(seed, str) else [seed]

@@ -145,6 +145,21 @@ def test_one_seed_derives_a_seed_for_each_row() -> None:
     assert torch.equal(decoder.generate(ids, **options), drawn)
 
 
+@pytest.mark.parametrize("several", [list, tuple, np.array, torch.tensor], ids=lambda kind: kind.__name__)
+def test_a_list_of_one_seed_is_a_list(several: Any) -> None:
+    decoder = EFTDecoder(tiny_trio("llama"), EFTConfig(draft_tokens=3))
+    ids, options = torch.full((2, 3), 5), {"do_sample": True, "max_new_tokens": 8}
+    both = decoder.generate(ids, seed=several([3, 4]), **options)
+    for row, seed in enumerate((3, 4)):
+        alone = decoder.generate(ids[:1], seed=several([seed]), **options)
+        # Where one ends before the other it is padded.
+        assert torch.equal(alone, both[row : row + 1, : alone.shape[1]])
+    whole: Any = decoder.generate(ids, seed=3, **options)
+    assert torch.equal(decoder.generate(ids, seed=torch.tensor(3), **options), whole)
+    with pytest.raises(ValueError, match="seed has 1 values for 2 sequences"):
+        decoder.generate(ids, seed=several([3]), **options)
+
+
 def test_right_padding_and_holes_in_the_mask_change_nothing() -> None:
     models = tiny_trio("gpt2")
     decoder = EFTDecoder(models)
@@ -441,7 +456,8 @@ def test_integers_may_be_of_numpy_or_torch() -> None:
         pad_token_id=torch.tensor(8), **options,
     )  # fmt: skip
     assert torch.equal(found, wanted)
-    assert torch.equal(decoder.generate(ids, seed=[4]), decoder.generate(ids, seed=np.array([4])))
+    listed = decoder.generate(ids, max_new_tokens=6, seed=[4], **options)
+    assert torch.equal(decoder.generate(ids, max_new_tokens=6, seed=np.array([4]), **options), listed)
 
 
 @pytest.mark.parametrize("inner", ["generate", "score"])
