@@ -30,7 +30,6 @@ from .command_options import (
     choice,
     draft_tokens_value,
     each,
-    finite_numbers,
     in_a_folder,
     load_models,
     may_compile,
@@ -38,6 +37,7 @@ from .command_options import (
     seed_value,
     tokenizer_of,
     trio_or_demo,
+    weight_values,
 )
 
 if TYPE_CHECKING:
@@ -160,13 +160,13 @@ def bench(
     alpha: Annotated[
         list[float] | None,
         option(
-            "Scale of F - B; may be repeated, the first is used elsewhere.", "X", LAW, callback=finite_numbers
+            "Scale of F - B; may be repeated, the first is used elsewhere.", "X", LAW, callback=weight_values
         ),
     ] = None,
     beta: Annotated[
         list[float] | None,
         option(
-            "Scale of L - B; may be repeated, the first is used elsewhere.", "X", LAW, callback=finite_numbers
+            "Scale of L - B; may be repeated, the first is used elsewhere.", "X", LAW, callback=weight_values
         ),
     ] = None,
     conservative_top_p: Annotated[

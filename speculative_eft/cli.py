@@ -41,7 +41,6 @@ from .command_options import (
     Temperature,
     between,
     choice,
-    finite_numbers,
     load_models,
     may_compile,
     model_name,
@@ -52,6 +51,8 @@ from .command_options import (
     some_text,
     tokenizer_of,
     trio_or_demo,
+    weight_value,
+    weight_values,
 )
 from .console_text import has_colours
 
@@ -190,10 +191,10 @@ def generate(
             "Scale of F - B, 1 unless given; repeated, one a tuned model.",
             "X",
             LAW,
-            callback=finite_numbers,
+            callback=weight_values,
         ),
     ] = None,
-    beta: Annotated[float, option("Scale of L - B.", "X", LAW, callback=between(-math.inf, math.inf))] = 1.0,
+    beta: Annotated[float, option("Scale of L - B.", "X", LAW, callback=weight_value)] = 1.0,
     conservative_top_p: Annotated[
         float | None,
         option(

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DRAFTING",
+    "LARGEST_WEIGHT",
     "LAW",
     "MODELS",
+    "MOST_DRAFT_TOKENS",
     "OUTPUT",
     "SAMPLING",
     "Acceptance",
@@ -39,7 +41,6 @@ __all__ = [
     "choice",
     "draft_tokens_value",
     "each",
-    "finite_numbers",
     "in_a_folder",
     "load_models",
     "may_compile",
@@ -52,7 +53,13 @@ __all__ = [
     "some_text",
     "tokenizer_of",
     "trio_or_demo",
+    "weight_value",
+    "weight_values",
 ]
+
+# EFTConfig's bounds, of draft_tokens, and of alpha and beta either way.
+MOST_DRAFT_TOKENS = 4096
+LARGEST_WEIGHT = 1e30
 
 _COMPILING = "compiling for this processor, the first time: a minute or two"
 
@@ -71,9 +78,7 @@ def between(low: float, high: float, *, without_low: bool = False) -> Callable[[
         if value is None:
             return None
         if not math.isfinite(value) or not low <= value <= high or (without_low and value == low):
-            if math.isinf(low):
-                wanted = "a finite number"
-            elif math.isinf(high):
+            if math.isinf(high):
                 wanted = f"a finite number {'above' if without_low else 'of at least'} {low:g}"
             else:
                 wanted = f"{'above' if without_low else 'at least'} {low:g} and at most {high:g}"
@@ -110,8 +115,10 @@ def one_of(*choices: str) -> Callable[[str], str]:
 
 
 def draft_tokens_value(value: str) -> int | str:
-    if value != "auto" and not (value.isascii() and value.isdigit() and int(value) > 0):
-        raise typer.BadParameter(f'{value} is neither an integer of at least 1 nor "auto".')
+    is_number = value.isascii() and value.isdigit()
+    if value != "auto" and not (is_number and 1 <= int(value) <= MOST_DRAFT_TOKENS):
+        wanted = f"an integer of at least 1 and at most {MOST_DRAFT_TOKENS}"
+        raise typer.BadParameter(f'{value} is neither {wanted} nor "auto".')
     return value if value == "auto" else int(value)
 
 
@@ -158,7 +165,8 @@ def check_writable(path: Path, param_hint: str | None = None) -> None:
         path.unlink()
 
 
-finite_numbers = each(between(-math.inf, math.inf))
+weight_value = between(-LARGEST_WEIGHT, LARGEST_WEIGHT)
+weight_values = each(weight_value)
 some_text = each(_some_characters)
 model_names = each(model_name)
 

@@ -63,7 +63,7 @@ def assert_one_line(outcome: Outcome, *words: str) -> None:
     ("arguments", "words"),
     [
         (["generate", "--draft-tokens", "0", "x"], ["--draft-tokens", "at least 1"]),
-        (["generate", "--beta", "nan", "x"], ["--beta", "finite"]),
+        (["generate", "--beta", "nan", "x"], ["--beta", "nan", "at most 1e+30"]),
         (["generate", "--large", "/nowhere", "x"], ["--large", "/nowhere"]),
         (["bench", "--project", "lama2-70b/llama-2-7b"], ["--project", "lama2-70b"]),
     ],
@@ -76,7 +76,14 @@ def test_answers_at_once(arguments: list[str], words: list[str]) -> None:
     ("arguments", "words"),
     [
         (["generate", "--draft-tokens", "many", "x"], ["--draft-tokens", "auto"]),
-        (["generate", "--alpha", "inf", "x"], ["--alpha", "finite"]),
+        (["generate", "--draft-tokens", "4097", "x"], ["--draft-tokens", "at most 4096", "auto"]),
+        (["demo", "--draft-tokens", "5000"], ["--draft-tokens", "at most 4096"]),
+        (["bench", "--draft-tokens", "2", "--draft-tokens", "5000"], ["--draft-tokens", "at most 4096"]),
+        (["generate", "--alpha", "inf", "x"], ["--alpha", "inf", "at most 1e+30"]),
+        (["generate", "--alpha", "1", "--alpha", "1e39", "x"], ["--alpha", "1e+39", "at most 1e+30"]),
+        (["generate", "--beta", "-1e39", "x"], ["--beta", "-1e+39", "at least -1e+30"]),
+        (["bench", "--alpha", "1e39"], ["--alpha", "at most 1e+30"]),
+        (["bench", "--beta", "1", "--beta", "1e39"], ["--beta", "at most 1e+30"]),
         (["generate", "--alpha", "1", "--alpha", "2", "x"], ["--alpha", "2 values for 1"]),
         (["generate", "--acceptance", "luck", "x"], ["--acceptance", "block"]),
         (["generate", "--draft", "none", "x"], ["--draft", "pair"]),
@@ -101,6 +108,7 @@ def test_answers_at_once(arguments: list[str], words: list[str]) -> None:
         (["generate", "--tuned", "./nowhere", "x"], ["--tuned", "./nowhere"]),
         (["generate", "--sead", "1", "x"], ["--sead", "--seed"]),
         (["generate", "x", "y"], ["y"]),
+        (["demo", "--temperature", "inf"], ["--temperature", "finite"]),
         (["demo", "--prompts", "0"], ["--prompts"]),
         (["demo", "--json", "/nowhere/results.json"], ["--json", "/nowhere"]),
         # A folder in which nobody can write, where there is one.

@@ -27,6 +27,13 @@ def test_options_take_what_the_library_takes(ours: Any, of_the_library: Any) -> 
     assert get_args(ours) == get_args(of_the_library)
 
 
+def test_numbers_end_where_those_of_the_library_end() -> None:
+    assert command_options.MOST_DRAFT_TOKENS == config._MOST_DRAFT_TOKENS
+    for sign in (-1, 1):
+        largest = sign * command_options.LARGEST_WEIGHT
+        config.EFTConfig(alpha=largest, beta=largest)
+
+
 def console(is_terminal: bool) -> Console:
     return Console(file=io.StringIO(), force_terminal=is_terminal, width=120)
 
