@@ -45,7 +45,7 @@ class EFTConfig:
             Rounds with logits processors draft by the models' own.
         draft_temperature: temperature of the draft law; None for the target's.
         conservative_top_p: where set, the large model's delta applies only inside the top-p set of the
-            small pair's law (the EFT paper's filter of up-scaling weights).
+            small pair's law (the EFT paper's filter of up-scaling weights); 1 is no filter.
         cost_ratio, row_cost: one step of the models that draft, and what one more drafted token of every
             sequence adds beyond it to a round, over one step of the large model: `draft_tokens="auto"`
             chooses by them. Where `cost_ratio` is None both are measured, once for the models on a machine,

@@ -149,6 +149,9 @@ class EFTDecoder:
             # The tuned models cancel out of the target; any law may draft, so all of them do.
             draft_alphas = torch.full_like(alphas, 1 / len(alphas))
         top_p = self.config.conservative_top_p
+        if top_p == 1:
+            # The set is all tokens; summing up masses would leave out those whose own underflows.
+            top_p = None
         beta = torch.tensor(float(self.config.beta), device=device)
         base_weight = 1 - alphas.sum()
         weights = torch.stack([beta, *alphas, base_weight - beta, *draft_alphas])

@@ -358,6 +358,28 @@ def test_without_the_large_model_the_draft_is_the_target(config: EFTConfig) -> N
     assert torch.equal(EFTDecoder(table_runners(tables), config).generate(ids, **options), output.sequences)
 
 
+@pytest.mark.parametrize("acceptance", ["block", "token", "shared_seed"])
+def test_a_conservative_set_of_all_tokens_is_no_filter(acceptance: Any) -> None:
+    """Of the small pair's law the last token has a mass that float32 does not hold, of the target half."""
+    tables = random_tables(4, 5)
+    for table in (tables.base, *tables.tuned):
+        table[..., -1] = -200
+    tables.large[..., -1] = 4
+    given = {**ragged_prompts(6), "do_sample": True, "top_k": 0, "max_new_tokens": 12, "seed": 5}
+    given["input_ids"] = given["input_ids"] % 5
+    outputs, scores = [], []
+    for top_p in (None, 1.0, 1):
+        config = EFTConfig(acceptance=acceptance, draft_tokens=3, conservative_top_p=top_p)
+        decoder = EFTDecoder(table_runners(tables), config)
+        outputs.append(decoder.generate(**given))
+        scores.append(decoder.score(outputs[0]).log_probs)
+    new = outputs[0][:, -12:]
+    assert (new == 4).any() and (new != 4).any()
+    assert torch.equal(outputs[1], outputs[0]) and torch.equal(outputs[2], outputs[0])
+    assert torch.equal(scores[1], scores[0]) and torch.equal(scores[2], scores[0])
+    assert not scores[0].isinf().any()
+
+
 def test_a_processor_that_changes_nothing_changes_nothing() -> None:
     """Rounds with processors draft at the same temperature as those without."""
     config = EFTConfig(draft_tokens=3, draft_temperature=2.0)
