@@ -604,6 +604,7 @@ class EFTDecoder:
         if first is not None:
             running.runners = first.runners
         drafted = int(state.draft_lens.max())
+        lengths = [0] * batch
         while drafted >= 0:
             report = running.advance(drafted, timer, first=first is not None)
             if report is None:
@@ -611,7 +612,8 @@ class EFTDecoder:
             rows = [report.get(index, [0, -1]) for index in range(batch)]
             if watch is not None:
                 running.end(watch.see(rows))
-            stream(streamer, enumerate(rows))
+            stream(streamer, enumerate(rows), lengths, trace)
+            lengths = [length + row[0] for length, row in zip(lengths, rows, strict=True)]
             drafted = max(row[1] for row in rows)
             if first is not None:
                 drafted = first.finish(state, drafted)
@@ -650,8 +652,8 @@ class EFTDecoder:
             if watch is not None:
                 scores = None if buffers.scores is None else buffers.scores.unbind(1)
                 end_rows(state, watch.see(rows, scores))
+            stream(call.streamer, enumerate(rows), lengths, trace)
             lengths = [length + row[0] for length, row in zip(lengths, rows, strict=True)]
-            stream(call.streamer, enumerate(rows))
             drafted = max(row[1] for row in rows)
             if first is not None:
                 drafted = first.finish(state, drafted)

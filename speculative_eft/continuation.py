@@ -21,7 +21,7 @@ __all__ = ["Continuation", "SourceStreamer", "continue_prompt"]
 class SourceStreamer:
     """Takes each round's tokens and writes their text at once, as transformers' streamers do.
 
-    The last token of a round is the target's own, the tokens before it were drafted.
+    For calls that have a trace, which tells how many of the tokens were drafted.
     """
 
     def __init__(
@@ -32,23 +32,22 @@ class SourceStreamer:
         self._console = console
         self._show_sources = show_sources
         self._colours = has_colours(console)
-        self._prompt_is_next = True
+        self._last_source = "target"
         self._at_line_start = False
 
     def put(self, value: Tensor) -> None:
-        """Take token ids, the prompt's in the first call, which are not written."""
-        if self._prompt_is_next:
-            self._prompt_is_next = False
-            return
-        *drafted, last = value.flatten().tolist()
-        for token in drafted:
-            self._write(self._text.push(token), "draft")
-        self._write(self._text.push(last), "target")
+        """Take the prompt, which is not written."""
+
+    def put_drafted(self, value: Tensor, drafted: int) -> None:
+        """Take a round's tokens, int64 [count], and how many of them, the first ones, were drafted."""
+        for index, token in enumerate(value.tolist()):
+            self._last_source = "draft" if index < drafted else "target"
+            self._write(self._text.push(token), self._last_source)
         self._console.file.flush()
 
     def end(self) -> None:
-        """Write what is left, and end the line."""
-        self._write(self._text.finish(), "target")
+        """Write what is left, which the last token began, and end the line."""
+        self._write(self._text.finish(), self._last_source)
         if not self._at_line_start:
             self._console.file.write("\n")
         self._console.file.flush()

@@ -150,7 +150,9 @@ def _print_continuation(out: Console, prompt: str, continuation: Continuation) -
     colours = has_colours(out)
     out.print()
     out.print(Text(prompt.rstrip("\n"), style="dim"), soft_wrap=True)
-    text = styled_pieces(zip(continuation.pieces, [*continuation.sources, "draft"], strict=True), colours)
+    # What is left after the last token is its own.
+    sources = [*continuation.sources, continuation.sources[-1]]
+    text = styled_pieces(zip(continuation.pieces, sources, strict=True), colours)
     text.rstrip()
     out.print(text, soft_wrap=True)
     out.print(Text("-- ") + source_counts(continuation.sources, colours))

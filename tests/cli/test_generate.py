@@ -18,9 +18,9 @@ import torch
 from rich.console import Console
 
 from speculative_eft.cli import main
-from speculative_eft.console_text import has_colours
-from speculative_eft.continuation import SourceStreamer
-from speculative_eft.decoding import EFTDecoder
+from speculative_eft.console_text import LOOKS, has_colours, marked
+from speculative_eft.continuation import SourceStreamer, continue_prompt
+from speculative_eft.decoding import EFTConfig, EFTDecoder, NaiveEFTDecoder
 from speculative_eft.models import EFTModels, ModelRunner
 
 from .conftest import Outcome, Trio
@@ -174,7 +174,7 @@ def stream(tokens: list[int], tokenizer: Any, console: Console, show_sources: bo
     generator = random.Random(0)
     while tokens:
         count = generator.randint(1, 5)
-        streamer.put(torch.tensor(tokens[:count]))
+        streamer.put_drafted(torch.tensor(tokens[:count]), count - 1)
         tokens = tokens[count:]
     streamer.end()
 
@@ -195,7 +195,7 @@ def test_no_broken_character_is_shown_on_the_way(tokenizer: Any) -> None:
     streamer = SourceStreamer(tokenizer, [], console, show_sources=False)
     streamer.put(torch.tensor([[]]))
     for token in tokenizer("a🙂é").input_ids:
-        streamer.put(torch.tensor([token]))
+        streamer.put_drafted(torch.tensor([token]), 0)
         assert "\ufffd" not in console.file.getvalue()
     assert console.file.getvalue() == "a🙂é"
 
@@ -217,6 +217,41 @@ def test_sources_without_colours_are_marked(tokenizer: Any) -> None:
     stream(tokens, tokenizer, console, show_sources=True)
     shown = console.file.getvalue()
     assert "«" in shown and shown.replace("«", "").replace("»", "") == tokenizer.decode(tokens)
+
+
+@pytest.mark.parametrize("decoder_kind", [EFTDecoder, NaiveEFTDecoder])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stop_strings": ["e", "t", "a", "\n"]},
+        {"eos_token_id": list(range(1, 320, 6))},
+        {"stop_strings": ["e", "t", "a", "\n"], "eos_token_id": list(range(1, 320, 9))},
+        {},
+    ],
+    ids=["stop", "end", "both", "length"],
+)
+@pytest.mark.parametrize("processed", [False, True], ids=["fused", "general"])
+def test_sources_that_are_shown_are_those_of_the_trace(
+    decoder_kind: type[EFTDecoder], options: dict[str, Any], processed: bool, trio: Trio, tokenizer: Any
+) -> None:
+    decoder = decoder_kind(EFTModels.from_pretrained(*trio.arguments), EFTConfig(draft_tokens=5))
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    if processed:
+        options = {**options, "repetition_penalty": 1.01}
+    ends = []
+    for seed in range(20):
+        console = Console(file=io.StringIO(), force_terminal=False)
+        streamer = SourceStreamer(tokenizer, ids[0].tolist(), console, show_sources=True)
+        found = continue_prompt(
+            decoder, tokenizer, ids, seed, 1.0, streamer, max_new_tokens=17, top_k=0, **options
+        )
+        ends.append(found.sources[-1])
+        looks = [LOOKS["draft" if source == "draft" else "target"] for source in found.sources]
+        pieces = zip(found.pieces, [*looks, looks[-1]], strict=True)
+        assert console.file.getvalue() == ended("".join(marked(piece, look) for piece, look in pieces))
+    # What ends a sequence before its greatest length cuts rounds within their drafts.
+    if "stop_strings" in options or "eos_token_id" in options:
+        assert ("draft" in ends) == (decoder_kind is EFTDecoder)
 
 
 def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
