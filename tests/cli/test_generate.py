@@ -92,6 +92,12 @@ def test_shared_seed_gives_naive_text(run: Callable[..., Outcome], trio: Trio) -
     assert run("generate", PROMPT, *shared, "--draft-weights", "int8").out == naive.out
 
 
+def test_any_finite_temperature_is_taken(run: Callable[..., Outcome], trio: Trio) -> None:
+    hot = ("--temperature", "1e39", "--draft-temperature", "1e39")
+    outcome = run("generate", PROMPT, *trio.options, *OPTIONS, *hot)
+    assert outcome.status == 0 and outcome.out and outcome.err == ""
+
+
 def test_several_tuned_models_take_an_alpha_each(run: Callable[..., Outcome], trio: Trio) -> None:
     options = (*trio.options, "--tuned", str(trio.base), "--alpha", "0.7", "--alpha", "0.3")
     record = json.loads(run("generate", PROMPT, *options, *OPTIONS, "--json").out)
