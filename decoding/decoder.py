@@ -374,10 +374,10 @@ class EFTDecoder:
     def _check_numbers(self) -> None:
         """Refuse what came of passes whose results are no numbers: such logits leave every token out."""
         for name, runner in zip(self.runners.names, self.runners.every, strict=True):
-            if isinstance(runner, ModelRunner) and not bool(runner.cache.holds_numbers().all()):
+            if isinstance(runner, ModelRunner) and not bool(runner.cache.holds_numbers()):
                 kind = f"{type(runner.model).__name__}, {str(runner.model.dtype).removeprefix('torch.')}"
                 raise ValueError(
-                    f"{name} ({kind}) gave keys or values that are not finite: its weights are broken, or "
+                    f"{name} ({kind}) gave values that are not finite: its weights are broken, or "
                     "its activations are beyond its dtype, as those of some models are beyond float16; try "
                     'dtype="bfloat16"'
                 )

@@ -173,16 +173,13 @@ class SlotCache(Cache):
         return layer.keys, layer.values
 
     def holds_numbers(self) -> Tensor:
-        """bool [batch]: whether the last layer's keys and values of each sequence's last token are finite.
+        """Whether the last layer's values of each sequence's last token, of which each has one, are finite.
 
         What is not finite anywhere else has reached these, unless a window has passed it by.
         """
-        last = self._slots[max(self._slots)]
-        slot = torch.arange(self.lengths.shape[0], device=self.device)
-        place = (self.lengths - 1).clamp(min=0)
-        slot, place = slot.to(last.keys.device), place.to(last.keys.device)
-        both = torch.cat((last.keys[slot, :, place], last.values[slot, :, place]), 1)
-        return both.isfinite().flatten(1).all(dim=1)
+        values = self._slots[max(self._slots)].values
+        last = (self.lengths - 1).to(values.device)
+        return values[self.positions[: last.shape[0]].to(values.device), :, last].isfinite().all()
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
