@@ -179,7 +179,8 @@ class SlotCache(Cache):
         """
         values = self._slots[max(self._slots)].values
         last = (self.lengths - 1).to(values.device)
-        return values[self.positions[: last.shape[0]].to(values.device), :, last].isfinite().all()
+        slots = torch.arange(last.shape[0], device=values.device)
+        return values[slots, :, last].isfinite().all()
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

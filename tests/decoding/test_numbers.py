@@ -42,3 +42,9 @@ def test_numbers_beyond_float16_are_refused() -> None:
     broken(models[0], 1e6)
     with pytest.raises(ValueError, match=r"large_base \(LlamaForCausalLM, float16\) .* dtype=\"bfloat16\""):
         NaiveEFTDecoder(EFTModels(*models)).generate(IDS, max_new_tokens=5)
+
+
+def test_a_batch_may_be_larger_than_the_caches_are_long() -> None:
+    models = EFTModels(*(tiny_model("llama", seed) for seed in range(3)))
+    decoder = EFTDecoder(models, EFTConfig(draft_tokens=1))
+    assert decoder.generate(IDS[:1].repeat(70, 1), max_new_tokens=2).shape == (70, 5)
