@@ -26,10 +26,11 @@ _PRIOR_TESTED_IN_A_BATCH, _FADING_IN_A_BATCH = 512.0, 0.9995
 """In the long run a sequence's own acceptance weighs as much as alone, but it takes longer."""
 _HIGHEST_ACCEPTANCE = 0.99
 _POINTS = 512
-_WAITING = 1.08
-"""Rounds of a batch that drafts, over those of its average sequence: it ends with its slowest, and sequences
-that draft get ahead of each other, while those that only take steps do not. Measured are 1.05 to 1.12, for
-drafts of one and two tokens, batches of 4 and 16 and 128 new tokens of the demo trio."""
+_WAITING_PER_TOKEN = 0.055
+"""By how much a drafted token a sequence makes the rounds of a batch more than those of its average
+sequence: it ends with its slowest, and sequences that draft get ahead of each other. Measured are 0.04, 0.08
+and 0.12 for drafts of one, two and three tokens in a batch of 4, 0.07, 0.12 to 0.14 and 0.16 to 0.18 in one
+of 16, with 96 new tokens of the demo trio."""
 
 
 def tokens_per_round(acceptance: Tensor, draft_lens: Tensor) -> Tensor:
@@ -51,9 +52,10 @@ class DraftLengthPolicy:
     on the sequence's own past alone, so it is lossless and a seed reproduces its output in any batch. What is
     known of acceptance fades to the prior, so that drafting is tried again after a while without.
 
-    In a batch steps are shared and all wait for the slowest, so there sequences had better draft alike: the
-    prior weighs more, and drafts have to promise more than plain steps give. Those that have ended cost
-    their share of what all share, but no rows.
+    In a batch steps are shared and all wait for the slowest, the longer they draft the longer, so there
+    sequences had better draft alike: the prior weighs more, and drafts have to promise more than shorter ones
+    and plain steps give. Those that have ended cost their share of what all share, but no rows. Sequences
+    that draft wait for each other already, so for these the first token costs no more than alone.
 
     What is taken to be accepted before anything is known is more of greedy sequences than of sampled ones.
 
@@ -107,17 +109,18 @@ class DraftLengthPolicy:
             _PRIOR_TESTED_OF_EARLY_STOPS,
         )
 
-    def _cost(self, lens: Tensor) -> Tensor:
-        """Of rounds of drafts of these lengths, in large steps."""
-        return (lens + 2) * self.cost_ratio + lens * self.row_cost + 1
+    def _cost(self, lens: Tensor, waits_already: bool = True) -> Tensor:
+        """Of rounds of drafts of these lengths, in large steps; whether all draft one token already."""
+        costs = (lens + 2) * self.cost_ratio + lens * self.row_cost + 1
+        if not self.is_batched:
+            return costs
+        shared = costs - (lens + 1) * min(self.row_cost, 1.0)
+        return costs + (lens - int(waits_already)).clamp(min=0) * _WAITING_PER_TOKEN * shared
 
     def _pays(self, acceptance: float) -> bool:
         """Whether some draft gives more than plain steps, at this acceptance."""
         lens = torch.arange(LONGEST_DRAFT + 1)
-        costs = self._cost(lens)
-        if self.is_batched:
-            shared = costs - (lens + 1) * min(self.row_cost, 1.0)
-            costs = torch.where(lens > 0, costs + (_WAITING - 1) * shared, costs)
+        costs = self._cost(lens, waits_already=False)
         return bool((tokens_per_round(torch.tensor(acceptance), lens) / costs).argmax() > 0)
 
 
