@@ -214,7 +214,9 @@ class LlamaWeights:
         scale = declared(config, "attention_multiplier")
         self.attention_scale = scale or (declared(config, "query_pre_attn_scalar") or self.dim) ** -0.5
         self.residual_scale = declared(config, "residual_multiplier") or 1.0
-        self.softcap: float | None = declared(config, "attn_logit_softcapping")
+        # Gemma-3 has the setting too, but its attention leaves it out.
+        is_capped = _family(decoder) == "gemma2"
+        self.softcap: float | None = config.attn_logit_softcapping if is_capped else None
         self.layers: list[Layer] = []
         self.rotations: dict[str, Tensor] = {}
         self._capacity = -1

@@ -108,7 +108,8 @@ _FAMILIES: dict[str, tuple[type[PreTrainedModel], Any, dict[str, Any]]] = {
     "mistral": (MistralForCausalLM, MistralConfig, {**_GROUPED, "sliding_window": WINDOW}),
     "gemma": (GemmaForCausalLM, GemmaConfig, {**_GROUPED, "head_dim": 16}),
     "gemma2": (Gemma2ForCausalLM, Gemma2Config, _GEMMA2),
-    "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig, _GEMMA),
+    # It knows the cap of Gemma-2's scores and leaves it out.
+    "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig, {**_GEMMA, "attn_logit_softcapping": 0.5}),
     "gpt2": (GPT2LMHeadModel, GPT2Config, _COMMON),
     "gpt-neox": (GPTNeoXForCausalLM, GPTNeoXConfig, {**_COMMON, "intermediate_size": 64}),
     "opt": (OPTForCausalLM, OPTConfig, {**_COMMON, "ffn_dim": 64, "word_embed_proj_dim": 32}),
