@@ -121,6 +121,7 @@ class Layer:
     output: Linear
     attention_end_norm: nn.Parameter | None
     mlp_norm: nn.Parameter | None
+    activation: Callable[[Tensor], Tensor]
     gate: Linear
     up: Linear
     down: Linear
@@ -270,6 +271,7 @@ class LlamaWeights:
                     mlp["up_proj"],
                 )
             )  # fmt: skip
+        own_activation: Any = mlp["activation_fn" if "activation_fn" in mlp else "act_fn"]
         # Llama's norm of this name is of what goes into its second part, Gemma-2's of what the first adds.
         after_attention = norm(parts["post_attention_layernorm"])
         has_end_norms = "post_feedforward_layernorm" in parts
@@ -284,6 +286,8 @@ class LlamaWeights:
             output=linear(attention["o_proj"]),
             attention_end_norm=after_attention if has_end_norms else None,
             mlp_norm=norm(parts.get("pre_feedforward_layernorm")) if has_end_norms else after_attention,
+            # Some have weights of their own in each layer.
+            activation=own_activation if self.gate is None else GATES[self.gate],
             gate=gate,
             up=up,
             down=linear(mlp["down_proj"]),
@@ -305,8 +309,6 @@ class LlamaBody(LlamaWeights):
         super().__init__(decoder, adapters, copies)
         self.attention = attention
         self.is_fusable = False
-        self._activated: Callable[[Tensor], Tensor]
-        self._activated = decoder.layers[0].mlp.act_fn if self.gate is None else GATES[self.gate]
 
     def prepare(self, cache: SlotCache) -> None:
         """Find the weights again and make a rotation for every position of `cache`."""
@@ -357,7 +359,7 @@ class LlamaBody(LlamaWeights):
             joined = layer.output(mixed.reshape(count, heads * dim))
             hidden = self._added(hidden, joined, layer.attention_end_norm)
             inputs = self._norm(hidden, layer.mlp_norm)
-            gated = self._activated(layer.gate(inputs)) * layer.up(inputs)
+            gated = layer.activation(layer.gate(inputs)) * layer.up(inputs)
             hidden = self._added(hidden, layer.down(gated), layer.mlp_end_norm)
 
         return self._norm(hidden, self.decoder.norm.weight).view(batch, length, -1)

@@ -30,6 +30,7 @@ from transformers import (
 
 from speculative_eft.models import ModelRunner
 from speculative_eft.models.configs import logit_scale
+from speculative_eft.models.llama import LlamaBody
 from tests.device import skip_unless_compiled, test_device
 from tests.models.families import COMPILED, CONTEXT, FAMILIES, tiny_model, with_uneven_norms
 from tests.sync_guard import no_host_sync
@@ -96,6 +97,19 @@ def test_a_model_that_was_made_in_16_bits_keeps_its_scale(family: str) -> None:
         torch.set_default_dtype(torch.float32)
     model, tokens = with_uneven_norms(model.float()), random_tokens(4, LENGTH)
     compare_ragged_blocks(ModelRunner(model), tokens, plain_logits(model, tokens), TOLERANCE)
+
+
+@pytest.mark.usefixtures("each_backend")
+@pytest.mark.parametrize("activation", ["relu", "xielu"])
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_activations_that_no_kernel_knows_are_the_layers_own(family: str, activation: str) -> None:
+    """The second has weights, which differ from layer to layer."""
+    config = copy.deepcopy(tiny_model(family).config)
+    config.hidden_act = activation
+    model = with_uneven_norms(AutoModelForCausalLM.from_config(config).eval().float())
+    runner, tokens = ModelRunner(model), random_tokens(4, LENGTH)
+    assert isinstance(runner._body, LlamaBody)
+    compare_ragged_blocks(runner, tokens, plain_logits(model, tokens), TOLERANCE)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
