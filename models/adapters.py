@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import accumulate
 from pickle import UnpicklingError
 from threading import RLock
 from typing import TYPE_CHECKING, Any
@@ -241,7 +242,7 @@ def check_shapes(source: Source, shapes: dict[str, tuple[int, ...]], base: PreTr
         name = key.removeprefix(_PREFIX)
         path, _, kind = name.partition(".lora_")
         if not kind:
-            if "trainable_tokens" not in name and not any(part in saved for part in name.split(".")):
+            if "trainable_tokens" not in name and not _is_within(name, saved):
                 raise IncompatibleModelsError(
                     f"{source.argument}: {source.name} holds other weights for the base itself ({name}); "
                     "merge it into a model of its own (merge_and_unload)."
@@ -256,6 +257,12 @@ def check_shapes(source: Source, shapes: dict[str, tuple[int, ...]], base: PreTr
                 f"{source.argument}: the adapter {source.name} is not of small_base's shape ({fault}); "
                 "give the model it was trained on as small_base."
             )
+
+
+def _is_within(name: str, saved: Sequence[str]) -> bool:
+    """Whether the weight `name` is of one of the modules `saved`, of whose names peft takes any end."""
+    modules = accumulate(name.split("."), "{}.{}".format)
+    return any(module.endswith(tuple(saved)) for module in modules)
 
 
 def _wanted(module: Any, kind: str) -> tuple[int, int] | None:

@@ -553,6 +553,19 @@ def test_adapters_from_folders(folders: tuple[Path, Path, Path], tmp_path: Path)
     assert {parameter.dtype for parameter in half.small_tuned[0].parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("saved", ["norm", "layers.0.mlp"])
+def test_modules_that_an_adapter_saves_are_named_by_their_ends(
+    saved: str, folders: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    """The first is also the end of all other norms' names."""
+    large, _, base = folders
+    settings = {**PLAIN, "modules_to_save": [saved]}
+    adapter = saved_adapter(tmp_path / "other", 2, **settings)
+    models = EFTModels.from_pretrained(large, adapter, base)
+    wanted = own_logits(with_adapter(tiny_model("llama", 1), 2, **settings), 0)
+    torch.testing.assert_close(logits_of(models.runners().tuned[0], True), wanted, atol=2e-5, rtol=1e-4)
+
+
 def test_an_adapter_without_a_tokenizer_has_its_bases(folders: tuple[Path, Path, Path]) -> None:
     large, adapter, base = folders
     (base / "chat_template.jinja").write_text("of the base")
