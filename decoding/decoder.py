@@ -339,6 +339,8 @@ class EFTDecoder:
 
     def _generate(self, call: Call, with_trace: bool) -> Tensor | EFTOutput:
         options, streamer = call.options, call.streamer
+        # Where costs have to be measured first, that is no part of the prefill.
+        _ = self.policy
         timer = PhaseTimer()
         kept = self._kept(call)
         self._past = None

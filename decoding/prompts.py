@@ -45,7 +45,9 @@ def read_prompts(
         ValueError: for a wrong shape or type, an empty prompt, or an id beyond the vocabulary.
     """
     if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or not is_integral(input_ids):
-        raise ValueError(f"{name} must be an integer tensor of shape [batch, length]")
+        is_tensor = isinstance(input_ids, Tensor)
+        got = f"{input_ids.dtype} {list(input_ids.shape)}" if is_tensor else type(input_ids).__name__
+        raise ValueError(f"{name} must be an integer tensor of shape [batch, length], got {got}")
     mask_name = name.replace("input_ids", "attention_mask")
     batch, width = input_ids.shape
     if batch == 0 or width == 0:

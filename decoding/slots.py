@@ -85,6 +85,8 @@ class SlotBatch:
         max_length: int,
         eos_token_ids: int | Sequence[int] | None = (),
     ) -> None:
+        if not isinstance(decoder, EFTDecoder):
+            raise ValueError(f"decoder must be an EFTDecoder, got {type(decoder).__name__}")
         runners = decoder.runners
         context = runners.max_context
         self.decoder = decoder

@@ -361,7 +361,7 @@ def _resumed(file: Path, fresh: Report) -> Report:
         then, now = getattr(saved, name), getattr(fresh, name)
         if then != now:
             raise ValueError(
-                f"{file} cannot be resumed: its {name.replace('_', ' ')} is another ({then} then, {now} now)"
+                f"{file} cannot be resumed: another {name.replace('_', ' ')} ({then} then, {now} now)"
             )
     return saved
 

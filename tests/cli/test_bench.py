@@ -63,7 +63,7 @@ def test_bench_writes_a_report_and_goes_on_with_it(
     assert resumed["results"][1]["label"] == "T=1, batch 1"
     assert resumed["results"][1]["measurements"] != first["measurements"]
     other = bench(run, trio, prompts, tmp_path / "b", "--resume", "--seed", "9")
-    assert other.status == 2 and "its plan is another" in other.err
+    assert other.status == 2 and "cannot be resumed: another plan" in other.err
 
     assert run("bench", "report", str(file)).status == 0
     assert run("bench", "compare", str(file), str(file)).status == 0

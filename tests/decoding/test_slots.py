@@ -205,6 +205,8 @@ def test_bad_input_of_slots() -> None:
     ):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(arguments))):
             SlotBatch(batch.decoder, **{"slots": 1, "max_length": 12, **arguments})
+    with pytest.raises(ValueError, match="decoder must be an EFTDecoder, got EFTRunners"):
+        SlotBatch(batch.decoder.runners, 1, 12)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="options must be SlotOptions"):
         batch.join(prompt, None)  # type: ignore[arg-type]
     assert batch.free == 1

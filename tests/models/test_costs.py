@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from speculative_eft.decoding import EFTConfig, EFTDecoder, EFTOutput
+from speculative_eft.decoding import decoder as decoder_module
+from speculative_eft.models import EFTModels, eft_models
 from speculative_eft.models import costs as costs_module
-from speculative_eft.models import eft_models
 from speculative_eft.models.costs import StepCosts, kept_step_costs
 
 from ..tiny_models import ragged_prompts, tiny_trio
@@ -60,6 +61,16 @@ def test_costs_are_kept_for_each_batch_and_each_kind_of_draft(
         monkeypatch.setattr(eft_models, "measure_step_costs", lambda *_, kind=(pair, batch): costs[kind])
         # Other models of the same kind, so that only what was written can tell.
         assert tiny_trio("llama").step_costs(pair, batch) == costs[pair, batch]
+
+
+def test_measuring_costs_is_no_part_of_a_call_s_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[str] = []
+
+    timer = decoder_module.PhaseTimer
+    monkeypatch.setattr(decoder_module, "PhaseTimer", lambda: happened.append("clock") or timer())
+    monkeypatch.setattr(EFTModels, "step_costs", lambda *_: happened.append("costs") or StepCosts(0.25, 0.0))
+    EFTDecoder(tiny_trio("llama")).generate(**ragged_prompts(2), max_new_tokens=4)
+    assert happened == ["costs", "clock"]
 
 
 def test_costs_are_kept_for_each_kind_of_attention(monkeypatch: pytest.MonkeyPatch) -> None:
