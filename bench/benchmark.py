@@ -134,7 +134,8 @@ class Report:
                 projections=[Projection(**projection) for projection in saved["projections"]],
             )
         except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not the JSON of a benchmark ({error!r})") from error
+            why = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{path} is not the JSON of a benchmark ({why})") from error
 
 
 _KEPT = ("command", "commit", "started", "simulated_acceptance", "models", "prompts", "bandwidth")

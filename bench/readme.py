@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from . import compiled_bodies, round_time
 from .analysis import losses, noise_sentence
 from .benchmark import Report
@@ -303,4 +305,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # No option, but --help and a mistake rewrite nothing.
+    typer.run(main)
