@@ -66,7 +66,7 @@ class EFTDecoder:
     """Samples exactly from an emulated fine-tuned model by speculation.
 
     Args:
-        models: the three models, or their runners (anything with the `Runner` protocol).
+        models: the three models, or their runners: `EFTRunners` of anything with the `Runner` protocol.
         config: the target law and how it is drafted.
 
     Raises:

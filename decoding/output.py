@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from speculative_eft.kernels import RoundState
 
 from .draft_length import DraftLengthPolicy
-from .past import CACHE_NAMES
+from .past import CACHE_NAMES, EFTPast
 from .round import SOURCES, TraceBuffers
 
 __all__ = [
@@ -143,6 +143,9 @@ class EFTOutput(GenerateDecoderOnlyOutput):
 
     stats: EFTStats | None = None
     trace: EFTTrace | None = None
+    if TYPE_CHECKING:
+        # transformers' own is a Cache, which the next call does not take.
+        past_key_values: EFTPast | None = None  # type: ignore[assignment]
 
 
 def ordinary(output: Tensor | EFTOutput) -> Tensor | EFTOutput:
