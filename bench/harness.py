@@ -53,7 +53,7 @@ class SpeculativeEFT(TemplateLM):  # type: ignore[misc]
         alpha, beta, conservative_top_p, acceptance, draft_tokens: as in `EFTConfig`; several alphas with ";"
             between them.
         device: where the models are; on a machine without CUDA, "cuda..." is transformers' own choice there.
-        batch_size: prompts that run together.
+        batch_size: prompts that run together, for which "auto" chooses draft lengths.
         max_length: most tokens that the models read of a sequence, None for their context.
         max_gen_toks: most tokens to generate where a task does not say.
         seed: of sampling; request i of a run gets a seed derived from it and i.
@@ -86,6 +86,8 @@ class SpeculativeEFT(TemplateLM):  # type: ignore[misc]
         tokenizer: Any = None,
     ) -> None:
         super().__init__()
+        # "auto" asks for the largest that fits, which is not looked for.
+        self.batch_size = int(batch_size) if str(batch_size).isdecimal() else max_batch_size or 8
         if decoder is None:
             if demo:
                 models = EFTModels.demo()
@@ -101,15 +103,20 @@ class SpeculativeEFT(TemplateLM):  # type: ignore[misc]
                     trust_remote_code=trust_remote_code,
                 )
             alphas = tuple(map(float, alpha.split(";"))) if isinstance(alpha, str) else alpha
-            config = EFTConfig(alphas, beta, draft_tokens, acceptance, conservative_top_p=conservative_top_p)
+            config = EFTConfig(
+                alphas,
+                beta,
+                draft_tokens,
+                acceptance,
+                conservative_top_p=conservative_top_p,
+                expected_batch=self.batch_size,
+            )
             decoder = EFTDecoder(models, config)
             tokenizer = models.tokenizer if tokenizer is None else tokenizer
         if tokenizer is None:
             raise ValueError("the models have no tokenizer; give tokenizer=")
         self.decoder = decoder
         self.tokenizer = tokenizer
-        # "auto" asks for the largest that fits, which is not looked for.
-        self.batch_size = int(batch_size) if str(batch_size).isdecimal() else max_batch_size or 8
         self.max_length = max_length or decoder.runners.max_context or _LONGEST
         self.max_gen_toks = max_gen_toks
         self.seed = seed

@@ -71,7 +71,8 @@ class SlotBatch:
         decoder: whose models and law are used; no other call may use the models meanwhile.
         slots: most sequences at a time.
         max_length: most tokens of a prompt and its continuation.
-        eos_token_ids: any of them ends a sequence; one id, several, or None.
+        eos_token_ids: any of them ends a sequence; one id, several, or None. Unless given none does, those of
+            the models neither.
 
     Raises:
         ValueError: if an argument is out of range or of another type, or if a GPU's memory does not hold the

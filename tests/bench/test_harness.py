@@ -166,6 +166,11 @@ def test_sampling_reproduces_and_batches_change_nothing() -> None:
     assert run(3) == (once, again)
 
 
+def test_draft_lengths_are_chosen_for_the_batches_that_run() -> None:
+    model = SpeculativeEFT.create_from_arg_string("demo=True", {"batch_size": 4})
+    assert model.decoder.config == EFTConfig(expected_batch=4)
+
+
 def test_scores_know_padding_on_either_side() -> None:
     decoder = EFTDecoder(table_runners(TABLES), EFTConfig(draft_tokens=2))
     ids = torch.tensor([[1, 2, 3, 0], [0, 1, 2, 3]])
