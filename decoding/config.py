@@ -32,7 +32,7 @@ class EFTConfig:
         alpha: scale of the fine-tuning delta F - B; one number, or one a tuned model, of at most 1e30 either
             way.
         beta: scale of the large model's delta L - B, in the same bounds.
-        draft_tokens: tokens drafted a round, at least 1, or "auto": each sequence's own choice from its
+        draft_tokens: tokens drafted a round, 1 to 4096, or "auto": each sequence's own choice from its
             running acceptance and `cost_ratio`, so that a seed reproduces its output.
         acceptance: "block" (most tokens a round), "token" (the classic rule) or "shared_seed" (the
             output is token for token that of `NaiveEFTDecoder` with the same seed).
@@ -103,6 +103,8 @@ class EFTConfig:
             numbers["draft_tokens"] = drafted = integer("draft_tokens", self.draft_tokens, 1, '"auto"')
             if drafted > _MOST_DRAFT_TOKENS:
                 raise ValueError(f"draft_tokens must be at most {_MOST_DRAFT_TOKENS}, got {drafted}")
+        if numbers["row_cost"] and self.cost_ratio is None:
+            raise ValueError("row_cost needs cost_ratio: where that is None both are measured")
         for name, number in numbers.items():
             object.__setattr__(self, name, number)
 

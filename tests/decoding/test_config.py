@@ -64,6 +64,7 @@ def test_the_argument_is_named(name: str, value: object) -> None:
         ("draft_temperature must be a finite number above 0 or None, got 0", {"draft_temperature": 0}),
         (r"conservative_top_p must lie in \(0, 1\] or be None, got 2", {"conservative_top_p": 2}),
         ("row_cost must be a finite number of at least 0, got inf", {"row_cost": math.inf}),
+        ("row_cost needs cost_ratio", {"row_cost": 0.1}),
     ],
     ids=lambda value: "" if isinstance(value, dict) else value.split()[0],
 )
@@ -79,7 +80,7 @@ def test_numbers_may_be_of_numpy() -> None:
     assert {type(value) for value in (config.draft_tokens, config.expected_batch, config.remembered)} == {int}
     half: Any = np.float32(0.5)
     for name in ("alpha", "beta", "draft_temperature", "conservative_top_p", "cost_ratio", "row_cost"):
-        assert type(getattr(EFTConfig(**{name: half}), name)) is float
+        assert type(getattr(EFTConfig(**{"cost_ratio": 0.1, name: half}), name)) is float
     assert EFTConfig(alpha=[half, half]).alpha == (0.5, 0.5)
 
 
