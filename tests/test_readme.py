@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +55,13 @@ def test_figures_are_as_they_are_drawn(name: str) -> None:
     same = found == text
     assert same, f"{file} is not what python -P -m speculative_eft.bench.readme draws"
     np.testing.assert_allclose(found_coordinates, coordinates, rtol=0, atol=1e-3)
+
+
+def test_who_asks_for_help_has_no_page_rewritten(tmp_path: Path) -> None:
+    command = [sys.executable, "-P", "-m", "speculative_eft.bench.readme", "--help"]
+    # In a folder without results it could rewrite none.
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "Usage" in found.stdout
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/drop-in.md"])
