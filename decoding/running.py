@@ -154,10 +154,7 @@ class RunningBatch:
         self._sent: deque[_Sent] = deque()
         self._bound: dict[int, BoundRound | None] = {}
         self._room = Room(state.tested_at.shape[0])
-        if self.rows:
-            self._narrow()
-        else:
-            self._use_rows()
+        self._narrow()
 
     def _use_rows(self) -> None:
         for runner in self._runners():
@@ -166,12 +163,15 @@ class RunningBatch:
     def _narrow(self) -> None:
         """Let rounds be of `rows` rows."""
         self._use_rows()
+        self._bound.clear()
+        if self.rows == 0:
+            # There are no rounds, and before anyone has joined no kind of calls whose graphs these would be.
+            return
         kept = {} if self._captured is None else self._captured.narrowed
         if self.rows not in kept:
             trace = None if self.trace is None else narrowed(self.trace, self.rows)
             kept[self.rows] = narrowed(self.state, self.rows), narrowed(self.plan, self.rows), trace
         self._parts = kept[self.rows]
-        self._bound.clear()
 
     def _runners(self) -> list[Runner]:
         """Those whose caches hold the sequences."""

@@ -301,6 +301,24 @@ def test_a_join_that_fails_leaves_its_slot(how: str, monkeypatch: pytest.MonkeyP
 
 
 @HOW
+def test_the_first_join_may_fail(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are no graphs by then, nor a kind of calls that they would be of."""
+    decoder = EFTDecoder(tiny_trio("llama"), EFTConfig(draft_tokens=2))
+    run_as(decoder, how)
+    batch = SlotBatch(decoder, 2, 40)
+
+    def fails(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("no more")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder.runners.base, "fill_slot", fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            batch.join([8, 9], SlotOptions(9, 1))
+    work = [(torch.tensor([5, 6, 7]), SlotOptions(9, seed)) for seed in range(3)]
+    assert run_through(batch, work, random.Random(0)) == alone(decoder, work, [])
+
+
+@HOW
 def test_after_a_step_that_fails_no_sequence_goes_on(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its models' lengths may have moved and its tokens not."""
     decoder = EFTDecoder(tiny_trio("gpt2"), EFTConfig(draft_tokens=2))
