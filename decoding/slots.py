@@ -44,13 +44,20 @@ class SlotOptions:
     min_p: float = 0.0
 
     def __post_init__(self) -> None:
-        integer("max_new_tokens", self.max_new_tokens, least=1)
-        integer("top_k", self.top_k)
-        between("temperature", self.temperature, 0, math.inf)
-        between("top_p", self.top_p, 0, 1)
-        between("min_p", self.min_p, 0, 1)
-        if int64_of(self.seed) is None:
+        seed = int64_of(self.seed)
+        if seed is None:
             raise ValueError(f"seed must be an int of 64 bits, got {self.seed!r}")
+        # Numbers of numpy and torch, of which some have a shape, become Python's.
+        numbers = {
+            "max_new_tokens": integer("max_new_tokens", self.max_new_tokens, least=1),
+            "seed": seed,
+            "temperature": between("temperature", self.temperature, 0, math.inf),
+            "top_k": integer("top_k", self.top_k),
+            "top_p": between("top_p", self.top_p, 0, 1),
+            "min_p": between("min_p", self.min_p, 0, 1),
+        }
+        for name, number in numbers.items():
+            object.__setattr__(self, name, number)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import itertools
 import random
 from typing import Any, TypeAlias
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -214,6 +215,19 @@ def test_bad_input_of_slots() -> None:
     batch.join([1, 2], SlotOptions(10, 0))
     with pytest.raises(ValueError, match="all 1 slots are taken"):
         batch.join(prompt, SlotOptions(3, 0))
+
+
+def test_options_of_slots_may_be_numbers_of_torch_and_numpy() -> None:
+    decoder = EFTDecoder(table_runners(random_tables(1, 5)), EFTConfig(draft_tokens=2))
+    lengths, seeds = torch.tensor([3, 9]), np.array([4, 5], dtype=np.uint64)
+    given = SlotOptions(lengths[1:], seeds[1], np.float32(0.5), np.int8(3))  # type: ignore[arg-type]
+    plain = SlotOptions(9, 5, 0.5, 3)
+    assert given == plain
+    outputs = [
+        run_through(SlotBatch(decoder, 1, 12), [(torch.tensor([1, 2]), options)], random.Random(0))
+        for options in (given, plain)
+    ]
+    assert outputs[0] == outputs[1]
 
 
 def test_the_largest_temperatures_count_as_1e30() -> None:
