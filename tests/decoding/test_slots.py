@@ -125,7 +125,7 @@ def test_models_with_caches(acceptance: Any, longest_prompt: int, how: str) -> N
 def test_greedy_sequences_draft_among_sampled_ones_that_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     whims = random.Random(6)
     config = EFTConfig(
-        draft_tokens="auto", cost_ratio=0.25, row_cost=0.8, expected_batch=4, draft_weights="own"
+        draft_tokens="auto", cost_ratio=0.25, row_cost=0.9, expected_batch=4, draft_weights="own"
     )
     models = tiny_trio("llama")
     work = random_work(40, models.vocab_size, whims)
@@ -150,7 +150,7 @@ def test_greedy_sequences_draft_among_sampled_ones_that_do_not(monkeypatch: pyte
 def test_a_greedy_sequence_drafts_beside_a_sampled_one_as_alone() -> None:
     # At these costs a draft pays where it is accepted as often as a greedy one, and else does not.
     config = EFTConfig(
-        draft_tokens="auto", cost_ratio=0.25, row_cost=0.8, expected_batch=4, draft_weights="own"
+        draft_tokens="auto", cost_ratio=0.25, row_cost=0.9, expected_batch=4, draft_weights="own"
     )
     decoder = EFTDecoder(tiny_trio("llama"), config)
     runs = []
