@@ -288,7 +288,8 @@ class EFTDecoder:
         with self.runners.turn(), torch.inference_mode():
             self._past = None
             coefficients = self._coefficients(batch, self.runners.large.device)
-            return score_tokens(self.runners, prompts, coefficients, self.vocab_size)
+            scores = score_tokens(self.runners, prompts, coefficients, self.vocab_size)
+        return ordinary(scores)
 
     def custom_generate(
         self,

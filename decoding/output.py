@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -14,10 +14,13 @@ from speculative_eft.kernels import RoundState
 from .draft_length import DraftLengthPolicy
 from .past import CACHE_NAMES, EFTPast
 from .round import SOURCES, TraceBuffers
+from .scoring import TokenScores
 
 __all__ = [
     "CACHE_FIELD", "EFTOutput", "EFTStats", "EFTTrace", "a_token_each", "ordinary", "table_of", "totals",
 ]  # fmt: skip
+
+Output = TypeVar("Output")
 
 CACHE_FIELD = next(field.name for field in fields(GenerateDecoderOnlyOutput) if field.name in CACHE_NAMES)
 """Where transformers' output has a past; `past_key_values` finds it by either name."""
@@ -148,19 +151,24 @@ class EFTOutput(GenerateDecoderOnlyOutput):
         past_key_values: EFTPast | None = None  # type: ignore[assignment]
 
 
-def ordinary(output: Tensor | EFTOutput) -> Tensor | EFTOutput:
+def ordinary(output: Output) -> Output:
     """The output with tensors that may be written to and trained on, as transformers returns them.
 
     What is made in inference mode may not.
     """
-    if isinstance(output, Tensor):
-        return output.clone()
-    output.sequences = output.sequences.clone()  # type: ignore[assignment]
-    for name in ("scores", "logits"):
-        rows = getattr(output, name)
-        if rows is not None:
-            setattr(output, name, tuple(torch.clone(row) for row in rows))
-    return output
+    part: Any = output
+    if isinstance(part, Tensor):
+        part = part.clone()
+    elif isinstance(part, EFTOutput):
+        # In its place, for its past counts only as the object that the decoder knows.
+        for name in ("sequences", "scores", "logits", "trace"):
+            setattr(part, name, ordinary(getattr(part, name)))
+    elif isinstance(part, list | tuple):
+        part = type(part)(map(ordinary, part))
+    elif isinstance(part, EFTTrace | TokenScores):
+        copies = {field.name: ordinary(getattr(part, field.name)) for field in fields(part)}
+        part = replace(part, **copies)
+    return cast(Output, part)
 
 
 def totals(

@@ -64,7 +64,12 @@ def test_outputs_may_be_written_to(models: EFTModels) -> None:
         output_logits=True,
     )  # fmt: skip
     assert isinstance(several, EFTOutput) and several.scores is not None and several.logits is not None
-    for tensor in (several.sequences, several.scores[0], several.logits[0]):
+    assert several.trace is not None
+    trace = several.trace
+    for tensor in (
+        several.sequences, several.scores[0], several.logits[0], trace.source_ids, trace.tokens, trace.large,
+        trace.base, trace.target, *trace.tuned,
+    ):  # fmt: skip
         tensor.add_(1)
 
 

@@ -32,3 +32,11 @@ def test_scores_are_those_of_plain_passes(chunk: int, monkeypatch: pytest.Monkey
     wanted = law.gather(-1, ids[:, 1:, None])[..., 0]
     torch.testing.assert_close(scores.log_probs[1:], wanted, atol=1e-4, rtol=0)
     assert torch.equal(scores.is_greedy[1], law[0].argmax(-1) == ids[0, 1:])
+
+
+def test_scores_may_be_written_to_and_trained_on() -> None:
+    scores = EFTDecoder(tiny_trio("llama"), EFTConfig(draft_tokens=2)).score(**ragged_prompts(2))
+    weight = torch.ones((), requires_grad=True)
+    (weight * scores.log_probs.nan_to_num_(0.0)).sum().backward()
+    torch.testing.assert_close(weight.grad, scores.log_probs.sum())
+    scores.is_greedy.logical_not_()
