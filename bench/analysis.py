@@ -163,9 +163,9 @@ class Loss:
 
 
 def losses(report: Report) -> list[Loss]:
-    """Every setting and baseline of the grid that the chosen decoder loses to, in the median over pairs."""
+    """Every setting and baseline that the chosen decoder loses to, in the median over pairs."""
     found = []
-    for result in report.grid():
+    for result in report.results:
         for name in BASELINES:
             if name in result.comparison:
                 ratio = result.comparison.ratio(report.plan.chosen, name)

@@ -20,7 +20,7 @@ from .comparison import Spread
 from .cost_model import expected_tokens
 from .engine import ALONE, PLAIN
 from .markdown import markdown_table, with_part
-from .plan import AGAIN, NAIVE, TUNED
+from .plan import AGAIN, LARGE, NAIVE, TUNED
 from .plots import figures, svg
 from .report import against_baselines, break_even_sentences, machine_line, main_table, spread_text
 
@@ -41,12 +41,23 @@ _GPU_HEADS = (
     "trio, context, batch", "decoder", "acceptance", "tokens a round", "ms a round", "times its bytes",
     "tokens/s", "times naive EFT", "times large alone", "host us",
 )  # fmt: skip
+_BRIEF_BASELINES = (NAIVE, LARGE)
 _BRIEF_GPU_COLUMNS = (0, 1, 3, 4, 6, 7, 8)
 
 
 def _brief_measurements(report: Report) -> str:
-    """What the README says of a benchmark: ratios alone."""
-    return "\n".join([*_ratio_lines(report), "", *_figure_lines("draft-length", "bench/results")])
+    """What the README says of a benchmark: ratios alone, and where it does not pay."""
+    lines = [
+        *_ratio_lines(report), "", *_figure_lines("draft-length", "bench/results"), "",
+        *(f"- {sentence}" for sentence in break_even_sentences(report, _BRIEF_BASELINES)),
+    ]  # fmt: skip
+    grid = {result.setting.label for result in report.grid()}
+    lines += [
+        f"- {loss.label}, against {loss.baseline}: {spread_text(loss.ratio)}."
+        for loss in losses(report)
+        if loss.label not in grid and loss.baseline in _BRIEF_BASELINES
+    ]
+    return "\n".join(lines)
 
 
 def _measurements(report: Report) -> str:

@@ -19,7 +19,7 @@ from .analysis import (
 from .benchmark import Report, Result
 from .comparison import Measurement, Spread
 from .machine import Environment
-from .plan import AGAIN, LARGE
+from .plan import AGAIN, BASELINES, LARGE
 
 __all__ = [
     "Table",
@@ -181,10 +181,12 @@ def _loss_table(found: Sequence[Loss]) -> Table:
     return ["slower than", "ratio", "why, from the split of the time"], rows
 
 
-def break_even_sentences(report: Report) -> list[str]:
-    """Up to which batch the chosen decoder is the faster one, by temperature and baseline."""
+def break_even_sentences(report: Report, baselines: Sequence[str] = BASELINES) -> list[str]:
+    """Up to which batch the chosen decoder is faster than some baselines, by temperature and baseline."""
     sentences = []
     for row in break_evens(report):
+        if row["baseline"] not in baselines:
+            continue
         until = (
             f"faster at every batch measured, up to {row['largest_measured']}"
             if row["batch"] is None
