@@ -392,7 +392,8 @@ def mix_target(
         plain, delta = mix_both(
             models, models.plain_weights, models.delta_weights, sequence, row, ids, inside, inside, GATHERED
         )
-        record = models.sets + (sequence * rows + row) * RECORD
+        # Rows of a tile may go beyond a sequence's, and the last sequence's sets are the last of all.
+        record = models.sets + (sequence * rows + tl.minimum(row, rows - 1)) * RECORD
         cut = tl.load(record + 2)
         cut_id = tl.load(record + 3).to(tl.int32)
         shift = tl.load(record + 5)
