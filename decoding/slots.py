@@ -235,9 +235,7 @@ class SlotBatch:
             first = self._fill(row, prompt, options)
             self._go_on()
         except BaseException:
-            with self._whole():
-                self._running.end([sequence])
-                self._leave([sequence])
+            self._end(sequence)
             raise
         self._first_lens[sequence] = first
         self._drafted = max(self._drafted, first)
@@ -265,7 +263,30 @@ class SlotBatch:
         put(self._running.state, row, one)
         return int(one.draft_lens)
 
-    def _leave(self, sequences: Sequence[int]) -> None:
+    @torch.inference_mode()
+    def leave(self, number: int) -> None:
+        """End the sequence of this number, which nobody waits for any more, and free its slot.
+
+        The others go on as if it had never been there.
+
+        Raises:
+            ValueError: if it is no number of a sequence that runs.
+            RuntimeError: if another call has used the models meanwhile, or a step failed.
+        """
+        if integer("number", number) not in self._options:
+            raise ValueError(f"sequence {number} does not run: it has ended or never joined")
+        with self.decoder.runners.turn():
+            self._check_state()
+            self._end(number)
+
+    def _end(self, sequence: int) -> None:
+        """End a sequence whose next tokens are not wanted, and free its slot."""
+        with self._whole():
+            self._running.end([sequence])
+            self._first_lens.pop(sequence, None)
+            self._free_slots([sequence])
+
+    def _free_slots(self, sequences: Sequence[int]) -> None:
         """Free the slots of sequences that have ended."""
         for index in sequences:
             del self._options[index]
@@ -304,5 +325,5 @@ class SlotBatch:
         self._drafted = max(0, *(row[1] for row in report.values()), *self._first_lens.values())
         ended = [index for index, own in progress.items() if own.ended]
         if ended:
-            self._leave(ended)
+            self._free_slots(ended)
         return progress

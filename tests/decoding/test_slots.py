@@ -315,6 +315,45 @@ def test_a_join_that_fails_leaves_its_slot(how: str, monkeypatch: pytest.MonkeyP
 
 
 @HOW
+def test_who_leaves_early_changes_nothing_for_the_others(how: str) -> None:
+    whims = random.Random(8)
+    models = tiny_trio("llama")
+    decoder = EFTDecoder(models, EFTConfig(draft_tokens=3))
+    run_as(decoder, how)
+    work = random_work(60, models.vocab_size, whims)
+    wanted = alone(decoder, work, [7])
+    batch = SlotBatch(decoder, 4, 40, (7,))
+    outputs: dict[int, list[int]] = {}
+    running: set[int] = set()
+    left, waiting = set(), list(work)
+    while waiting or running:
+        while waiting and batch.free:
+            number = batch.join(*waiting.pop(0))
+            running.add(number)
+            outputs[number] = []
+        assert batch.free == 4 - len(running)
+        if running and whims.random() < 0.2:
+            number = whims.choice(sorted(running))
+            batch.leave(number)
+            running.remove(number)
+            left.add(number)
+        for number, progress in batch.step().items():
+            assert number in running
+            outputs[number] += progress.tokens
+            if progress.ended:
+                running.remove(number)
+    assert len(left) > 10
+    for number, tokens in outputs.items():
+        assert tokens == wanted[number][: len(tokens)]
+        assert number in left or tokens == wanted[number]
+    for number in (0, 99):
+        with pytest.raises(ValueError, match=f"sequence {number} does not run"):
+            batch.leave(number)
+    with pytest.raises(ValueError, match="number must be an integer"):
+        batch.leave("0")  # type: ignore[arg-type]
+
+
+@HOW
 def test_the_first_join_may_fail(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """There are no graphs by then, nor a kind of calls that they would be of."""
     decoder = EFTDecoder(tiny_trio("llama"), EFTConfig(draft_tokens=2))
