@@ -83,7 +83,7 @@ class EFTDecoder:
         self.runners = models.runners() if isinstance(models, EFTModels) else models
         experts = len(self.runners.tuned)
         if len(self.config.alphas) not in (1, experts):
-            raise ValueError(f"alpha has {len(self.config.alphas)} values for {experts} tuned models")
+            raise ValueError(f"alpha has {len(self.config.alphas)} values: give one, or one for each tuned model ({experts} here)")
         self.vocab_size = min(runner.vocab_size for runner in self.runners.every)
         if self._drafts_by_copies():
             if self.models is None:

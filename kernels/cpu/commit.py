@@ -57,7 +57,7 @@ def commit(
     commit_rows(
         state_arrays(state), eos_token_ids.numpy(), rule_arrays(rule), as_block(draft_tokens).numpy(),
         verdict,
-        np.array([(lengths.data_ptr(), stepped) for lengths, stepped in caches]).reshape(-1, 2),
+        np.array([(lengths.data_ptr(), stepped) for lengths, stepped in caches], np.int64).reshape(-1, 2),
         report.numpy(),
     )  # fmt: skip
     return report

@@ -84,7 +84,7 @@ def test_answers_at_once(arguments: list[str], words: list[str]) -> None:
         (["generate", "--beta", "-1e39", "x"], ["--beta", "-1e+39", "at least -1e+30"]),
         (["bench", "--alpha", "1e39"], ["--alpha", "at most 1e+30"]),
         (["bench", "--beta", "1", "--beta", "1e39"], ["--beta", "at most 1e+30"]),
-        (["generate", "--alpha", "1", "--alpha", "2", "x"], ["--alpha", "2 values for 1"]),
+        (["generate", "--alpha", "1", "--alpha", "2", "x"], ["--alpha", "2 values: give one"]),
         (["generate", "--acceptance", "luck", "x"], ["--acceptance", "block"]),
         (["generate", "--draft", "none", "x"], ["--draft", "pair"]),
         (["generate", "--draft-weights", "int4", "x"], ["--draft-weights", "int8"]),

@@ -97,7 +97,7 @@ def test_the_largest_weights_stay_finite(name: str, sign: int) -> None:
 
 
 def test_alpha_must_fit_the_tuned_models() -> None:
-    with pytest.raises(ValueError, match="alpha has 2 values for 1 tuned"):
+    with pytest.raises(ValueError, match="alpha has 2 values: give one"):
         EFTDecoder(table_runners(random_tables(0, 4)), EFTConfig(alpha=(0.5, 0.5), draft_tokens=2))
 
 

@@ -58,8 +58,8 @@ def random_state(batch: int, longest: int, generator: torch.Generator) -> RoundS
 
 
 @COMPILED
-@pytest.mark.parametrize("adaptive", [True, False])
-def test_commit(adaptive: bool, compiled: str, both: Any) -> None:
+@pytest.mark.parametrize(("adaptive", "models"), [(True, 2), (False, 2), (False, 0)])
+def test_commit(adaptive: bool, models: int, compiled: str, both: Any) -> None:
     generator = torch.Generator().manual_seed(2)
     batch, longest = 200, 6
     rule = DraftLengthRule(torch.tensor([0.3, 0.5, 0.6, 0.8, float("inf")]), 0.9, 4.0)
@@ -72,7 +72,7 @@ def test_commit(adaptive: bool, compiled: str, both: Any) -> None:
 
     def run() -> list[Tensor]:
         own = RoundState(**{name: value.clone() for name, value in tensors_of(state).items()})
-        caches = [(lengths[0].clone(), False), (lengths[1].clone(), True)]
+        caches = [(lengths[0].clone(), False), (lengths[1].clone(), True)][:models]
         report = commit(
             own,
             drafted,
