@@ -183,8 +183,12 @@ def warm_up_rounds(
     narrowing: bool,
 ) -> None:
     """Compile and capture the rounds of these draft lengths, `narrowing` also those of fewer rows."""
-    running = begin(decoder, start, 0, filters)
+    rows = start.last_token.shape[0]
     while True:
+        # Each time from the start: the rounds of all numbers of rows would end the sequences before the last.
+        running = begin(decoder, start, 0, filters)
+        running.end(range(rows, running.rows))
+        running.compact()
         for drafted in draft_lens:
             # Once as they are, once captured, once replayed.
             wanted = running.rounds + 3
@@ -193,11 +197,10 @@ def warm_up_rounds(
                 if running.state.offered_lens is not None:
                     running.state.offered_lens.zero_()
                 running.advance(drafted, PhaseTimer())
-        if not narrowing or running.rows == 1:
+        running.restore()
+        if not narrowing or rows == 1:
             break
-        running.end(range((running.rows + 1) // 2, running.rows))
-        running.compact()
-    running.restore()
+        rows = (rows + 1) // 2
 
 
 @torch.inference_mode()

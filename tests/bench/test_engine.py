@@ -190,6 +190,15 @@ def test_windows_of_captured_rounds_one_ahead_of_the_host() -> None:
         assert decoder.captured.kinds == [kind]
 
 
+def test_fewer_rows_are_warmed_up_though_all_rounds_together_are_longer_than_the_sequences() -> None:
+    start = tiny_start(8, 20)
+    decoder = EFTDecoder(start.models, EFTConfig(cost_ratio=0.25, row_cost=0.02))
+    graphs = as_with_graphs(decoder)
+    warm_up_rounds(decoder, start, [1, 2, 3], narrowing=True)
+    kinds = {(rows, drafted) for rows in (8, 4, 2, 1) for drafted in (1, 2, 3)}
+    assert {key[:2] for key in graphs.keys} == kinds
+
+
 def test_a_cost_model_that_never_drafts_warms_up_no_drafts() -> None:
     models = random_trio(TINY, torch.float32, CPU)
     for row_cost, lengths in ((0.02, list(range(16))), (1.5, [0])):
