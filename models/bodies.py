@@ -177,6 +177,9 @@ class FalconAlibiBody(Body):
         """Make the bias of every head at every position of `cache` [1, heads, 1, capacity]."""
         from transformers.models.falcon.modeling_falcon import build_alibi_tensor
 
+        # Captured passes know where it is.
+        if self.bias.shape[-1] == cache.capacity:
+            return
         config = self.decoder.config
         seen = torch.ones(1, cache.capacity, dtype=torch.int64, device=self.decoder.device)
         alibi = build_alibi_tensor(seen, config.num_attention_heads, self.decoder.dtype)

@@ -288,6 +288,35 @@ def test_the_cache_stays_where_it_is(family: str) -> None:
     assert runner.lengths.tolist() == [8, 3]
 
 
+def addresses(part: Any, seen: set[int]) -> list[int]:
+    """Where the tensors are that `part` holds, or what it holds of ours does."""
+    if id(part) in seen:
+        return []
+    seen.add(id(part))
+    if isinstance(part, Tensor):
+        return [part.data_ptr()]
+    if isinstance(part, dict | list | tuple):
+        inside = part.values() if isinstance(part, dict) else part
+    else:
+        inside = vars(part).values() if type(part).__module__.startswith("speculative_eft") else ()
+    return [address for each in inside for address in addresses(each, seen)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_passes_read_stays_where_it_is_while_the_cache_does(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Captured passes know the addresses of weights, and of what is prepared for the cache."""
+    monkeypatch.setenv("SPECULATIVE_EFT_BACKEND", "torch")
+    runner = ModelRunner(tiny_model(family))
+    runner.reserve(4, LENGTH)
+    runner.forward(random_tokens(4, 3), 3)
+    before = addresses(runner._body, set())
+    runner.reserve(3, LENGTH)
+    runner.forward(random_tokens(3, 3), 3)
+    assert addresses(runner._body, set()) == before
+
+
 def test_an_earlier_batch_leaves_nothing_behind() -> None:
     runner = ModelRunner(tiny_model("llama"))
     tokens = random_tokens(2, 12)
