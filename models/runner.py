@@ -26,7 +26,7 @@ from .configs import TESTED_FAMILIES, declared, logit_scale, longest_window, pos
 from .describe import cache_bytes_per_token, vocabulary_rows
 from .llama import EightBitCopies, LlamaBody, is_ordinary, is_plain, linear_of
 from .placement import home_device
-from .protocol import Runner
+from .protocol import Runner, on_device
 from .slot_cache import SlotCache, round_up
 
 if TYPE_CHECKING:
@@ -399,21 +399,12 @@ class ModelRunner:
         length, beyond = 8, longest_window(text_config(self.model.config)) + _BEYOND_A_WINDOW
         if beyond <= _LONGEST_COMPARED and beyond <= (self.max_context or beyond):
             length = beyond
-        tokens = torch.arange(2, 2 + 2 * length, device=self.device).remainder(self.vocab_size)
-        tokens = tokens.view(2, length)
         failure: Exception | None = None
         agree = False
         try:
-            first = length - 5
-            self.reserve(2, length)
-            self.prefill(tokens[:, :first], torch.tensor([first, first - 1], device=self.device))
-            block = torch.stack((tokens[0, first:-1], tokens[1, first - 1 : -2]))
-            mine = self.forward(block, length - 1).float()
-            with self._adapted():
-                plain = self.model(tokens, use_cache=False).logits
-            plain = torch.stack((plain[0, first:-1], plain[1, first - 1 : -2])).float()
-            tolerance = 1e-3 if self.model.dtype == torch.float32 else 5e-2
-            agree = bool(((mine - plain).abs() <= tolerance * (1 + plain.abs())).all())
+            # On which Triton launches, also where another GPU is the current one.
+            with on_device(self.device):
+                agree = self._agrees_with_model(length)
         except Exception as error:  # whatever an unknown model raises says the same: it cannot be run
             failure = error
         if not agree:
@@ -423,6 +414,21 @@ class ModelRunner:
                 f"{type(self.model).__name__} {refusal}{f' ({reason})' if reason else ''}."
             ) from failure
         self._storage.cache = SlotCache(0, 0, self.device, self.attention)
+
+    def _agrees_with_model(self, length: int) -> bool:
+        """Whether logits of two sequences of `length` tokens are the model's own."""
+        tokens = torch.arange(2, 2 + 2 * length, device=self.device).remainder(self.vocab_size)
+        tokens = tokens.view(2, length)
+        first = length - 5
+        self.reserve(2, length)
+        self.prefill(tokens[:, :first], torch.tensor([first, first - 1], device=self.device))
+        block = torch.stack((tokens[0, first:-1], tokens[1, first - 1 : -2]))
+        mine = self.forward(block, length - 1).float()
+        with self._adapted():
+            plain = self.model(tokens, use_cache=False).logits
+        plain = torch.stack((plain[0, first:-1], plain[1, first - 1 : -2])).float()
+        tolerance = 1e-3 if self.model.dtype == torch.float32 else 5e-2
+        return bool(((mine - plain).abs() <= tolerance * (1 + plain.abs())).all())
 
 
 def _choose_body(model: PreTrainedModel, attention: Attention, adapters: Sequence[str] | None) -> Body:

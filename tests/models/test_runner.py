@@ -6,6 +6,7 @@ import copy
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -477,6 +478,24 @@ def test_an_untested_architecture_that_agrees_with_itself_is_accepted() -> None:
     runner = ModelRunner(model)
     runner.reserve(1, 9)
     torch.testing.assert_close(runner.forward(tokens, 9), plain_logits(model, tokens), rtol=0, atol=TOLERANCE)
+
+
+def test_a_model_is_compared_with_itself_on_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several GPUs Triton launches on the current one, which need not be the model's."""
+    current: list[torch.device] = []
+    compared: list[list[torch.device]] = []
+
+    @contextmanager
+    def on_device(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    monkeypatch.setattr("speculative_eft.models.runner.on_device", on_device, raising=False)
+    monkeypatch.setattr(ModelRunner, "reserve", lambda *arguments: compared.append([*current]))
+    with pytest.raises(ValueError, match="cannot be run with one length"):
+        ModelRunner(BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)))
+    assert compared == [[torch.device("cpu")]]
 
 
 def test_an_architecture_that_does_not_is_refused() -> None:
