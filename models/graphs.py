@@ -95,13 +95,15 @@ class CapturedFunctions:
     ) -> tuple[list[torch.cuda.CUDAGraph], Any] | None:
         if self._used >= self.budget:
             return None
-        # What a capture gives back before it begins is none of the pool's.
-        torch.cuda.synchronize(self.device)
-        torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(self.device)
         graphs: list[torch.cuda.CUDAGraph] = []
         result: tuple[Any, ...] = ()
         try:
+            # What a capture gives back before it begins is none of the pool's. Once one has failed torch may
+            # take it to be still under way, and give nothing back.
+            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
+            free, _ = torch.cuda.mem_get_info(self.device)
             for function in functions:
                 graph = torch.cuda.CUDAGraph()
                 with capture(graph, self.device, self._pool):
