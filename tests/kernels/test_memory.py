@@ -64,7 +64,7 @@ def recall_in_loops(memory: DraftMemory, token: Tensor, previous: Tensor | None,
 @pytest.mark.parametrize("recall", [recall, recall_in_loops])
 def test_the_newest_after_both_tokens_counts_most(recall: Callable[..., Tensor]) -> None:
     random.seed(1)
-    memory = new_draft_memory(1, SLOTS, VOCAB, torch.device("cpu"))
+    memory = new_draft_memory(1, SLOTS, VOCAB, test_device())
     rows: list[tuple[int, Tensor]] = []
     after_two = 0
     for _ in range(20):
