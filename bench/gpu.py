@@ -118,7 +118,7 @@ def _read_tests(text: str) -> dict[str, Any]:
 STAGES = (
     _tests("tests/kernels", 600, 120),
     _tests("tests/models/test_attention.py", 300, 30),
-    _tests("tests/decoding/test_device.py", 120, 30),
+    _tests("tests/decoding/test_device.py", 180, 45),
     _script("engine", 900, 240),
     _tests("tests/exactness", 1200, 90),
     _script("kernels.verify", 420, 60),
