@@ -83,7 +83,10 @@ class EFTDecoder:
         self.runners = models.runners() if isinstance(models, EFTModels) else models
         experts = len(self.runners.tuned)
         if len(self.config.alphas) not in (1, experts):
-            raise ValueError(f"alpha has {len(self.config.alphas)} values: give one, or one for each tuned model ({experts} here)")
+            raise ValueError(
+                f"alpha has {len(self.config.alphas)} values: give one, or one for each tuned model "
+                f"({experts} here)"
+            )
         self.vocab_size = min(runner.vocab_size for runner in self.runners.every)
         if self._drafts_by_copies():
             if self.models is None:
@@ -137,12 +140,13 @@ class EFTDecoder:
         )
 
     def _coefficients(self, batch: int, device: torch.device) -> Coefficients:
-        alphas = torch.tensor(self._alphas(), dtype=torch.float32, device=device)
+        # Made on the host, which would wait for a GPU's rounds to read a number from there.
+        alphas = torch.tensor(self._alphas(), dtype=torch.float32)
         total = float(alphas.sum())
         draft_base = None
         draft_alphas = alphas
         if self._drafts_as_pair():
-            draft_base = torch.full((batch,), 1 - total, device=device)
+            draft_base = torch.full((batch,), 1 - total)
         elif total > 0:
             draft_alphas = alphas / total
         else:
@@ -152,17 +156,17 @@ class EFTDecoder:
         if top_p == 1:
             # The set is all tokens; summing up masses would leave out those whose own underflows.
             top_p = None
-        beta = torch.tensor(float(self.config.beta), device=device)
+        beta = torch.tensor(float(self.config.beta))
         base_weight = 1 - alphas.sum()
         weights = torch.stack([beta, *alphas, base_weight - beta, *draft_alphas])
         if draft_base is not None or top_p is not None:
             weights = torch.cat([weights, base_weight[None]])
         return Coefficients(
             # Kernels read a number a sequence.
-            alpha=alphas.repeat(batch, 1),
-            beta=beta.repeat(batch),
-            draft_alpha=draft_alphas.repeat(batch, 1),
-            draft_base=draft_base,
+            alpha=alphas.repeat(batch, 1).to(device),
+            beta=beta.repeat(batch).to(device),
+            draft_alpha=draft_alphas.repeat(batch, 1).to(device),
+            draft_base=None if draft_base is None else draft_base.to(device),
             conservative_top_p=None if top_p is None else torch.full((batch,), top_p, device=device),
             some_weight_is_zero=bool((weights == 0).any()),
         )
@@ -441,7 +445,8 @@ class EFTDecoder:
     def _draft_length_rule(self, device: torch.device) -> DraftLengthRule | None:
         return None if self.policy is None else self.policy.rule(device, self._ends_drafts)
 
-    def _first_draft_len(self, greedy: bool) -> int:
+    def first_draft_len(self, greedy: bool) -> int:
+        """Most tokens that the first round drafts for sequences that are `greedy` or not."""
         if self.config.draft_tokens != "auto":
             return self.config.draft_tokens
         assert self.policy is not None
@@ -528,7 +533,7 @@ class EFTDecoder:
         return self._longest_draft_of(greedy=True)
 
     def _longest_draft_of(self, greedy: bool) -> int:
-        first = self._first_draft_len(greedy)
+        first = self.first_draft_len(greedy)
         # Where nothing is drafted nothing is learnt of drafts: what begins with plain steps stays with them.
         return first if self.policy is None or first == 0 else LONGEST_DRAFT
 
@@ -551,7 +556,7 @@ class EFTDecoder:
         early_stop = self.policy.early_stop(batch, device) if self._ends_drafts and self.policy else None
         if longest_draft is None:
             longest_draft = self._longest_draft_of(greedy)
-        first = min(self._first_draft_len(greedy), max_new_tokens - 1)
+        first = min(self.first_draft_len(greedy), max_new_tokens - 1)
         return new_round_state(
             last_token=last_token,
             prompt_lengths=lengths,
@@ -713,5 +718,6 @@ class NaiveEFTDecoder(EFTDecoder):
         )
         super().__init__(models, plain)
 
-    def _first_draft_len(self, greedy: bool) -> int:
+    def first_draft_len(self, greedy: bool) -> int:
+        """None."""
         return 0

@@ -261,7 +261,8 @@ class SlotBatch:
         if one.offered_lens is not None:
             one.offered_lens.copy_(one.draft_lens)
         put(self._running.state, row, one)
-        return int(one.draft_lens)
+        # As the state has it; to read that would be to wait for a GPU's rounds.
+        return min(self.decoder.first_draft_len(options.temperature == 0), options.max_new_tokens - 1)
 
     @torch.inference_mode()
     def leave(self, number: int) -> None:

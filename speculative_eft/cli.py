@@ -254,7 +254,8 @@ def generate(
     text = _read_prompt(prompt, file)
     if len(alpha) not in (1, max(len(tuned), 1)):
         raise typer.BadParameter(
-            f"{len(alpha)} values: give one, or one for each --tuned ({max(len(tuned), 1)} here).", param_hint="'--alpha'"
+            f"{len(alpha)} values: give one, or one for each --tuned ({max(len(tuned), 1)} here).",
+            param_hint="'--alpha'",
         )
     seed = secrets.randbits(63) if seed is None else seed
     out, err = Console(highlight=False), Console(stderr=True, highlight=False)
