@@ -170,8 +170,7 @@ def _guarded(script: Script, labels: dict[str, Any], step: Callable[[], None]) -
         script.content["rows"].append({**labels, **reason})
         script.write()
     gc.collect()
-    if script.on_gpu:
-        torch.cuda.empty_cache()
+    script.release()
 
 
 def _measure_trio(script: Script, sweep: Sweep, shape: TrioShape, batch: int) -> None:
@@ -344,7 +343,7 @@ def _plain_loop(script: Script, models: EFTModels, labels: dict[str, Any], start
         return plain
     except torch.OutOfMemoryError:
         plain.caches = []
-    torch.cuda.empty_cache()
+    script.release()
     reason = "its caches do not fit the memory beside the others'"
     script.content["rows"].append({**labels, "decoder": PLAIN, "left_out": reason})
     script.write()

@@ -110,6 +110,11 @@ class Script:
             return {"failed": f"{type(error).__name__}: {first_line(error)}"}
         return {}
 
+    def release(self) -> None:
+        """Give back what a GPU's memory does not use, if torch does: after a failed capture it may not."""
+        if self.on_gpu:
+            self.attempt(torch.cuda.empty_cache)
+
     def measure(
         self,
         implementation: str,
@@ -135,8 +140,7 @@ class Script:
         timings: list[Timing] = []
         row |= self.attempt(lambda: timings.append(time_operation(operation, self.device, cold=cold)))
         if not timings:
-            if self.on_gpu:
-                torch.cuda.empty_cache()
+            self.release()
             self.write()
             return None
         (timing,) = timings

@@ -18,6 +18,8 @@ from time import perf_counter
 
 import torch
 
+from speculative_eft.models.graphs import capture
+
 from .comparison import Spread
 
 __all__ = [
@@ -78,7 +80,7 @@ def time_operation(operation: Callable[[], object], device: torch.device, *, col
     torch.cuda.empty_cache()
     graph = torch.cuda.CUDAGraph()
     calls = 1 if cold else _WARM_CALLS
-    with torch.cuda.graph(graph):
+    with capture(graph, device):
         for _ in range(calls):
             operation()
     _replay(graph, device, cold, 3)
