@@ -171,7 +171,7 @@ def _shapes(script: Script) -> Iterator[tuple[int, int, int]]:
 
 
 def _compare(script: Script, of: Inputs, everything: bool) -> Medians:
-    """Time one shape; with `everything` all baselines with all options. Medians by their labels."""
+    """Time one shape; with `everything` all baselines, the reference with all options. Medians by labels."""
     found: Medians = {}
     shape = {"batch": of.batch, "drafted": of.drafted, "vocabulary": of.vocab_size}
     for rule in RULES:
@@ -193,7 +193,7 @@ def _compare(script: Script, of: Inputs, everything: bool) -> Medians:
                         found[("reference", *key)] = script.measure(
                             "torch reference", ours, labels, cold=True
                         )
-                    if everything and not statistics and script.on_gpu:
+                    if everything and plain and script.on_gpu:
                         compiled = compiled_reference()
                         found[("compiled", *key)] = script.measure(
                             "torch.compile", partial(compiled, of, rule, False, sampling), labels, cold=True
@@ -256,9 +256,9 @@ def _count_specialisations(script: Script) -> None:
 def measure(script: Script) -> None:
     """Time verification against the reference, the compiled reference and a kernel of probabilities."""
     script.note(
-        "torch.compile is timed at the two shapes of the bars, the reference at every shape without filters "
-        "and statistics, and the kernel that takes probabilities by the token rule, the only one that such "
-        "kernels know, where 8 are drafted: compiling costs seconds a shape."
+        "torch.compile is timed at the two shapes of the bars without filters and statistics, the reference "
+        "there and without these at every shape, and the kernel that takes probabilities by the token rule, "
+        "the only one that such kernels know, where 8 are drafted: compiling costs seconds a shape."
     )
     shapes = _shapes(script)
     (_, single), *rest = [(of, _compare(script, of, True)) for of in _fitting(script, islice(shapes, 2))]
