@@ -165,10 +165,11 @@ class ModelRunner:
         if keep:
             if not self.cache.holds(batch, length):
                 self._storage.cache = self.cache.grown(batch, length)
+            self.cache.keep(batch, length)
         else:
             if not self.cache.holds(batch, length):
                 self._storage.cache = SlotCache(batch, length, self.device, self.attention)
-            self.cache.restart(batch)
+            self.cache.restart(batch, length)
         self._prepare()
         if self._quantised is not None:
             # It stays where it is, as those of the layers do, which the body looks after.

@@ -63,6 +63,8 @@ class SlotCache(Cache):
         self._slot_rows: dict[int, Tensor] = {}
         self._whole: SlotCache | None = None
         self._first = 0
+        self._used = (0, 0)
+        """The slots, and the positions of each, that may hold anything; beside these the spare positions."""
 
     @property
     def is_allocated(self) -> bool:
@@ -73,16 +75,25 @@ class SlotCache(Cache):
         """Whether there is room for `batch` sequences of up to `length` tokens."""
         return batch <= self.slots and length + self.spare <= self.capacity
 
-    def restart(self, batch: int) -> None:
-        """Empty the cache, keeping its storage, for `batch` sequences in the first slots."""
+    def restart(self, batch: int, length: int) -> None:
+        """Empty the cache, keeping its storage, for `batch` sequences of up to `length` tokens."""
         self.lengths = self._all_lengths[:batch]
         self._all_lengths.zero_()
         self._zero()
+        self._used = (0, 0)
+        self.keep(batch, length)
+
+    def keep(self, batch: int, length: int) -> None:
+        """Go on with what the cache holds, for `batch` sequences of up to `length` tokens."""
+        slots, positions = self._used
+        self._used = max(slots, batch), max(positions, length)
 
     def _zero(self) -> None:
         # What is masked weighs nothing, but nothing times infinity is not a number.
+        slots, positions = self._used
         for stored in self.storage():
-            stored.zero_()
+            stored[:slots, :, :positions].zero_()
+            stored[:slots, :, self.capacity - self.spare :].zero_()
 
     def grown(self, slots: int, max_length: int) -> SlotCache:
         """A cache for `slots` sequences of up to `max_length` tokens that holds what this one does."""
@@ -90,6 +101,8 @@ class SlotCache(Cache):
         larger = SlotCache(max(slots, self.slots), length, self.device, self.attention)
         larger.lengths = larger._all_lengths[:slots]
         larger.lengths.copy_(self.lengths)
+        # What were spare positions are among the others now.
+        larger._used = self._used[0], self.capacity
         for index, layer in self._slots.items():
             layout = layer.keys[:, :, :1].transpose(1, 2)
             copy = larger._allocate(index, layout, layer.values[:, :, :1].transpose(1, 2))
@@ -121,6 +134,7 @@ class SlotCache(Cache):
         one._visible = (1, self.capacity)
         for index in self._slots:
             one._slots[index] = one._within(index)
+        one._used = self._used
         one._zero()
         return one
 
