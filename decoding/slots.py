@@ -198,8 +198,6 @@ class SlotBatch:
         """
         if not isinstance(options, SlotOptions):
             raise ValueError(f"options must be SlotOptions, got {options!r}")
-        if self.free == 0:
-            raise ValueError(f"all {self.slots} slots are taken: step until one is free")
         if not isinstance(prompt, Tensor):
             prompt = self._as_tensor(prompt)
         length = prompt.numel()
@@ -214,6 +212,8 @@ class SlotBatch:
             raise ValueError(f"prompt holds an id outside the vocabulary of {self.decoder.vocab_size} ids")
         with self.decoder.runners.turn():
             self._check_state()
+            if self.free == 0:
+                raise ValueError(f"all {self.slots} slots are taken: step until one is free")
             return self._join(prompt.to(self._device, torch.int64), options)
 
     def _as_tensor(self, prompt: Sequence[int]) -> Tensor:
@@ -274,10 +274,12 @@ class SlotBatch:
             ValueError: if it is no number of a sequence that runs.
             RuntimeError: if another call has used the models meanwhile, or a step failed.
         """
-        if integer("number", number) not in self._options:
-            raise ValueError(f"sequence {number} does not run: it has ended or never joined")
+        number = integer("number", number)
         with self.decoder.runners.turn():
             self._check_state()
+            # It may have ended while this thread waited for its turn.
+            if number not in self._options:
+                raise ValueError(f"sequence {number} does not run: it has ended or never joined")
             self._end(number)
 
     def _end(self, sequence: int) -> None:
@@ -305,9 +307,9 @@ class SlotBatch:
         Raises RuntimeError if another call has used the models meanwhile, or an earlier step failed: the
         sequences of a step that fails cannot go on, since a part of their state has moved.
         """
-        if self._running.rows == 0:
-            return {}
         with self.decoder.runners.turn():
+            if self._running.rows == 0:
+                return {}
             self._check_state()
             with self._whole():
                 return self._step()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -351,6 +353,32 @@ def test_who_leaves_early_changes_nothing_for_the_others(how: str) -> None:
             batch.leave(number)
     with pytest.raises(ValueError, match="number must be an integer"):
         batch.leave("0")  # type: ignore[arg-type]
+
+
+def test_threads_find_what_there_is_once_they_have_their_turn() -> None:
+    decoder = EFTDecoder(table_runners(random_tables(1, 5)), EFTConfig(draft_tokens=2))
+    prompt, options = torch.tensor([1, 2]), SlotOptions(9, 3)
+    (wanted,) = alone(decoder, [(prompt, options)], [])
+    batch = SlotBatch(decoder, 1, 12)
+    batch.join(prompt, options)
+    with ThreadPoolExecutor(3) as threads:
+        with decoder.runners.turn():
+            leaving = [threads.submit(batch.leave, 0) for _ in range(2)]
+            stepping = threads.submit(batch.step)
+            # All three are waiting by then.
+            time.sleep(0.1)
+        errors = [each.exception() for each in leaving]
+        stepping.result()
+        assert sorted(type(error).__name__ for error in errors) == ["NoneType", "ValueError"]
+        with decoder.runners.turn():
+            joining = [threads.submit(batch.join, prompt, options) for _ in range(2)]
+            time.sleep(0.1)
+        errors = [each.exception() for each in joining]
+        assert sorted(type(error).__name__ for error in errors) == ["NoneType", "ValueError"]
+    tokens: list[int] = []
+    while batch.free == 0:
+        tokens += batch.step()[1].tokens
+    assert tokens == wanted
 
 
 @HOW
