@@ -159,13 +159,9 @@ def ordinary(output: Output) -> Output:
     part: Any = output
     if isinstance(part, Tensor):
         part = part.clone()
-    elif isinstance(part, EFTOutput):
-        # In its place, for its past counts only as the object that the decoder knows.
-        for name in ("sequences", "scores", "logits", "trace"):
-            setattr(part, name, ordinary(getattr(part, name)))
     elif isinstance(part, list | tuple):
         part = type(part)(map(ordinary, part))
-    elif isinstance(part, EFTTrace | TokenScores):
+    elif isinstance(part, EFTOutput | EFTTrace | TokenScores):
         copies = {field.name: ordinary(getattr(part, field.name)) for field in fields(part)}
         part = replace(part, **copies)
     return cast(Output, part)
