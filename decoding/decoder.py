@@ -163,10 +163,10 @@ class EFTDecoder:
             weights = torch.cat([weights, base_weight[None]])
         return Coefficients(
             # Kernels read a number a sequence.
-            alpha=alphas.repeat(batch, 1).to(device),
-            beta=beta.repeat(batch).to(device),
-            draft_alpha=draft_alphas.repeat(batch, 1).to(device),
-            draft_base=None if draft_base is None else draft_base.to(device),
+            alpha=alphas.repeat(batch, 1).to(device, non_blocking=True),
+            beta=beta.repeat(batch).to(device, non_blocking=True),
+            draft_alpha=draft_alphas.repeat(batch, 1).to(device, non_blocking=True),
+            draft_base=None if draft_base is None else draft_base.to(device, non_blocking=True),
             conservative_top_p=None if top_p is None else torch.full((batch,), top_p, device=device),
             some_weight_is_zero=bool((weights == 0).any()),
         )
@@ -583,7 +583,7 @@ class EFTDecoder:
             acceptance=self.config.acceptance,
             drafts_as_pair=self._drafts_as_pair(),
             vocab_size=self.vocab_size,
-            eos_token_ids=torch.tensor(eos_token_ids, dtype=torch.int64, device=device),
+            eos_token_ids=torch.tensor(eos_token_ids, dtype=torch.int64).to(device, non_blocking=True),
             draft_length_rule=self._draft_length_rule(device),
             statistics=statistics,
         )

@@ -48,8 +48,8 @@ def narrowed(part: Part, batch: int) -> Part:
 def rearrange(part: Any, rows: Sequence[int], sources: Sequence[int]) -> None:
     """Let each of `rows` hold what its source, another of them, holds."""
     tensors = list(_rows_of(part))
-    # Once: to a GPU each such copy waits until all that was started is over.
-    at, source = torch.tensor([rows, sources], device=tensors[0].device)
+    # Torch would have the host wait for such a copy until all that a GPU was given is over.
+    at, source = torch.tensor([rows, sources]).to(tensors[0].device, non_blocking=True)
     for tensor in tensors:
         tensor[at] = tensor[source]
 
@@ -63,7 +63,7 @@ def put(part: Any, row: int, one: Any) -> None:
 def end_rows(state: RoundState, rows: Sequence[int]) -> None:
     """Mark the sequences of `rows`, which the host ended."""
     if rows:
-        at = torch.tensor(list(rows), device=state.done.device)
+        at = torch.tensor(list(rows)).to(state.done.device, non_blocking=True)
         state.done[at] = True
         state.draft_lens[at] = 0
 

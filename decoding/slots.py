@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -214,7 +215,9 @@ class SlotBatch:
             self._check_state()
             if self.free == 0:
                 raise ValueError(f"all {self.slots} slots are taken: step until one is free")
-            return self._join(prompt.to(self._device, torch.int64), options)
+            # A copy of what may lie in pinned memory, which whoever called may write to again.
+            own = prompt.to(torch.int64, copy=True)
+            return self._join(own.to(self._device, non_blocking=True), options)
 
     def _as_tensor(self, prompt: Sequence[int]) -> Tensor:
         try:
@@ -246,11 +249,11 @@ class SlotBatch:
         length = prompt.numel()
         for runner in self.decoder.runners.every:
             runner.fill_slot(row, prompt[None, :-1])
-        ids = {"dtype": torch.int64, "device": self._device}
+        place: dict[str, Any] = {"dtype": torch.int64, "device": self._device}
         one = self.decoder.new_state(
             prompt[-1:],
-            torch.tensor([length], **ids),  # type: ignore[arg-type]
-            torch.tensor([options.seed], **ids),  # type: ignore[arg-type]
+            torch.full((1,), length, **place),
+            torch.full((1,), options.seed, **place),
             self.max_length,
             0,
             greedy=options.temperature == 0,

@@ -86,7 +86,7 @@ def batch_sampling(
     kept = [min(k, vocab_size) if k > 0 else vocab_size for k in top_k]
 
     def column(values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=device)
+        return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
     def cuts(values: Sequence[float], nothing: float) -> bool:
         return any(value != nothing for value, is_sampled in zip(values, sampled, strict=True) if is_sampled)

@@ -48,7 +48,7 @@ class DraftMemory:
 def new_draft_memory(batch: int, slots: int, vocab_size: int, device: torch.device) -> DraftMemory:
     """An empty memory; `slots` must exceed the longest draft."""
     return DraftMemory(
-        # Of a large vocabulary they are a good part of a GB for a batch, and none is read that was not written.
+        # Of a large vocabulary a batch has most of a GB of them; none is read that was not written.
         ratios=torch.empty(batch, slots, vocab_size, device=device),
         tokens=torch.full((batch, slots), -1, dtype=torch.int64, device=device),
         mean=torch.zeros(batch, vocab_size, device=device),
