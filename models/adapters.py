@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import accumulate
 from pickle import UnpicklingError
-from threading import RLock
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -24,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .errors import IncompatibleModelsError, UnavailableModelsError, first_line
 from .extras import install_command
+from .locks import reentrant_lock
 from .sources import Source, adapter_problem
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class AdapterSwitch:
         # peft's own switches also change which weights require gradients; writing past nn.Module's
         # attribute machinery costs a tenth.
         self._layers = list(map(vars, layers))
-        self._lock = _LOCKS.setdefault(layers[0], RLock()) if layers else RLock()
+        self._lock = _LOCKS.setdefault(layers[0], reentrant_lock()) if layers else reentrant_lock()
 
     @contextmanager
     def __call__(self) -> Iterator[None]:

@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from threading import Lock, RLock
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 import torch
@@ -39,6 +38,7 @@ from .configs import layer_windows, text_config
 from .costs import StepCosts, kept_step_costs, measure_step_costs, processor_name
 from .describe import ModelDescription, describe_model, vocabulary_rows
 from .errors import IncompatibleModelsError, UnavailableModelsError, first_line
+from .locks import reentrant_lock
 from .memory import free_bytes, weights_do_not_fit
 from .placement import check_device, home_device, is_dispatched
 from .protocol import EFTRunners, Runner, on_device
@@ -124,8 +124,8 @@ class EFTModels:
         self.compile_bodies = compile_bodies
         self._with_template: set[str] = set()
         self._runners: EFTRunners | None = None
-        self._making_runners = Lock()
-        self._modules = RLock()
+        self._making_runners = reentrant_lock()
+        self._modules = reentrant_lock()
         self._step_costs: dict[tuple[bool, int, bool], StepCosts] = {}
         if not tuned:
             raise IncompatibleModelsError("small_tuned must hold at least one model.")
@@ -273,7 +273,7 @@ class EFTModels:
     def with_own_caches(self) -> EFTModels:
         """The same networks with runners, and so with caches, of their own."""
         other = copy.copy(self)
-        other._runners, other._making_runners = None, Lock()
+        other._runners, other._making_runners = None, reentrant_lock()
         return other
 
     def forward_passes(self) -> list[tuple[PreTrainedModel, Callable[[], AbstractContextManager[None]]]]:

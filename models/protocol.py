@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
-from threading import Lock, RLock, get_ident
+from threading import RLock
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from speculative_eft.kernels import DraftLoop
 
+from .locks import Turns
 from .sources import tuned_arguments
 
 
@@ -159,28 +160,6 @@ def bind_passes(
             return None
         calls.append(call)
     return calls
-
-
-class Turns:
-    """A lock for which other threads wait, and which the thread that has it is refused."""
-
-    def __init__(self) -> None:
-        self._lock, self._owner = Lock(), -1
-
-    def __enter__(self) -> None:
-        """Raises RuntimeError for a call within a call."""
-        if self._owner == get_ident():
-            raise RuntimeError(
-                "these models are in the middle of a call, whose caches another call from within it (by a "
-                "streamer, a logits processor or a stopping criterion) would overwrite; give that one models "
-                "of its own: models.with_own_caches()"
-            )
-        self._lock.acquire()
-        self._owner = get_ident()
-
-    def __exit__(self, *_: object) -> None:
-        self._owner = -1
-        self._lock.release()
 
 
 @cache
