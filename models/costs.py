@@ -61,7 +61,11 @@ def kept_step_costs(facts: Sequence[object], measure: Callable[[], StepCosts]) -
     It is kept in the user's cache, so that a seed gives the same text in another process: draft lengths
     depend on it.
     """
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        # Users without a home, as in some containers, have no cache.
+        return measure()
     name = sha256(json.dumps([str(fact) for fact in facts]).encode()).hexdigest()[:24]
     path = root / "speculative_eft" / f"step-costs-{_VERSION}-{name}.json"
     kept = _read(path)

@@ -36,6 +36,15 @@ def test_costs_are_kept_for_the_same_facts(monkeypatch: pytest.MonkeyPatch, tmp_
     assert kept_step_costs(["b"], lambda: measured[1]) == measured[1]
 
 
+def test_costs_of_a_user_without_a_home_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    assert kept_step_costs(["a"], lambda: StepCosts(0.25, 0.0)) == StepCosts(0.25, 0.0)
+
+
 def test_the_models_own_costs_are_rounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     models = tiny_trio("llama")
