@@ -95,7 +95,7 @@ class CapturedFunctions:
     ) -> tuple[list[torch.cuda.CUDAGraph], Any] | None:
         if self._used >= self.budget:
             return None
-        free, _ = torch.cuda.mem_get_info(self.device)
+        free = 0
         graphs: list[torch.cuda.CUDAGraph] = []
         result: tuple[Any, ...] = ()
         try:

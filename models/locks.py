@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 from contextlib import suppress
-from threading import Lock, RLock, get_ident
+from threading import RLock
 from typing import Any
 from weakref import WeakSet
 
@@ -18,7 +18,6 @@ __all__ = ["Turns", "reentrant_lock"]
 _HARD = 2
 """To OpenMP: give up everything that can be made anew."""
 
-_turns: WeakSet[Turns] = WeakSet()
 _reentrant: WeakSet[Any] = WeakSet()
 
 
@@ -26,28 +25,20 @@ class Turns:
     """A lock for which other threads wait, and which the thread that has it is refused."""
 
     def __init__(self) -> None:
-        self._lock, self._owner = Lock(), -1
-        _turns.add(self)
+        self._lock = reentrant_lock()
 
     def __enter__(self) -> None:
         """Raises RuntimeError for a call within a call."""
-        if self._owner == get_ident():
+        if self._lock._is_owned():
             raise RuntimeError(
                 "these models are in the middle of a call, whose caches another call from within it (by a "
                 "streamer, a logits processor or a stopping criterion) would overwrite; give that one models "
                 "of its own: models.with_own_caches()"
             )
         self._lock.acquire()
-        self._owner = get_ident()
 
     def __exit__(self, *_: object) -> None:
-        self._owner = -1
         self._lock.release()
-
-    def free_of_other_threads(self) -> None:
-        """In a forked process: be free, unless the thread that goes on has it."""
-        if self._owner != get_ident():
-            self._lock, self._owner = Lock(), -1
 
 
 def reentrant_lock() -> Any:
@@ -58,8 +49,6 @@ def reentrant_lock() -> Any:
 
 
 def _free_locks() -> None:
-    for turns in _turns:
-        turns.free_of_other_threads()
     for lock in _reentrant:
         if lock.acquire(blocking=False):
             lock.release()
