@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,6 +83,24 @@ def joint_law(tables: Tables, law: Law, prompt: list[int], start: int, length: i
     for _ in range(length):
         joint = np.einsum("...bl,blt->...blt", joint, step)
     return joint.sum(axis=(0, 1)).reshape(-1)
+
+
+def joint_law_of_paths(
+    step: Callable[[tuple[int, ...]], np.ndarray], vocab_size: int, length: int
+) -> np.ndarray:
+    """Probabilities of all continuations of `length` tokens, in lexicographic order.
+
+    `step` gives the next token's law after what was generated, of which it may look at all.
+    """
+    joint = {(): 1.0}
+    for _ in range(length):
+        joint = {
+            (*path, token): chance * law[token]
+            for path, chance in joint.items()
+            for law in [step(path)]
+            for token in range(vocab_size)
+        }
+    return np.array([joint[path] for path in itertools.product(range(vocab_size), repeat=length)])
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
@@ -13,7 +11,7 @@ from speculative_eft.kernels import AcceptanceRule
 
 from ..conftest import is_spared
 from ..table_models import Tables, random_tables
-from .laws import chi_square, log_softmax
+from .laws import chi_square, joint_law_of_paths, log_softmax
 from .sampling import PROMPTS, Record, assert_exact, count_windows, ragged_batch, table_runners
 
 VOCAB = 4
@@ -30,15 +28,7 @@ def enumerated(tables: Tables, prompt: list[int], own: list[int]) -> np.ndarray:
         at, at_own = ((*[0, *tokens, *path][-2:],) for tokens in (prompt, own))
         return np.exp(log_softmax(tables.large[at] + tables.tuned[0][at_own] - tables.base[at]))
 
-    joint = {(): 1.0}
-    for _ in range(LENGTH):
-        joint = {
-            (*path, token): chance * law[token]
-            for path, chance in joint.items()
-            for law in [step(path)]
-            for token in range(VOCAB)
-        }
-    return np.array([joint[path] for path in itertools.product(range(VOCAB), repeat=LENGTH)])
+    return joint_law_of_paths(step, VOCAB, LENGTH)
 
 
 @pytest.mark.parametrize("lagging", [False, True])

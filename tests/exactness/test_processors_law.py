@@ -17,7 +17,7 @@ from speculative_eft.kernels import AcceptanceRule
 
 from ..conftest import is_spared
 from ..table_models import Tables, random_tables
-from .laws import chi_square, log_softmax
+from .laws import chi_square, joint_law_of_paths, log_softmax
 from .sampling import PROMPTS, Record, assert_exact, count_windows, ragged_batch, table_runners
 
 VOCAB = 4
@@ -86,15 +86,7 @@ def enumerated(
             return np.eye(VOCAB)[0]
         return np.exp(log_softmax(processed / temperature))
 
-    joint = {(): 1.0}
-    for _ in range(LENGTH):
-        joint = {
-            (*path, token): chance * step[token]
-            for path, chance in joint.items()
-            for step in [law(path)]
-            for token in range(VOCAB)
-        }
-    return np.array([joint[path] for path in itertools.product(range(VOCAB), repeat=LENGTH)])
+    return joint_law_of_paths(law, VOCAB, LENGTH)
 
 
 @pytest.mark.parametrize("rule", ["block", "token", "shared_seed", "naive"])

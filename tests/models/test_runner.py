@@ -491,7 +491,7 @@ def test_a_model_is_compared_with_itself_on_its_own_device(monkeypatch: pytest.M
         yield
         current.pop()
 
-    monkeypatch.setattr("speculative_eft.models.runner.on_device", on_device, raising=False)
+    monkeypatch.setattr("speculative_eft.models.runner.on_device", on_device)
     monkeypatch.setattr(ModelRunner, "reserve", lambda *arguments: compared.append([*current]))
     with pytest.raises(ValueError, match="cannot be run with one length"):
         ModelRunner(BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)))
